@@ -1,0 +1,73 @@
+"""NV-Embed text embeddings as scikit-learn estimators.
+
+Every public name loads at its first use, so that ``import skembed`` costs next to nothing and
+imports neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from skembed import datasets
+    from skembed.cache import EmbeddingCache
+    from skembed.exceptions import (
+        CacheError,
+        CausalLeakError,
+        CheckpointError,
+        FreshPoolingWarning,
+        ModelNotFoundError,
+        SkembedError,
+        SkembedWarning,
+        TruncationWarning,
+    )
+    from skembed.training import ContrastiveTrainer
+    from skembed.vectorizer import NVEmbedVectorizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheError",
+    "CausalLeakError",
+    "CheckpointError",
+    "ContrastiveTrainer",
+    "EmbeddingCache",
+    "FreshPoolingWarning",
+    "ModelNotFoundError",
+    "NVEmbedVectorizer",
+    "SkembedError",
+    "SkembedWarning",
+    "TruncationWarning",
+    "datasets",
+]
+
+# Public name -> module that holds it (a public module stands for itself).
+_HOMES = {
+    "CacheError": "skembed.exceptions",
+    "CausalLeakError": "skembed.exceptions",
+    "CheckpointError": "skembed.exceptions",
+    "ContrastiveTrainer": "skembed.training",
+    "EmbeddingCache": "skembed.cache",
+    "FreshPoolingWarning": "skembed.exceptions",
+    "ModelNotFoundError": "skembed.exceptions",
+    "NVEmbedVectorizer": "skembed.vectorizer",
+    "SkembedError": "skembed.exceptions",
+    "SkembedWarning": "skembed.exceptions",
+    "TruncationWarning": "skembed.exceptions",
+    "datasets": "skembed.datasets",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name at its first use (PEP 562)."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(home)
+    value = module if home == f"{__name__}.{name}" else getattr(module, name)
+    globals()[name] = value  # the next use finds it without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names too, loaded or not."""
+    return sorted({*globals(), *__all__})

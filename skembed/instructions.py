@@ -1,0 +1,480 @@
+r"""Task instructions: the template, and the registry of NV-Embed's task texts.
+
+NV-Embed embeds a query as ``"Instruct: {task text}\nQuery: {text}"`` and a retrieval
+document bare. Fitting, transforming, mining and evaluation all take the task text from
+here, so that they cannot drift apart.
+
+Notes
+-----
+Where the texts come from:
+
+- Retrieval, STS and Summarization: the instructions.json released with NV-Embed-v2,
+  complete. It has no entry for CQADupstack, so neither has the registry.
+- Classification, Clustering, Reranking and PairClassification: the list of
+  E5-Mistral, to which NV-Embed's model card points by way of the paper's table. That
+  table was not at hand; the strings are written down from memory of the field and may
+  differ from it in detail. Scores that hang on them should name the text used.
+
+What the document side carries: retrieval documents are bare, except for
+QuoraRetrieval, as released. STS and SummEval carry the text on both sides. The other
+tasks are not settled by a source; here, tasks whose texts are all of one kind
+(Classification, Clustering, PairClassification, and reranking of duplicate questions or
+of titles by a title) carry it on both sides, and MindSmallReranking (articles by a
+browsing history) on the query side only.
+
+References
+----------
+arXiv 2405.17428, sections 3 and 4.2 (NV-Embed); arXiv 2401.00368 (E5-Mistral).
+"""
+
+import difflib
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from skembed._validation import check_choice, check_string, replace_surrogates
+
+__all__ = [
+    "INSTRUCTIONS",
+    "TASK_TYPES",
+    "Instruction",
+    "check_template",
+    "format_instruction",
+    "list_instructions",
+    "resolve_instruction",
+]
+
+TASK_TYPES = (
+    "Classification",
+    "Clustering",
+    "PairClassification",
+    "Reranking",
+    "Retrieval",
+    "STS",
+    "Summarization",
+)
+
+# The words that only a template writes; inside a task text they would come out twice.
+_TEMPLATE_WORDS = re.compile(
+    r"\binstruct:|^\s*query:|\{instruction\}", re.IGNORECASE | re.MULTILINE
+)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """The task texts of one MTEB task.
+
+    Attributes
+    ----------
+    name : str
+        The task's name in MTEB; "STS" for all of the STS tasks.
+    query : str
+        Task text for queries, and for the texts of tasks that have no queries.
+    document : str or None
+        Task text for documents; None leaves them bare.
+    task_type : str
+        The task's type in MTEB, one of `TASK_TYPES`.
+    """
+
+    name: str
+    query: str
+    document: str | None
+    task_type: str
+
+
+_CLAIM = "Given a claim, retrieve documents that support or refute the claim"
+_QUESTION = "Given a question, retrieve passages that answer the question"
+_TWEET = "Retrieve tweets that are semantically similar to the given tweet"
+
+_Tasks = dict[str, tuple[str, tuple[str, ...]]]  # name -> (task text, other names)
+
+_RETRIEVAL: _Tasks = {
+    "ArguAna": (_CLAIM, ()),
+    "ClimateFEVER": (
+        "Given a claim about climate change, retrieve documents that support or refute the claim",
+        (),
+    ),
+    "DBPedia": ("Given a query, retrieve relevant entity descriptions from DBPedia", ()),
+    "FEVER": (_CLAIM, ()),
+    "FiQA2018": (
+        "Given a financial question, retrieve relevant passages that answer the query",
+        ("FiQA",),
+    ),
+    "HotpotQA": (
+        "Given a multi-hop question, retrieve documents that can help answer the question",
+        (),
+    ),
+    "MSMARCO": (
+        "Given a web search query, retrieve relevant passages that answer the query",
+        (),
+    ),
+    "NFCorpus": (
+        "Given a question, retrieve relevant documents that answer the question",
+        (),
+    ),
+    "NQ": (_QUESTION, ()),
+    "SCIDOCS": (
+        "Given a scientific paper title, retrieve paper abstracts that are cited by the given "
+        "paper",
+        (),
+    ),
+    "SciFact": (
+        "Given a scientific claim, retrieve documents that support or refute the claim",
+        (),
+    ),
+    "TRECCOVID": ("Given a query on COVID-19, retrieve documents that answer the query", ()),
+    "Touche2020": (_QUESTION, ("Touche",)),
+}
+_SYMMETRIC_RETRIEVAL: _Tasks = {
+    "QuoraRetrieval": (
+        "Given a question, retrieve questions that are semantically equivalent to the given "
+        "question",
+        ("Quora",),
+    ),
+}
+_STS: _Tasks = {
+    "STS": (
+        "Retrieve semantically similar text",
+        (
+            *("STS12", "STS13", "STS14", "STS15", "STS16", "STS17", "STS22"),
+            *("STSBenchmark", "SICK-R", "BIOSSES"),
+        ),
+    ),
+}
+_SUMMARIZATION: _Tasks = {
+    "SummEval": ("Given a news summary, retrieve other semantically similar summaries", ()),
+}
+_CLASSIFICATION: _Tasks = {
+    "AmazonCounterfactualClassification": (
+        "Classify a given Amazon customer review text as either counterfactual or "
+        "not-counterfactual",
+        ("AmazonCounterfactual",),
+    ),
+    "AmazonPolarityClassification": (
+        "Classify Amazon reviews into positive or negative sentiment",
+        ("AmazonPolarity",),
+    ),
+    "AmazonReviewsClassification": (
+        "Classify the given Amazon review into its appropriate rating category",
+        ("AmazonReviews",),
+    ),
+    "Banking77Classification": (
+        "Given a online banking query, find the corresponding intents",
+        ("Banking77",),
+    ),
+    "EmotionClassification": (
+        "Classify the emotion expressed in the given Twitter message into one of the six "
+        "emotions:anger, fear, joy, love, sadness, and surprise",
+        ("Emotion",),
+    ),
+    "ImdbClassification": (
+        "Classify the sentiment expressed in the given movie review text from the IMDB dataset",
+        ("Imdb",),
+    ),
+    "MTOPDomainClassification": (
+        "Classify the intent domain of the given utterance in task-oriented conversation",
+        ("MTOPDomain",),
+    ),
+    "MTOPIntentClassification": (
+        "Classify the intent of the given utterance in task-oriented conversation",
+        ("MTOPIntent",),
+    ),
+    "MassiveIntentClassification": (
+        "Given a user utterance as query, find the user intents",
+        ("MassiveIntent",),
+    ),
+    "MassiveScenarioClassification": (
+        "Given a user utterance as query, find the user scenarios",
+        ("MassiveScenario",),
+    ),
+    "ToxicConversationsClassification": (
+        "Classify the given comments as either toxic or not toxic",
+        ("ToxicConversations",),
+    ),
+    "TweetSentimentExtractionClassification": (
+        "Classify the sentiment of a given tweet as either positive, negative, or neutral",
+        ("TweetSentimentExtraction", "TweetSentiment"),
+    ),
+}
+_CLUSTERING: _Tasks = {
+    "ArxivClusteringP2P": (
+        "Identify the main and secondary category of Arxiv papers based on the titles and "
+        "abstracts",
+        ("ArxivP2P",),
+    ),
+    "ArxivClusteringS2S": (
+        "Identify the main and secondary category of Arxiv papers based on the titles",
+        ("ArxivS2S",),
+    ),
+    "BiorxivClusteringP2P": (
+        "Identify the main category of Biorxiv papers based on the titles and abstracts",
+        ("BiorxivP2P",),
+    ),
+    "BiorxivClusteringS2S": (
+        "Identify the main category of Biorxiv papers based on the titles",
+        ("BiorxivS2S",),
+    ),
+    "MedrxivClusteringP2P": (
+        "Identify the main category of Medrxiv papers based on the titles and abstracts",
+        ("MedrxivP2P",),
+    ),
+    "MedrxivClusteringS2S": (
+        "Identify the main category of Medrxiv papers based on the titles",
+        ("MedrxivS2S",),
+    ),
+    "RedditClustering": (
+        "Identify the topic or theme of Reddit posts based on the titles",
+        ("Reddit",),
+    ),
+    "RedditClusteringP2P": (
+        "Identify the topic or theme of Reddit posts based on the titles and posts",
+        ("RedditP2P",),
+    ),
+    "StackExchangeClustering": (
+        "Identify the topic or theme of StackExchange posts based on the titles",
+        ("StackExchange",),
+    ),
+    "StackExchangeClusteringP2P": (
+        "Identify the topic or theme of StackExchange posts based on the given paragraphs",
+        ("StackExchangeP2P",),
+    ),
+    "TwentyNewsgroupsClustering": (
+        "Identify the topic or theme of the given news articles",
+        ("TwentyNewsgroups",),
+    ),
+}
+_RERANKING: _Tasks = {
+    "MindSmallReranking": (
+        "Retrieve relevant news articles based on user browsing history",
+        ("MindSmall",),
+    ),
+}
+_SYMMETRIC_RERANKING: _Tasks = {
+    "AskUbuntuDupQuestions": (
+        "Retrieve duplicate questions from AskUbuntu forum",
+        ("AskUbuntu",),
+    ),
+    "SciDocsRR": (
+        "Given a title of a scientific paper, retrieve the titles of other relevant papers",
+        (),
+    ),
+    "StackOverflowDupQuestions": (
+        "Retrieve duplicate questions from StackOverflow forum",
+        ("StackOverflowDup", "StackOverflow"),
+    ),
+}
+_PAIR_CLASSIFICATION: _Tasks = {
+    "SprintDuplicateQuestions": ("Retrieve duplicate questions from Sprint forum", ("Sprint",)),
+    "TwitterSemEval2015": (_TWEET, ("TwitterSemEval",)),
+    "TwitterURLCorpus": (_TWEET, ("TwitterURL",)),
+}
+
+
+def _build_registry() -> dict[str, Instruction]:
+    """Return every name of every task, in the order above, mapped to its instruction."""
+    groups = (
+        ("Retrieval", False, _RETRIEVAL),
+        ("Retrieval", True, _SYMMETRIC_RETRIEVAL),
+        ("STS", True, _STS),
+        ("Summarization", True, _SUMMARIZATION),
+        ("Classification", True, _CLASSIFICATION),
+        ("Clustering", True, _CLUSTERING),
+        ("Reranking", False, _RERANKING),
+        ("Reranking", True, _SYMMETRIC_RERANKING),
+        ("PairClassification", True, _PAIR_CLASSIFICATION),
+    )
+    registry = {}
+    for task_type, symmetric, tasks in groups:
+        for name, (text, other_names) in tasks.items():
+            instruction = Instruction(name, text, text if symmetric else None, task_type)
+            registry.update(dict.fromkeys((name, *other_names), instruction))
+    return registry
+
+
+INSTRUCTIONS: Mapping[str, Instruction] = MappingProxyType(_build_registry())
+"""Every known task name, full or short, mapped to its `Instruction`; read-only."""
+
+_NAMES = {name.casefold(): name for name in INSTRUCTIONS}
+
+
+def list_instructions(task_type: str | None = None) -> list[str]:
+    """List the full names of the known tasks.
+
+    Parameters
+    ----------
+    task_type : str or None, default=None
+        Only tasks of this type, one of `TASK_TYPES`; None lists all.
+
+    Returns
+    -------
+    list of str
+        Sorted MTEB names, without the short names that are also understood.
+
+    Raises
+    ------
+    TypeError
+        If `task_type` is not a str.
+    ValueError
+        If no task has that type.
+
+    Examples
+    --------
+    >>> from skembed.instructions import list_instructions
+    >>> list_instructions("Summarization")
+    ['SummEval']
+    """
+    if task_type is not None:
+        check_choice(task_type, name="task_type", owner="list_instructions", allowed=TASK_TYPES)
+    return sorted(
+        {
+            instruction.name
+            for instruction in INSTRUCTIONS.values()
+            if task_type in (None, instruction.task_type)
+        }
+    )
+
+
+def resolve_instruction(
+    value: str | None,
+    *,
+    name: str = "instruction",
+    owner: str = "NVEmbedVectorizer",
+    side: str = "query",
+) -> str | None:
+    """Return the task text that a user's `instruction` stands for.
+
+    Parameters
+    ----------
+    value : str or None
+        The name of a known task, in any case; or a task text of one's own, which must
+        contain a space; or None or a blank string for no instruction.
+    name, owner : str
+        Parameter and estimator to name in errors.
+    side : {"query", "document"}, default="query"
+        The side to look a task name up for. A text of one's own is taken as it is.
+
+    Returns
+    -------
+    str or None
+        The task text, without the template; None where the texts stay bare.
+
+    Raises
+    ------
+    TypeError
+        If `value` is neither a str nor None.
+    ValueError
+        If `value` is a single word but no known task (the nearest is suggested), or if
+        it already holds words of the template, which would then come out twice.
+
+    Examples
+    --------
+    >>> from skembed.instructions import resolve_instruction
+    >>> resolve_instruction("nfcorpus")
+    'Given a question, retrieve relevant documents that answer the question'
+    >>> resolve_instruction("NFCorpus", side="document") is None
+    True
+    >>> resolve_instruction("Find the recipe that the text describes")
+    'Find the recipe that the text describes'
+    """
+    check_choice(side, name="side", owner="resolve_instruction", allowed=("query", "document"))
+    text = check_string(value, name=name, owner=owner, allow_empty=True, allow_none=True)
+    if text is None or not text.strip():
+        return None
+    known = _NAMES.get(text.strip().casefold())
+    if known is not None:
+        instruction = INSTRUCTIONS[known]
+        return instruction.query if side == "query" else instruction.document
+    if _TEMPLATE_WORDS.search(text):
+        raise ValueError(
+            f"The `{name}` parameter of `{owner}` must be the task text alone; got a text that "
+            "already holds words of the template. Leave out 'Instruct:' and 'Query:', which "
+            "`instruction_template` adds."
+        )
+    if len(text.split()) == 1 and text == text.strip():
+        raise ValueError(_unknown_name_message(text, name=name, owner=owner))
+    return replace_surrogates(text)
+
+
+def _unknown_name_message(text: str, *, name: str, owner: str) -> str:
+    """Return the error for a single word that is no task, with the nearest task."""
+    near = difflib.get_close_matches(text.casefold(), _NAMES, n=1, cutoff=0.5)
+    shown = repr(text) if len(text) <= 60 else f"a word of {len(text)} characters"
+    suggestion = f"Did you mean {_NAMES[near[0]]!r}? " if near else ""
+    return (
+        f"The `{name}` parameter of `{owner}` must be a known task name, or a task text "
+        f"containing a space; got {shown}. {suggestion}"
+        "`skembed.instructions.list_instructions()` lists the names."
+    )
+
+
+def check_template(template: str, *, owner: str = "NVEmbedVectorizer") -> str:
+    """Return `template` if it has the one field ``{instruction}``, once, and no other.
+
+    Parameters
+    ----------
+    template : str
+        A format string; literal braces are doubled, as for `str.format`.
+    owner : str
+        Estimator to name in errors.
+
+    Returns
+    -------
+    str
+        `template`, unchanged.
+
+    Raises
+    ------
+    TypeError
+        If `template` is not a str.
+    ValueError
+        If the field is absent, repeated or modified, if there are other fields, or if
+        braces do not match.
+
+    Examples
+    --------
+    >>> from skembed.instructions import check_template
+    >>> check_template("{instruction}: ")
+    '{instruction}: '
+    """
+    text = check_string(template, name="instruction_template", owner=owner)
+    subject = f"The `instruction_template` parameter of `{owner}`"
+    try:
+        fields = [parts[1:] for parts in string.Formatter().parse(text) if parts[1] is not None]
+    except ValueError as error:
+        raise ValueError(
+            f"{subject} must be a format string; got unmatched braces. "
+            "Double a literal brace: '{{' or '}}'."
+        ) from error
+    if fields != [("instruction", "", None)]:
+        raise ValueError(
+            f"{subject} must contain the field {{instruction}} exactly once and no other; "
+            f"got {len(fields)} fields: {[field[0] for field in fields]}. "
+            "NV-Embed's is 'Instruct: {instruction}\\nQuery: '."
+        )
+    return text
+
+
+def format_instruction(template: str, instruction: str | None) -> str:
+    r"""Return the text to put before every query.
+
+    Parameters
+    ----------
+    template : str
+        A template that `check_template` accepts.
+    instruction : str or None
+        A task text, as `resolve_instruction` returns it.
+
+    Returns
+    -------
+    str
+        The filled template; "" where `instruction` is None or empty.
+
+    Examples
+    --------
+    >>> from skembed.instructions import format_instruction
+    >>> format_instruction("Instruct: {instruction}\nQuery: ", "Find duplicates of this")
+    'Instruct: Find duplicates of this\nQuery: '
+    """
+    return template.format(instruction=instruction) if instruction else ""

@@ -1,0 +1,377 @@
+"""Configuration, bidirectional Mistral and the embedding model.
+
+The backbone is transformers' own `MistralModel`, unchanged. Two things make it bidirectional and
+free of padding, both through transformers' public registries:
+
+- an attention function that never applies a causal mask or a sliding window, and
+- packed input: all texts of a batch stand one after the other in one row, positions restart at 0
+  with each text, and the attention function alone knows where a text begins and ends.
+
+So every linear layer and norm sees real tokens only, on each of the three attention paths:
+
+========= =================================================================================
+path      attention of packed texts
+========= =================================================================================
+grouped   texts of equal length side by side, one scaled-dot-product call per length: nothing
+          is padded (CPU)
+varlen    torch's variable-length attention on cumulative lengths: nothing is padded (CUDA)
+padded    queries, keys and values padded to the longest text, with a key mask, inside the
+          attention function only (any device; the fallback)
+========= =================================================================================
+
+Sources: arXiv 2405.17428, section 3.1; facts of the released checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, MistralConfig, MistralModel
+
+from skembed.exceptions import CheckpointError
+from skembed.pooling import (
+    EosPooling,
+    FoldedLatentAttention,
+    LatentAttention,
+    MeanPooling,
+    MultiLayerPooling,
+)
+from skembed.tokenization import PackedBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+ATTENTION_NAME = "skembed"
+ATTENTION_PATHS = ("grouped", "varlen", "padded")
+# NV-Embed's config.json names no latent sizes; these are the published defaults.
+NV_EMBED_LATENT_DEFAULTS = {
+    "num_latents_value": 512,
+    "num_cross_heads": 8,
+    "output_normalize": True,
+    "hidden_dim": 4096,
+    "latent_dim": 4096,
+    "cross_dim_head": 4096,
+}
+
+
+@dataclass(frozen=True)
+class NVEmbedConfig:
+    """What a checkpoint is: the Mistral backbone, the pooling and its sizes.
+
+    Field names equal those of NV-Embed's config.json. `backbone` holds the arguments of
+    `MistralConfig`; `pooling_is_fresh` says that the checkpoint has no pooling weights.
+    """
+
+    backbone: dict[str, Any]
+    pooling: str = "latent"
+    num_latents_value: int = 512
+    num_cross_heads: int = 8
+    cross_dim_head: int = 4096
+    latent_dim: int = 4096
+    ff_mult: int = 4
+    output_normalize: bool = True
+    is_mask_instruction: bool = True
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pooling_is_fresh: bool = field(default=False, compare=False)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of token vectors and embeddings."""
+        return int(self.backbone["hidden_size"])
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], source: str) -> NVEmbedConfig:
+        """Read a config.json of the NV-Embed layout or of a plain Mistral model.
+
+        Parameters
+        ----------
+        config : mapping
+            The parsed file.
+        source : str
+            Where it was read, for messages.
+
+        Raises
+        ------
+        CheckpointError
+            When it describes another kind of model.
+        """
+        kind = config.get("model_type")
+        if kind == "nvembed" and isinstance(config.get("text_config"), dict):
+            backbone = _read_backbone(config["text_config"], source)
+            latent = {**NV_EMBED_LATENT_DEFAULTS, **config.get("latent_attention_config", {})}
+            return cls(
+                backbone=backbone,
+                pooling=config.get("pooling", "latent"),
+                is_mask_instruction=bool(config.get("is_mask_instruction", True)),
+                ff_mult=int(latent.get("ff_mult", 4)),
+                bos_token_id=int(config["text_config"].get("bos_token_id", 1)),
+                eos_token_id=int(config["text_config"].get("eos_token_id", 2)),
+                **{
+                    name: latent[name]
+                    for name in (
+                        "num_latents_value",
+                        "num_cross_heads",
+                        "cross_dim_head",
+                        "latent_dim",
+                        "output_normalize",
+                    )
+                },
+            )
+        if kind == "mistral":
+            backbone = _read_backbone(config, source)
+            width = int(backbone["hidden_size"])
+            return cls(
+                backbone=backbone,
+                num_latents_value=min(512, max(16, width // 8)),
+                cross_dim_head=width,
+                latent_dim=width,
+                bos_token_id=int(config.get("bos_token_id", 1)),
+                eos_token_id=int(config.get("eos_token_id", 2)),
+                pooling_is_fresh=True,
+            )
+        raise CheckpointError(
+            f"The config.json of {source} must have model_type 'nvembed' or 'mistral'; got "
+            f"{kind!r}. skembed runs the NV-Embed architecture (Mistral backbone) only."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json of this model in NV-Embed's layout."""
+        values = asdict(self)
+        latent_names = (
+            "num_latents_value",
+            "num_cross_heads",
+            "cross_dim_head",
+            "latent_dim",
+            "ff_mult",
+            "output_normalize",
+        )
+        latent = {name: values[name] for name in latent_names}
+        return {
+            "model_type": "nvembed",
+            "architectures": ["NVEmbedModel"],
+            "hidden_size": self.hidden_size,
+            "padding_side": "right",
+            "add_eos": True,
+            "mask_type": "b",
+            "is_mask_instruction": self.is_mask_instruction,
+            "pooling": self.pooling,
+            "latent_attention_config": {
+                "model_type": "latent_attention",
+                "hidden_dim": self.hidden_size,
+                **latent,
+            },
+            "text_config": {
+                "model_type": "bidir_mistral",
+                **self.backbone,
+                "bos_token_id": self.bos_token_id,
+                "eos_token_id": self.eos_token_id,
+            },
+        }
+
+    def mistral_config(self) -> MistralConfig:
+        """Configuration of the backbone: no causal mask, no sliding window, our attention."""
+        config = MistralConfig(
+            **{**self.backbone, "sliding_window": None, "use_cache": False, "pad_token_id": None}
+        )
+        config.is_causal = False
+        # Set after construction: the constructor argument is private to transformers.
+        config._attn_implementation = ATTENTION_NAME
+        return config
+
+
+_BACKBONE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+)
+
+
+def _read_backbone(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The arguments of `MistralConfig` that change the function computed."""
+    kept = {name: config[name] for name in _BACKBONE_FIELDS if config.get(name) is not None}
+    missing = sorted({"vocab_size", "hidden_size", "num_hidden_layers"} - set(kept))
+    if missing:
+        raise CheckpointError(f"The config.json of {source} lacks {', '.join(missing)}.")
+    return kept
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    packed: PackedBatch,
+    path: str,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention inside each text of a pack: (1, H, T, d_h) -> (1, T, H, d_h).
+
+    The keywords that transformers passes and this function has no use for (sliding window,
+    position ids, cache) end in `_`.
+    """
+    attend = {"grouped": _grouped, "varlen": _varlen, "padded": _padded}[path]
+    return attend(query[0], key[0], value[0], packed, scaling, dropout).unsqueeze(0), None
+
+
+def _grouped(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float, dropout: float
+) -> Tensor:
+    """(H, T, d_h) -> (T, H, d_h), one call for each run of texts of equal length."""
+    heads, _, width = q.shape
+    groups = heads // k.shape[0]
+    if groups > 1:  # explicit: the CPU kernel takes equal head counts only
+        k, v = (x.repeat_interleave(groups, dim=0) for x in (k, v))
+    runs = _runs(packed.lengths)
+    sizes = [length * count for length, count in runs]
+    # `split`, not slices: the backward of a slice writes a whole zero tensor for each run.
+    pieces = zip(*(x.split(sizes, dim=1) for x in (q, k, v)), strict=True)
+    parts = []
+    for (length, count), piece in zip(runs, pieces, strict=True):
+        q_run, k_run, v_run = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)
+        out = F.scaled_dot_product_attention(
+            q_run, k_run, v_run, dropout_p=dropout, scale=scaling
+        )  # (count, H, length, d_h)
+        parts.append(out.transpose(1, 2).reshape(length * count, heads, width))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of equal neighbours: [5, 5, 3] -> [(5, 2), (3, 1)]."""
+    runs: list[tuple[int, int]] = []
+    for length in lengths:
+        if runs and runs[-1][0] == length:
+            runs[-1] = (length, runs[-1][1] + 1)
+        else:
+            runs.append((length, 1))
+    return runs
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float, dropout: float
+) -> Tensor:
+    """(H, T, d_h) -> (T, H, d_h) by torch's variable-length attention (CUDA, half precision)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))  # (T, H, d_h)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    longest = max(packed.lengths)
+    cu_seqlens = packed.cu_seqlens
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling)
+
+
+def _padded(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float, dropout: float
+) -> Tensor:
+    """(H, T, d_h) -> (T, H, d_h) by padding to the longest text, with a key mask."""
+    groups = q.shape[0] // k.shape[0]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=0) for x in (k, v))
+    lengths = (packed.cu_seqlens[1:] - packed.cu_seqlens[:-1]).long()
+    mask = torch.arange(max(packed.lengths), device=q.device) < lengths.unsqueeze(1)  # (B, L)
+
+    def pad(x: Tensor) -> Tensor:  # (H, T, d_h) -> (B, H, L, d_h)
+        out = x.new_zeros(*mask.shape, x.shape[0], x.shape[2])
+        out[mask] = x.transpose(0, 1)
+        return out.transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(
+        pad(q), pad(k), pad(v), attn_mask=mask[:, None, None, :], dropout_p=dropout, scale=scaling
+    )
+    return out.transpose(1, 2)[mask]
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Mask of the packed attention: none; the attention function knows the texts' borders."""
+
+
+AttentionInterface.register(ATTENTION_NAME, _packed_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+def build_pooling(config: NVEmbedConfig) -> nn.Module:
+    """The pooling module of a configuration, with fresh weights."""
+    sizes = {
+        "num_latents": config.num_latents_value,
+        "num_heads": config.num_cross_heads,
+        "dim_head": config.cross_dim_head,
+        "ff_mult": config.ff_mult,
+    }
+    if config.pooling == "latent":
+        return LatentAttention(config.hidden_size, latent_dim=config.latent_dim, **sizes)
+    if config.pooling == "multilayer":
+        layers = int(config.backbone["num_hidden_layers"])
+        return MultiLayerPooling(config.hidden_size, num_layers=layers, **sizes)
+    return MeanPooling() if config.pooling == "mean" else EosPooling()
+
+
+class NVEmbedModel(nn.Module):
+    """Token ids of packed texts -> one raw vector per text (not yet normalised).
+
+    `embedding_model` is transformers' `MistralModel`, `latent_attention_model` the pooling;
+    both names are those of the published checkpoints.
+
+    Parameters
+    ----------
+    config : NVEmbedConfig
+        The architecture.
+    attention_path : {"grouped", "varlen", "padded"}
+        How packed texts attend; see the module's table.
+    """
+
+    def __init__(self, config: NVEmbedConfig, *, attention_path: str = "grouped") -> None:
+        super().__init__()
+        self.config = config
+        self.attention_path = attention_path
+        self.embedding_model = MistralModel(config.mistral_config())
+        self.latent_attention_model = build_pooling(config)
+
+    def hidden_states(
+        self, batch: PackedBatch, *, all_layers: bool = False
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Last hidden states (T, D) of a pack, or those of every layer, in a tuple."""
+        output = self.embedding_model(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(0),
+            use_cache=False,
+            output_hidden_states=all_layers,
+            packed=batch,
+            path=self.attention_path,
+        )
+        if all_layers:  # the first entry is the word vectors, which the paper leaves out
+            return tuple(hidden[0] for hidden in output.hidden_states[1:])
+        return output.last_hidden_state[0]
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Raw vectors, float32 (B, D), of a pack of B texts."""
+        if self.config.pooling == "multilayer":
+            layers = self.hidden_states(batch, all_layers=True)
+            hidden: Any = [layer[batch.pool_index] for layer in layers]
+        else:
+            hidden = self.hidden_states(batch)[batch.pool_index]  # (P, D)
+        return self.latent_attention_model(hidden, batch.pool_segments, batch.pool_counts)
+
+    def fold_pooling(self) -> None:
+        """Replace a latent layer by its inference form; other poolings stay."""
+        if isinstance(self.latent_attention_model, LatentAttention):
+            self.latent_attention_model = FoldedLatentAttention(self.latent_attention_model)

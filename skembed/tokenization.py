@@ -1,0 +1,219 @@
+"""Texts -> token ids -> packed batches, and which positions are pooled.
+
+The rules are NV-Embed's (arXiv 2405.17428, and the behaviour of the released reference):
+
+- the end-of-sequence string is appended to every text before tokenisation, so that a text which is
+  cut at `max_length` loses it;
+- the tokenizer puts the begin-of-sequence token in front;
+- with an instruction, the begin-of-sequence token and the instruction take part in attention but
+  not in the pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from skembed.exceptions import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Token ids of several texts, one text after the other.
+
+    Attributes
+    ----------
+    input_ids, position_ids : Tensor of int64, shape (T,)
+    lengths : tuple of int, length B
+        Tokens of each text; equal lengths side by side make the grouped path fast.
+    cu_seqlens : Tensor of int32, shape (B + 1,)
+        Where each text begins; the last entry is T.
+    pool_index : Tensor of int64, shape (P,)
+        Positions in the pack that are pooled.
+    pool_segments : Tensor of int64, shape (P,)
+        The text each pooled position belongs to, ascending.
+    pool_counts : Tensor of float32, shape (B,)
+        Pooled tokens of each text, at least 1.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    pool_index: Tensor
+    pool_segments: Tensor
+    pool_counts: Tensor
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The batch on another device; asynchronous from pinned memory."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in self.__dataclass_fields__
+            if name != "lengths"
+        }
+        return PackedBatch(lengths=self.lengths, **moved)
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Token ids of several texts.
+
+    Attributes
+    ----------
+    ids : list of ndarray of int32
+        Token ids of each text, at most `max_length` each.
+    lengths : ndarray of int64, shape (n,)
+        Tokens of each text.
+    pool_start : int
+        First pooled position of every text: 0, or behind the instruction.
+    n_truncated : int
+        Texts that were longer than `max_length`.
+    """
+
+    ids: list[np.ndarray]
+    lengths: np.ndarray
+    pool_start: int
+    n_truncated: int
+
+
+class TextTokenizer:
+    """A checkpoint's tokenizer.json with NV-Embed's rules around it; safe under threads.
+
+    The `tokenizers` library reads the file itself: no tokenizer class is looked up by name, so
+    nothing in the folder can ask for custom code.
+
+    Parameters
+    ----------
+    tokenizer : tokenizers.Tokenizer
+        The tokenizer; its own padding and truncation are switched off.
+    bos_token_id, eos_token_id : int
+        Ids of the begin- and end-of-sequence tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, bos_token_id: int, eos_token_id: int) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.tokenizer = tokenizer
+        self.bos_token_id = bos_token_id
+        self.eos_token = tokenizer.id_to_token(eos_token_id)
+        if self.eos_token is None or tokenizer.id_to_token(bos_token_id) is None:
+            raise CheckpointError(
+                f"The tokenizer has no token of id {bos_token_id} (begin) or {eos_token_id} (end), "
+                "which config.json names; the two files belong to different models."
+            )
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, bos_token_id: int, eos_token_id: int) -> TextTokenizer:
+        """Read ``tokenizer.json`` of a model folder.
+
+        Raises
+        ------
+        CheckpointError
+            When the file is missing or unreadable.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"The model folder {folder} must hold a tokenizer.json; it does not. Save the "
+                "tokenizer in its fast form (`save_pretrained` of a fast tokenizer writes it)."
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} is not a readable tokenizer: {error}") from error
+        return cls(tokenizer, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
+
+    def count_prefix(self, prefix: str) -> int:
+        """Positions that an instruction prefix keeps out of the pool, begin token included.
+
+        The reference counts the tokens of the prefix alone, without a begin token. Its template
+        ends with a space, which alone is a token and in front of a word is not: that token too
+        many makes up for the begin token. A prefix without the space lacks it, so one is added.
+        """
+        if not prefix:
+            return 0
+        tokens = self.tokenizer.encode(prefix, add_special_tokens=False).ids
+        return len(tokens) + (not prefix.endswith(" "))
+
+    def encode(
+        self, texts: Sequence[str], *, prefix: str, max_length: int, mask_prefix: bool = True
+    ) -> EncodedTexts:
+        """Token ids of ``prefix + text + end``, cut at `max_length`.
+
+        Raises
+        ------
+        ValueError
+            When the instruction alone fills `max_length`.
+        """
+        pool_start = self.count_prefix(prefix)
+        if pool_start >= max_length:
+            raise ValueError(
+                f"The instruction takes {pool_start} tokens with the begin-of-sequence token, and "
+                f"max_length is {max_length}: no token of a text would be left to pool. Raise "
+                "`max_length` or shorten `instruction`."
+            )
+        full = [prefix + text + self.eos_token for text in texts]
+        ids, n_truncated = [], 0
+        for encoding in self.tokenizer.encode_batch_fast(full):
+            row = encoding.ids
+            if row[0] != self.bos_token_id:  # a tokenizer saved without its post-processor
+                row = [self.bos_token_id, *row]
+            n_truncated += len(row) > max_length
+            ids.append(np.array(row[:max_length], dtype=np.int32))
+        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+        return EncodedTexts(ids, lengths, pool_start if mask_prefix else 0, n_truncated)
+
+
+def pack_texts(ids: Sequence[np.ndarray], pool_start: int) -> PackedBatch:
+    """Texts one after the other, with everything the model wants to know of their borders.
+
+    Parameters
+    ----------
+    ids : sequence of ndarray of int
+        Token ids of each text, none empty.
+    pool_start : int
+        First pooled position of each text; every text must be longer.
+
+    Returns
+    -------
+    PackedBatch
+        On the CPU.
+    """
+    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    position = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    pooled = np.flatnonzero(position >= pool_start)
+    pool_counts = lengths - pool_start
+    return PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
+        position_ids=torch.from_numpy(position),
+        lengths=tuple(lengths.tolist()),
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        pool_index=torch.from_numpy(pooled),
+        pool_segments=torch.from_numpy(np.repeat(np.arange(len(ids)), pool_counts)),
+        pool_counts=torch.from_numpy(pool_counts.astype(np.float32)),
+    )
+
+
+def iterate_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Positions of texts, longest first, in batches of at most `batch_tokens` tokens.
+
+    Longest first, so that a batch too large for the memory shows at once and the time left is
+    never underestimated. A text above the budget forms a batch by itself.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    ends = np.cumsum(lengths[order])
+    start = 0
+    while start < len(order):
+        used = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, used + batch_tokens, side="right")))
+        yield order[start:stop]
+        start = stop
