@@ -19,6 +19,7 @@ import platform
 import sys
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +32,14 @@ from skembed import NVEmbedVectorizer
 from skembed.datasets import load_docstrings
 
 SHOTS = (4, 8, 16)
-N_FOLDS = 5
 BASELINE = "TF-IDF"
 
 # Colours picked one after the other, each as far as possible from all before it, both as most
-# people see them and with red-green blindness (CIELAB distance, Machado's deuteranopia matrix).
+# people see them and with red-green blindness (distance in OKLab; Machado's deuteranopia matrix).
 PALETTE = (
-    "#0076b1 #ff0000 #0000ff #00d89d #3b4e14 #274ed8 #ff9dff #892762 #ebb176 #c44eff #ffb100 "
-    "#ff27b1 #c44e3b #9d6262 #62149d #4e3b76 #b19dff #0027d8 #76d83b #8989c4 #ff6276 #007689 "
-    "#893b00 #76273b #76b13b #ff9dd8 #9d6200 #8900ff"
+    "#0076b1 #00eb00 #d80014 #ff89ff #4e3b00 #620076 #89b189 #0000ff #d800ff #b176b1 #eb7600 "
+    "#00764e #ebb1c4 #3b3bb1 #3bb1ff #624e76 #9d7662 #c41489 #9d0000 #8927d8 #004e4e #62d876 "
+    "#7689d8 #14b14e #ff4ed8 #4e62ff #763b3b #8962d8"
 ).split()
 # A second sign beside the colour, since no 25 colours are distinct for every eye.
 MARKERS = {"numpy": "^", "scipy": "o", "sklearn": "s"}
@@ -48,9 +48,10 @@ MARKERS = {"numpy": "^", "scipy": "o", "sklearn": "s"}
 def main(arguments: list[str] | None = None) -> None:
     """Run the demo."""
     options = parse_arguments(arguments)
+    check_packages("umap", "matplotlib")  # now, rather than after all the work
     started = time.perf_counter()
     docs = load_texts(options)
-    folds = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=0)
+    folds = StratifiedGroupKFold(options.folds, shuffle=True, random_state=0)
     splits = list(folds.split(docs.data, docs.target, docs.groups))
 
     embeddings, embedding_seconds = embed(docs, options.model)
@@ -88,14 +89,24 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a quarter of the texts and two draws, for a first look",
+        help="fewer texts, draws and folds, for a first look",
     )
     options = parser.parse_args(arguments)
     if options.draws < 1:
         parser.error(f"--draws must be at least 1; got {options.draws}")
+    options.folds = 5
     if options.quick:
-        options.draws = min(options.draws, 2)
+        options.draws, options.folds = min(options.draws, 2), 3
     return options
+
+
+def check_packages(*names: str) -> None:
+    """End with advice if a package that draws the map is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            sys.exit(
+                f"The map needs `{name}`, which is not installed. Run: pip install skembed[plot]"
+            )
 
 
 def say(text: str) -> None:
@@ -122,7 +133,7 @@ def load_texts(options: argparse.Namespace):
     return docs
 
 
-def thin_out(docs, every: int, keep: int = 24):
+def thin_out(docs, every: int, keep: int = 16):
     """Keep every `every`-th function or class, and the first `keep` of each label."""
     kept = np.zeros(len(docs.data), dtype=bool)
     for label in range(len(docs.target_names)):
@@ -275,12 +286,10 @@ def describe(
 
 def project(embeddings: np.ndarray) -> np.ndarray:
     """Project embeddings of shape (n_texts, dim) to positions of shape (n_texts, 2)."""
-    try:
-        from umap import UMAP
-    except ImportError:
-        sys.exit("The map needs `umap`, which is not installed. Run: pip install skembed[plot]")
+    from umap import UMAP  # here, as it takes seconds to load
+
     # A fixed random state makes UMAP run on one thread; saying so keeps it from warning.
-    projection = UMAP(n_neighbors=20, min_dist=0.15, metric="cosine", random_state=0, n_jobs=1)
+    projection = UMAP(n_neighbors=30, min_dist=0.3, metric="cosine", random_state=0, n_jobs=1)
     return projection.fit_transform(embeddings)
 
 
@@ -291,21 +300,20 @@ def draw_map(positions: np.ndarray, docs, file: Path, title: str) -> None:
     matplotlib.use("Agg")  # a file is all we need: no window, no screen
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(14, 9.5), dpi=130, layout="constrained")
-    low, high = np.quantile(positions, [0.002, 0.998], axis=0)
-    margin = 0.04 * (high - low)
-    axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]))
-    axes.set(ylim=(low[1] - margin[1], high[1] + margin[1]), xticks=[], yticks=[])
+    figure, axes = plt.subplots(figsize=(13, 8.6), dpi=140, layout="constrained")
+    low, high = visible_range(positions)
+    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[])
+    n_outside = int(((positions < low) | (positions > high)).any(axis=1).sum())
     # All labels mixed, or the last ones would cover the first.
     for part in np.array_split(np.random.default_rng(0).permutation(len(positions)), 12):
         for label, name in enumerate(docs.target_names):
             members = part[docs.target[part] == label]
             axes.scatter(
                 *positions[members].T,
-                s=11,
+                s=15,
                 marker=MARKERS[name.partition(".")[0]],
                 color=PALETTE[label % len(PALETTE)],
-                alpha=0.6,
+                alpha=0.65,
                 linewidths=0,
             )
     for label, name in enumerate(docs.target_names):  # the legend: counts, and full-colour signs
@@ -317,8 +325,10 @@ def draw_map(positions: np.ndarray, docs, file: Path, title: str) -> None:
             color=PALETTE[label % len(PALETTE)],
             label=f"{name} ({np.sum(docs.target == label)})",
         )
-    axes.legend(loc="center left", bbox_to_anchor=(1.005, 0.5), frameon=False, fontsize=10)
-    axes.set_title(title, fontsize=14, loc="left", pad=10)
+    axes.legend(loc="center left", bbox_to_anchor=(1.005, 0.5), frameon=False, fontsize=11)
+    axes.set_title(title, fontsize=15, loc="left", pad=10)
+    if n_outside:
+        axes.set_xlabel(f"{n_outside} passages lie in islands outside the frame", color="0.35")
     for side in axes.spines.values():
         side.set_color("0.8")
     annotate(figure, axes, positions, docs)
@@ -330,8 +340,10 @@ def annotate(figure, axes, positions: np.ndarray, docs) -> None:
     """Write the names of the labels into the map, pushed apart where they would overlap."""
     from matplotlib import patheffects
 
+    low, high = visible_range(positions)
+    radius = 0.04 * float((high - low).mean())
     anchors = np.array(
-        [densest(positions[docs.target == i]) for i in range(len(docs.target_names))]
+        [densest(positions[docs.target == i], radius) for i in range(len(docs.target_names))]
     )
     halo = [patheffects.withStroke(linewidth=3.5, foreground="white", alpha=0.9)]
     texts = [
@@ -356,10 +368,20 @@ def annotate(figure, axes, positions: np.ndarray, docs) -> None:
             axes.plot(*np.transpose([place, anchor]), color="0.25", linewidth=0.8, zorder=4)
 
 
-def densest(points: np.ndarray) -> np.ndarray:
-    """Return the point of (n, 2) whose tenth-nearest neighbour is closest."""
-    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
-    return points[np.sort(distances, axis=1)[:, min(10, len(points) - 1)].argmin()]
+def visible_range(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the low and high corner of the frame: far islands would shrink all else."""
+    low, middle, high = np.quantile(positions, [0.02, 0.5, 0.98], axis=0)
+    low, high = middle + 1.35 * (low - middle), middle + 1.35 * (high - middle)
+    inside = positions[((positions >= low) & (positions <= high)).all(axis=1)]
+    low, high = inside.min(axis=0), inside.max(axis=0)
+    margin = 0.03 * (high - low)
+    return low - margin, high + margin
+
+
+def densest(points: np.ndarray, radius: float) -> np.ndarray:
+    """Return the point of (n, 2) with the most others around it, at the scale of `radius`."""
+    squares = ((points[:, None] - points[None]) ** 2).sum(axis=-1)
+    return points[np.exp(-squares / (2 * radius**2)).sum(axis=1).argmax()]
 
 
 def push_apart(
@@ -374,7 +396,6 @@ def push_apart(
         # Overlap of each pair along x and y; only positive in both do two boxes touch.
         gaps = moved[:, None] - moved[None]  # (n, n, 2)
         overlap = (sizes[:, None] + sizes[None]) / 2 - np.abs(gaps)
-        np.fill_diagonal(overlap.min(axis=-1), 0)
         touching = (overlap > 0).all(axis=-1) & ~np.eye(len(moved), dtype=bool)
         if not touching.any():
             break

@@ -11,6 +11,8 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +48,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 WHOLE_HASH_BYTES = 256 * 1024**2
+_unpacked: dict[str, tempfile.TemporaryDirectory[str]] = {}
+_unpacking = threading.Lock()
 BACKBONE_PREFIX = "embedding_model."
 POOLING_PREFIX = "latent_attention_model."
 
@@ -124,9 +128,7 @@ def _download(name: str, revision: str | None) -> ModelSource:
 
     wanted = f"{name!r} at revision {revision or 'main'!r}"
     try:
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED_FILES)
-        )
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED_FILES))
     except GatedRepoError as error:
         raise ModelNotFoundError(
             f"The hub model {wanted} asks for consent to its licence. Accept it on the model's "
@@ -262,7 +264,9 @@ def _find_weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
     if index.is_file():
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index: {error}.") from error
         absent = [name for name in shards if not (folder / name).is_file()]
@@ -336,23 +340,55 @@ def load_model(
     FreshPoolingWarning
         When the folder has no weights for the pooling.
     """
-    files = WeightFiles(source.folder)
     with torch.device("meta"):
         model = NVEmbedModel(config, attention_path=attention_path)
-    fresh = config.pooling_is_fresh
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected = {n: s for n, s in shapes.items() if not (fresh and n.startswith(POOLING_PREFIX))}
-    unused = fresh or config.pooling in ("mean", "eos")
-    files.check(expected, ignored=(POOLING_PREFIX,) if unused else ())
-    for name in expected:
-        target = torch.empty(shapes[name], dtype=dtype, device=device)
-        _set_parameter(model, name, target.copy_(files.read(name)))
-    if fresh:
-        _start_pooling(model, source, device, dtype)
+    for name, tensor in iterate_tensors(source, config, model):
+        target = torch.empty(tensor.shape, dtype=dtype, device=device)
+        _set_parameter(model, name, target.copy_(tensor))
+    if config.pooling_is_fresh:
+        _warn_fresh_pooling(source, config)
     # The rotary table is no weight: it is computed again, in float32, on the target device.
     rotary = model.embedding_model.rotary_emb
     model.embedding_model.rotary_emb = type(rotary)(config=model.embedding_model.config).to(device)
     return model.eval().requires_grad_(False)
+
+
+def iterate_tensors(
+    source: ModelSource, config: NVEmbedConfig, model: NVEmbedModel | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """All weights of a folder under the model's names, checked first, fresh pooling included.
+
+    Parameters
+    ----------
+    source, config : ModelSource, NVEmbedConfig
+        The folder and its configuration.
+    model : NVEmbedModel, optional
+        The model on the meta device, when it is at hand.
+
+    Yields
+    ------
+    name, tensor
+        In the stored type, mapped from the file: copy before taking the next.
+
+    Raises
+    ------
+    CheckpointError
+        When names, shapes or files are not what config.json says.
+    """
+    files = WeightFiles(source.folder)
+    if model is None:
+        with torch.device("meta"):
+            model = NVEmbedModel(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    fresh = config.pooling_is_fresh
+    stored = [n for n in shapes if not (fresh and n.startswith(POOLING_PREFIX))]
+    unused = fresh or config.pooling in ("mean", "eos")
+    files.check({n: shapes[n] for n in stored}, ignored=(POOLING_PREFIX,) if unused else ())
+    for name in stored:
+        yield name, files.read(name)
+    if fresh:
+        pooling = _start_pooling(model.latent_attention_model)
+        yield from ((POOLING_PREFIX + name, value) for name, value in pooling.items())
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
@@ -361,29 +397,36 @@ def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _start_pooling(
-    model: NVEmbedModel, source: ModelSource, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Fresh pooling weights from a fixed seed, without touching the global random state."""
+def _start_pooling(pooling: nn.Module) -> dict[str, Tensor]:
+    """Fresh float32 weights from a fixed seed, without touching the global random state.
+
+    Output projections of a latent layer start at zero, so that it equals mean pooling until it is
+    trained.
+    """
     generator = torch.Generator().manual_seed(0)
-    pooling = model.latent_attention_model
-    for name, parameter in list(pooling.named_parameters()):
+    starts_at_zero = isinstance(pooling, LatentAttention)
+    fresh = {}
+    for name, parameter in pooling.named_parameters():
         value = torch.zeros(parameter.shape)
         if name == "latents":
             value.normal_(generator=generator)
-        elif parameter.ndim == 2 and name != "layer_weights":
-            value.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
         elif "norm" in name and name.endswith("weight"):
             value.fill_(1.0)
-        _set_parameter(pooling, name, value.to(device, dtype))
-    start = "random weights"
-    if isinstance(pooling, LatentAttention):
-        pooling.start_as_mean()
-        start = "weights that equal mean pooling"
+        elif starts_at_zero and name.endswith(("to_out.weight", "net.2.weight")):
+            pass
+        elif parameter.ndim == 2 and name != "layer_weights":
+            value.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+        fresh[name] = value
+    return fresh
+
+
+def _warn_fresh_pooling(source: ModelSource, config: NVEmbedConfig) -> None:
+    """Say that the pooling has not been trained, and what it equals."""
+    start = "weights that equal mean pooling" if config.pooling == "latent" else "random weights"
     warnings.warn(
-        f"{source.name!r} has no weights for {model.config.pooling!r} pooling: it starts with "
-        f"{start} and wants training. Pass `pooling='mean'` for untrained use, or silence this "
-        "with warnings.filterwarnings('ignore', category=skembed.FreshPoolingWarning).",
+        f"{source.name!r} has no weights for {config.pooling!r} pooling: it starts with {start} "
+        "and wants training. Pass `pooling='mean'` for untrained use, or silence this with "
+        "warnings.filterwarnings('ignore', category=skembed.FreshPoolingWarning).",
         FreshPoolingWarning,
         stacklevel=2,
     )
@@ -497,6 +540,28 @@ def _write_shards(
         shard[name] = tensor.detach().contiguous()
         size += tensor.nbytes
     yield flush()
+
+
+def pack_folder(folder: Path) -> dict[str, bytes]:
+    """Content of all files that make a model folder, to travel in a pickle."""
+    names = [CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES]
+    paths = [folder / name for name in names if (folder / name).is_file()]
+    return {path.name: path.read_bytes() for path in [*paths, *_find_weight_files(folder)]}
+
+
+def unpack_folder(files: Mapping[str, bytes]) -> Path:
+    """A temporary folder with these files, one per content and process, gone at its end."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(files):
+        digest.update(name.encode() + hashlib.blake2b(files[name]).digest())
+    with _unpacking:
+        folder = _unpacked.get(digest.hexdigest())
+        if folder is None:
+            folder = tempfile.TemporaryDirectory(prefix="skembed-")
+            for name, content in files.items():
+                (Path(folder.name) / name).write_bytes(content)
+            _unpacked[digest.hexdigest()] = folder
+        return Path(folder.name)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

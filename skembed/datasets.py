@@ -33,6 +33,7 @@ _PACKAGES = {"numpy": "numpy", "scipy": "scipy", "sklearn": "scikit-learn"}
 _SKIPPED_PARTS = {
     "tests", "externals", "_lib", "f2py", "distutils", "testing", "_typing", "_examples",
     "_testing", "_build_utils", "conftest", "setup", "estimator_checks", "testutils",
+    "timer_comparison",
 }  # fmt: skip
 # scipy.fftpack is the predecessor of scipy.fft, and scipy.misc is empty or gone: the same
 # functions described twice would make two labels out of one subject.

@@ -397,6 +397,11 @@ def resolve_instruction(
     return replace_surrogates(text)
 
 
+def is_task_name(value: str | None) -> bool:
+    """True where a value names a known task, so that both of its sides are known."""
+    return value is not None and value.strip().casefold() in _NAMES
+
+
 def _unknown_name_message(text: str, *, name: str, owner: str) -> str:
     """Return the error for a single word that is no task, with the nearest task."""
     near = difflib.get_close_matches(text.casefold(), _NAMES, n=1, cutoff=0.5)

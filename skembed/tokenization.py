@@ -25,6 +25,7 @@ from skembed.exceptions import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Token ids of several texts, one text after the other.

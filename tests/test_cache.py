@@ -11,6 +11,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -394,6 +395,32 @@ def test_smaller_limit_shrinks_an_existing_file(path: Path) -> None:
     assert integrity(path) == "ok"
 
 
+@pytest.mark.parametrize("dim", [64, 384, 1000, 1024, 4096])
+def test_estimate_of_a_row_is_close(path: Path, dim: int) -> None:
+    cache = EmbeddingCache(path)
+    before = cache.size_bytes
+    cache.store("model", [str(i) for i in range(2000)], make_vectors(2000, dim))
+    per_row = (cache.size_bytes - before) / 2000
+    assert 0.85 < per_row / _cache_file._estimate_row_bytes(dim * 4) < 1.02
+
+
+def test_file_does_not_outgrow_its_limit_in_passing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert = _cache_file._insert
+    peaks: list[int] = []
+
+    def watched(connection: sqlite3.Connection, *args: Any) -> None:
+        insert(connection, *args)
+        peaks.append(_cache_file._used_bytes(connection))
+
+    monkeypatch.setattr(_cache_file, "_insert", watched)
+    cache = EmbeddingCache(path, max_bytes=1_000_000)
+    for block in range(10):
+        cache.store("model", [f"{block} {i}" for i in range(150)], make_vectors(150, 384))
+    assert 700_000 < max(peaks) <= 1_000_000
+
+
 def test_call_larger_than_the_limit_keeps_what_fits(path: Path) -> None:
     cache = EmbeddingCache(path, max_bytes=300_000)
     cache.store("model", [str(i) for i in range(1000)], make_vectors(1000, 384))
@@ -564,6 +591,7 @@ children = []
 for child in range(8):
     pid = os.fork()
     if pid == 0:
+        assert cache._store._connection is None
         for each in (cache, memory):
             assert each.lookup("model", ["before"], out).all()
             each.store("model", [f"child {child}"], one)
@@ -756,6 +784,18 @@ def test_deleted_file_is_made_anew(path: Path) -> None:
     assert find(EmbeddingCache(path), ["b"])[0] == [True]
 
 
+def test_replaced_file_is_opened_anew(path: Path) -> None:
+    cache = EmbeddingCache(path)
+    cache.store("model", ["a"], make_vectors(1))
+    other = EmbeddingCache(path.with_name("other.sqlite"))
+    other.store("model", ["b"], make_vectors(1))
+    other.close()
+    for suffix in ("-wal", "-shm"):
+        path.with_name(f"cache.sqlite{suffix}").unlink()
+    path.with_name("other.sqlite").replace(path)
+    assert find(cache, ["a", "b"])[0] == [False, True]
+
+
 def test_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="a folder. Name a file in it"):
         len(EmbeddingCache(tmp_path))
@@ -836,6 +876,21 @@ def test_writer_waits_for_a_lock(path: Path) -> None:
     assert find(cache, ["a"])[0] == [True]
 
 
+def test_lock_that_sqlite_does_not_wait_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = _cache_file._open
+    failures = [sqlite3.OperationalError("database is locked")] * 2
+
+    def open_when_free(path: Path) -> sqlite3.Connection:
+        if failures:
+            raise failures.pop()
+        return opened(path)
+
+    monkeypatch.setattr(_cache_file, "_open", open_when_free)
+    cache = EmbeddingCache(path)
+    cache.store("model", ["a"], make_vectors(1))
+    assert find(cache, ["a"])[0] == [True]
+
+
 def test_lock_held_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cache_file, "_LOCK_TIMEOUT_S", 0.1)
     cache = EmbeddingCache(path)
@@ -855,7 +910,7 @@ def test_interrupt_rolls_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     cache.store("model", ["a"], make_vectors(1))
     insert = _cache_file._insert
 
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: Any) -> None:
         insert(*args)
         raise KeyboardInterrupt
 
@@ -871,7 +926,7 @@ def test_interrupt_rolls_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 # Copies, pickles, and what `cache=` may be
 
 
-class Holder(BaseEstimator):  # type: ignore[misc]
+class Holder(BaseEstimator):
     def __init__(self, cache: object = None) -> None:
         self.cache = cache
 

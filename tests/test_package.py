@@ -36,9 +36,10 @@ LEVELS = {
     "skembed.tokenization": 3,
     "skembed.model": 4,
     "skembed.checkpoint": 5,
-    "skembed.engine": 6,
-    "skembed.training": 6,
-    "skembed.vectorizer": 7,
+    "skembed.registry": 6,
+    "skembed.engine": 7,
+    "skembed.training": 8,
+    "skembed.vectorizer": 9,
 }
 LAST_TORCH_FREE_LEVEL = 2
 MAX_LINES = 700

@@ -1,0 +1,380 @@
+"""Texts -> raw embeddings: each distinct text once, cached, in batches of a token budget.
+
+The way of a call: hash and deduplicate -> longest first -> per chunk of some thousand texts: look
+up the cache, tokenise what is missing, pack by true token length up to the budget, run the model,
+store -> scatter back to input order. Beside the output, memory is a constant (one chunk) plus 40
+bytes a text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed, effective_n_jobs
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from skembed.cache import EmbeddingCache
+from skembed.registry import LoadedModel, ModelKey
+from skembed.tokenization import EncodedTexts, iterate_batches, pack_texts
+
+logger = logging.getLogger(__name__)
+
+# Raised by every change of code that moves vectors by more than rounding.
+NUMERICS_VERSION = 1
+CHUNK_TEXTS = 8_192
+CHUNK_CHARACTERS = 16_000_000
+PARALLEL_TEXTS = 256  # below, starting workers costs more than they bring
+STORE_ROWS = 1_024  # rows between two writes to the cache
+PROGRESS_DELAY_S = 3.0
+CPU_BATCH_TOKENS = 4_096
+MAX_BATCH_TOKENS = 65_536
+MIN_BATCH_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class EmbedRequest:
+    """Everything beside the texts and the weights that decides their vectors.
+
+    Attributes
+    ----------
+    prefix : str
+        The instruction inside its template; "" for none.
+    max_length : int
+        Tokens.
+    dim : int
+        Width of the vectors.
+    namespace : str
+        Cache key of all of the above and the model.
+    """
+
+    prefix: str
+    max_length: int
+    dim: int
+    namespace: str
+
+
+@dataclass
+class EmbedReport:
+    """What one call did, for warnings, attributes and tests."""
+
+    n_texts: int = 0
+    n_distinct: int = 0
+    n_embedded: int = 0
+    n_truncated: int = 0
+    n_tokens: int = 0
+    n_positions: int = 0  # tokens and padding that the attention saw
+    batch_tokens: int = 0
+
+    def add(self, other: EmbedReport) -> None:
+        """Count what a worker did."""
+        self.n_embedded += other.n_embedded
+        self.n_truncated += other.n_truncated
+        self.n_tokens += other.n_tokens
+        self.n_positions += other.n_positions
+        self.batch_tokens = other.batch_tokens
+
+
+def cache_namespace(key: ModelKey, prefix: str, max_length: int) -> str:
+    """Everything that changes a raw vector beside the text, as one string.
+
+    Truncation and normalisation are not in it: they are applied to what the cache gives.
+    """
+    parts = [NUMERICS_VERSION, key.fingerprint, key.pooling, key.dtype, max_length, prefix]
+    return json.dumps(parts)
+
+
+def embed_texts(
+    texts: Sequence[str],
+    request: EmbedRequest,
+    *,
+    get_model: Callable[[], LoadedModel],
+    load_in_worker: Callable[[], LoadedModel] | None = None,
+    cache: EmbeddingCache | None,
+    batch_tokens: int | None = None,
+    progress: bool | None = None,
+    n_jobs: int | None = None,
+) -> tuple[np.ndarray, EmbedReport]:
+    """Raw vectors of texts: pooled, neither normalised nor truncated.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        The texts, any order, repeated or not.
+    request : EmbedRequest
+        Instruction, length and cache namespace.
+    get_model : callable
+        Gives the model; called only when a text is not in the cache.
+    load_in_worker : callable, optional
+        The same for worker processes: picklable, and holding nothing of this process.
+    cache : EmbeddingCache or None
+        Where vectors are looked up and kept.
+    batch_tokens : int, optional
+        Tokens of one forward pass; None chooses by device.
+    progress : bool, optional
+        True shows a bar, False none, None one after three seconds.
+    n_jobs : int, optional
+        Worker processes of joblib; short input stays in this process.
+
+    Returns
+    -------
+    embeddings : ndarray of float32, shape (n_texts, dim)
+        In input order.
+    report : EmbedReport
+        Counts of the call.
+    """
+    out = np.empty((len(texts), request.dim), dtype=np.float32)
+    distinct, source = find_distinct(texts)
+    report = EmbedReport(n_texts=len(texts), n_distinct=len(distinct))
+    runner: _Runner | _ParallelRunner = _Runner(request, get_model, batch_tokens, report)
+    workers = 1 if n_jobs is None else effective_n_jobs(n_jobs)
+    if workers > 1 and load_in_worker is not None and len(distinct) >= PARALLEL_TEXTS:
+        runner = _ParallelRunner(request, load_in_worker, batch_tokens, report, workers)
+    delay = 0.0 if progress else PROGRESS_DELAY_S
+    with tqdm(
+        total=len(distinct), unit="text", desc="embedding", delay=delay, disable=progress is False
+    ) as bar:
+        for rows in _chunks(texts, distinct):
+            _embed_chunk(texts, rows, out, cache, runner, bar)
+    if source is not None:
+        repeated = np.flatnonzero(source != np.arange(len(texts)))
+        for start in range(0, len(repeated), CHUNK_TEXTS):
+            part = repeated[start : start + CHUNK_TEXTS]
+            out[part] = out[source[part]]
+    return out, report
+
+
+def find_distinct(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    """First row of each distinct text, ascending, and for every row its first row (None: itself).
+
+    Works on Python's hashes (24 bytes a text in all) instead of a dictionary of the texts; equal
+    hashes are compared as texts.
+    """
+    n = len(texts)
+    hashes = np.fromiter(map(hash, texts), dtype=np.int64, count=n)
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    if len(first) == n:
+        return np.arange(n), None
+    source = first[inverse]
+    collided: dict[str, int] = {}
+    for row in np.flatnonzero(source != np.arange(n)):
+        if texts[row] != texts[source[row]]:
+            source[row] = collided.setdefault(texts[row], row)
+    return np.flatnonzero(source == np.arange(n)), source
+
+
+def _chunks(texts: Sequence[str], rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows, longest text first, in chunks bounded in texts and in characters."""
+    sizes = np.fromiter((len(texts[i]) for i in rows), dtype=np.int64, count=len(rows))
+    order = np.argsort(-sizes, kind="stable")
+    rows, ends = rows[order], np.cumsum(sizes[order])
+    start = 0
+    while start < len(rows):
+        used = ends[start - 1] if start else 0
+        stop = int(np.searchsorted(ends, used + CHUNK_CHARACTERS, side="right"))
+        stop = min(max(stop, start + 1), start + CHUNK_TEXTS)
+        yield rows[start:stop]
+        start = stop
+
+
+def _embed_chunk(
+    texts: Sequence[str],
+    rows: np.ndarray,
+    out: np.ndarray,
+    cache: EmbeddingCache | None,
+    runner: _Runner | _ParallelRunner,
+    bar: tqdm,
+) -> None:
+    """Fill ``out[rows]`` from the cache or the model; what was done is stored even on Ctrl-C."""
+    part = [texts[i] for i in rows]
+    namespace = runner.request.namespace
+    if cache is not None:
+        vectors = np.empty((len(rows), out.shape[1]), dtype=np.float32)
+        found = cache.lookup(namespace, part, vectors)
+        out[rows[found]] = vectors[found]
+        bar.update(int(found.sum()))
+        rows = rows[~found]
+        part = [text for text, hit in zip(part, found, strict=True) if not hit]
+    if not part:
+        return
+    unsaved: list[int] = []
+
+    def store() -> None:
+        if cache is not None and unsaved:
+            cache.store(namespace, [part[i] for i in unsaved], out[rows[unsaved]])
+        unsaved.clear()
+
+    try:
+        for done, vectors in runner.run(part):
+            out[rows[done]] = vectors
+            unsaved.extend(done.tolist())
+            bar.update(len(done))
+            if len(unsaved) >= STORE_ROWS:
+                store()
+    finally:
+        store()
+
+
+class _Runner:
+    """Runs chunks of texts through the model and remembers the budget that fitted."""
+
+    def __init__(
+        self,
+        request: EmbedRequest,
+        get_model: Callable[[], LoadedModel],
+        batch_tokens: int | None,
+        report: EmbedReport,
+    ) -> None:
+        self.request = request
+        self.report = report
+        self._get_model = get_model
+        self._batch_tokens = batch_tokens
+        self._loaded: LoadedModel | None = None
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model, asked for at its first use."""
+        if self._loaded is None:
+            self._loaded = self._get_model()
+            self.report.batch_tokens = self._batch_tokens or default_batch_tokens(self._loaded)
+        return self._loaded
+
+    def run(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Positions in `texts` and their vectors, batch by batch."""
+        loaded, request, report = self.loaded, self.request, self.report
+        encoded = loaded.tokenizer.encode(
+            texts,
+            prefix=request.prefix,
+            max_length=request.max_length,
+            mask_prefix=loaded.config.is_mask_instruction,
+        )
+        report.n_truncated += encoded.n_truncated
+        report.n_embedded += len(texts)
+        report.n_tokens += int(encoded.lengths.sum())
+        left = np.arange(len(texts))
+        while len(left):  # again with half the budget after running out of memory
+            finished = []
+            try:
+                for rows, vectors in self._run_batches(encoded, left):
+                    finished.append(rows)
+                    yield rows, vectors
+                return
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                failure = error
+            left = np.setdiff1d(left, np.concatenate(finished) if finished else [])
+            self._halve_budget(failure, int(encoded.lengths[left].max()))
+
+    def _halve_budget(self, error: BaseException, longest: int) -> None:
+        """Half the budget, or the error when a single text does not fit."""
+        budget = self.report.batch_tokens
+        if budget <= max(MIN_BATCH_TOKENS, longest // 2):
+            raise MemoryError(
+                f"One text of {longest} tokens does not fit into the memory of "
+                f"{self.loaded.key.device}. Lower `max_length`, or use another `device`. Finished "
+                "texts are in the cache."
+            ) from error
+        self.report.batch_tokens = budget // 2
+        logger.warning("out of memory at %d tokens a batch; going on with half", budget)
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _run_batches(
+        self, encoded: EncodedTexts, left: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Forward passes; on CUDA the next one is queued before the last result is fetched."""
+        depth = 1 if self.loaded.device.type == "cuda" else 0
+        pending: deque[tuple[np.ndarray, Tensor]] = deque()
+        for batch in iterate_batches(encoded.lengths[left], self.report.batch_tokens):
+            rows = left[batch]
+            pending.append((rows, self._start(encoded, rows)))
+            while len(pending) > depth:
+                yield self._fetch(*pending.popleft())
+        while pending:
+            yield self._fetch(*pending.popleft())
+
+    def _start(self, encoded: EncodedTexts, rows: np.ndarray) -> Tensor:
+        """Launch one forward pass; float32 (B, D) on the device."""
+        loaded = self.loaded
+        lengths = encoded.lengths[rows]
+        padded = loaded.model.attention_path == "padded"
+        self.report.n_positions += int(lengths.max() * len(rows) if padded else lengths.sum())
+        batch = pack_texts([encoded.ids[i] for i in rows], encoded.pool_start)
+        if loaded.device.type != "cpu":
+            batch = batch.to(loaded.device)
+        with torch.inference_mode():
+            return loaded.model(batch)
+
+    def _fetch(self, rows: np.ndarray, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The result on the host; waits for the device."""
+        return rows, vectors.cpu().numpy()
+
+
+class _ParallelRunner:
+    """Spreads chunks over joblib's workers; each loads the model once and keeps it."""
+
+    def __init__(
+        self,
+        request: EmbedRequest,
+        load_in_worker: Callable[[], LoadedModel],
+        batch_tokens: int | None,
+        report: EmbedReport,
+        workers: int,
+    ) -> None:
+        self.request = request
+        self.report = report
+        self._load = load_in_worker
+        self._batch_tokens = batch_tokens
+        self._workers = workers
+
+    def run(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Positions in `texts` and their vectors, part by part."""
+        n_parts = max(self._workers, len(texts) // STORE_ROWS)
+        parts = [np.arange(k, len(texts), n_parts) for k in range(n_parts)]  # alike in length
+        task = delayed(_embed_in_worker)
+        results = Parallel(n_jobs=self._workers, return_as="generator")(
+            task([texts[i] for i in rows], self.request, self._load, self._batch_tokens)
+            for rows in parts
+            if len(rows)
+        )
+        for rows, (vectors, report) in zip(parts, results, strict=False):
+            self.report.add(report)
+            yield rows, vectors
+
+
+def _embed_in_worker(
+    texts: list[str],
+    request: EmbedRequest,
+    load: Callable[[], LoadedModel],
+    batch_tokens: int | None,
+) -> tuple[np.ndarray, EmbedReport]:
+    """Raw vectors and counts of one part, inside a worker."""
+    return embed_texts(
+        texts, request, get_model=load, cache=None, batch_tokens=batch_tokens, progress=False
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """True for the ways in which torch and Python say that memory is short."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text
+
+
+def default_batch_tokens(loaded: LoadedModel) -> int:
+    """Tokens of one forward pass: cache-sized on the CPU, a fifth of free memory on a GPU."""
+    if loaded.device.type != "cuda":
+        return CPU_BATCH_TOKENS
+    free, _ = torch.cuda.mem_get_info(loaded.device)
+    backbone = loaded.model.embedding_model.config
+    width = 3 * backbone.intermediate_size + 8 * backbone.hidden_size
+    bytes_per_token = width * torch.finfo(getattr(torch, loaded.key.dtype)).bits // 8
+    return int(np.clip(free // 5 // bytes_per_token, MIN_BATCH_TOKENS, MAX_BATCH_TOKENS))

@@ -1,0 +1,271 @@
+"""One copy of each loaded model per process, and where and how it runs.
+
+Weights are loaded at first use and shared by every estimator that asks for the same model, device
+and type. An estimator holds a lease (shared with its clones); a model is freed with the last lease.
+In a worker process of joblib, where each task brings an estimator of its own, the two models used
+last stay until the worker ends: one load per worker, not one per task.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import multiprocessing
+import threading
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import transformers
+
+from skembed.checkpoint import ModelSource, load_model
+from skembed.exceptions import CausalLeakError
+from skembed.model import NVEmbedConfig, NVEmbedModel
+from skembed.tokenization import TextTokenizer, pack_texts
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
+WORKER_MODELS = 2
+
+
+@dataclass(frozen=True)
+class ModelKey:
+    """What makes two loaded models the same one."""
+
+    fingerprint: str
+    pooling: str
+    device: str
+    dtype: str
+    attention_path: str
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A model ready to embed: weights, tokenizer, and the key it is registered under."""
+
+    key: ModelKey
+    config: NVEmbedConfig
+    model: NVEmbedModel
+    tokenizer: TextTokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return torch.device(self.key.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of weights and folded matrices, in bytes."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+class Lease:
+    """What keeps models alive: shared by an estimator and its clones, left out of pickles."""
+
+    def __init__(self) -> None:
+        self.models: dict[ModelKey, LoadedModel] = {}
+
+    def hold(self, model: LoadedModel) -> None:
+        """Keep this model, and no other."""
+        if self.models.get(model.key) is not model:
+            self.models = {model.key: model}
+
+
+class ModelRegistry:
+    """Loaded models of this process; safe under threads.
+
+    Attributes
+    ----------
+    n_loads : int
+        How often weights were read since the process began.
+    """
+
+    def __init__(self) -> None:
+        self.n_loads = 0
+        self._models: weakref.WeakValueDictionary[ModelKey, LoadedModel]
+        self._models = weakref.WeakValueDictionary()
+        self._in_worker: OrderedDict[ModelKey, LoadedModel] = OrderedDict()
+        self._guard = threading.Lock()
+        self._loading: dict[ModelKey, threading.Lock] = {}
+
+    def __len__(self) -> int:
+        """Number of models alive."""
+        return len(self._models)
+
+    def get(self, key: ModelKey, source: ModelSource, config: NVEmbedConfig) -> LoadedModel:
+        """The model of this key, loaded if no one holds it; one thread loads, others wait."""
+        with self._guard:
+            lock = self._loading.setdefault(key, threading.Lock())
+        with lock:
+            loaded = self._models.get(key)
+            if loaded is None:
+                loaded = _load(key, source, config)
+                self.n_loads += 1
+                self._models[key] = loaded
+            if multiprocessing.parent_process() is not None:
+                self._keep_in_worker(loaded)
+            return loaded
+
+    def _keep_in_worker(self, loaded: LoadedModel) -> None:
+        """Hold the models used last for as long as the worker lives."""
+        with self._guard:
+            self._in_worker[loaded.key] = loaded
+            self._in_worker.move_to_end(loaded.key)
+            while len(self._in_worker) > WORKER_MODELS:
+                self._in_worker.popitem(last=False)
+
+
+registry = ModelRegistry()
+
+
+def _load(key: ModelKey, source: ModelSource, config: NVEmbedConfig) -> LoadedModel:
+    """Read, check and fold a model."""
+    device, dtype = torch.device(key.device), getattr(torch, key.dtype)
+    tokenizer = load_tokenizer(source.folder, config)
+    model = load_model(
+        source, config, device=device, dtype=dtype, attention_path=key.attention_path
+    )
+    prove_bidirectional(model, device)
+    model.fold_pooling()
+    logger.info("loaded %s: %s", source.name, key)
+    return LoadedModel(key, config, model, tokenizer)
+
+
+def load_tokenizer(folder: Path, config: NVEmbedConfig) -> TextTokenizer:
+    """The tokenizer of a model folder with the ids that config.json names."""
+    return TextTokenizer.from_folder(
+        folder, bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device of a `device` parameter; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises
+    ------
+    ValueError
+        When torch does not know the name, or this machine has no such device.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    owner = "The `device` parameter of `NVEmbedVectorizer`"
+    allowed = "'auto', 'cpu', 'cuda', 'cuda:<number>' or 'mps'"
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{owner} must be {allowed}; got {device!r}.") from error
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"{owner} must be {allowed}; got {device!r}.")
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            raise ValueError(
+                f"{owner} is {device!r}, but torch sees {count} CUDA devices here. Pass "
+                "device='auto' or 'cpu'."
+            )
+        return torch.device("cuda", found.index or 0)
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"{owner} is 'mps', which this machine has not. Pass device='auto'.")
+    return torch.device(found.type)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The type weights and activations are held in; "auto" asks the device.
+
+    bfloat16 where it is native (CUDA from compute capability 8.0, CPUs with AVX512-BF16, AMX or
+    Arm's BF16 instructions), else float32.
+    """
+    if dtype != "auto":
+        return {
+            "float32": torch.float32,
+            "bfloat16": torch.bfloat16,
+            "float16": torch.float16,
+        }[dtype]
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device.type == "cpu" and cpu_has_bfloat16()
+    return torch.bfloat16 if native else torch.float32
+
+
+@lru_cache(maxsize=1)
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices natively."""
+    wanted = {"avx512_bf16", "amx_bf16", "sve_bf16", "bf16"}
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    if ask is not None:
+        return any(ask().get(name, False) for name in wanted)
+    try:  # older torch, on Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return bool(wanted & set(flags.split()))
+
+
+def choose_attention_path(device: torch.device, dtype: torch.dtype) -> str:
+    """The attention path without padding that a device has, else "padded"."""
+    if device.type == "cpu":
+        return "grouped"
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0):
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            return "padded"
+        if "scale" in inspect.signature(varlen_attn).parameters:
+            return "varlen"
+    return "padded"
+
+
+_proven: set[tuple[str, str, torch.dtype, str]] = set()
+
+
+def prove_bidirectional(model: NVEmbedModel, device: torch.device) -> None:
+    """Check once per process that an attention path sees the whole text and nothing else.
+
+    For one text, two of equal length, and texts of different lengths: changing the last token of a
+    text must change its first position, and must not change its neighbour.
+
+    Raises
+    ------
+    CausalLeakError
+        When a path is causal, or mixes texts.
+    """
+    dtype = next(model.embedding_model.parameters()).dtype
+    proof = (model.attention_path, device.type, dtype, transformers.__version__)
+    if proof in _proven:
+        return
+    vocabulary = int(model.config.backbone["vocab_size"])
+    for lengths in ((6,), (6, 6), (9, 4)):
+        texts = [(torch.arange(n) * 7 + 11 * k + 5) % vocabulary for k, n in enumerate(lengths)]
+        before = _first_positions(model, texts, device)
+        texts[0] = texts[0].clone()
+        texts[0][-1] = (texts[0][-1] + 1) % vocabulary
+        moved = (_first_positions(model, texts, device) - before).abs().amax(dim=1)
+        noise = 0.02 * before.abs().max()  # of rounding in bfloat16; the neighbour's moves by 0
+        if not moved[0] > 0 or (moved[1:] > noise).any():
+            fault = "mixes neighbouring texts" if moved[0] > 0 else "is causal"
+            raise CausalLeakError(
+                f"The attention path {model.attention_path!r} on {device} in {dtype} {fault} with "
+                f"transformers {transformers.__version__} and torch {torch.__version__} (texts of "
+                f"{lengths} tokens). Embeddings would be wrong; install another release of either."
+            )
+    _proven.add(proof)
+
+
+def _first_positions(
+    model: NVEmbedModel, texts: list[torch.Tensor], device: torch.device
+) -> torch.Tensor:
+    """Last hidden state of each text's first token, float32 (B, D)."""
+    batch = pack_texts([text.numpy() for text in texts], 0).to(device)
+    with torch.inference_mode():
+        hidden = model.hidden_states(batch)
+    return hidden[batch.cu_seqlens[:-1].long()].float().cpu()
