@@ -163,7 +163,7 @@ def find_distinct(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
         return np.arange(n), None
     source = first[inverse]
     collided: dict[str, int] = {}
-    for row in np.flatnonzero(source != np.arange(n)):
+    for row in np.flatnonzero(source != np.arange(n)).tolist():
         if texts[row] != texts[source[row]]:
             source[row] = collided.setdefault(texts[row], row)
     return np.flatnonzero(source == np.arange(n)), source

@@ -12,7 +12,7 @@ Sources: NV-Embed, arXiv 2405.17428, section 3.2; multi-layer trainable pooling,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,21 @@ def segment_mean(values: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
 class PreNorm(nn.Module):
     """A block with its LayerNorm(s) in front; holds the checkpoint's names, computes nothing."""
 
+    fn: nn.Module
+    norm: nn.LayerNorm
+    norm_context: nn.LayerNorm | None
+
     def __init__(self, dim: int, fn: nn.Module, context_dim: int | None = None) -> None:
         super().__init__()
         self.fn = fn
         self.norm = nn.LayerNorm(dim)
         self.norm_context = None if context_dim is None else nn.LayerNorm(context_dim)
+
+
+def _blocks(layer: nn.Module) -> tuple[Any, Any]:
+    """The attention and the feed-forward block of a layer (typed Any: torch types modules so)."""
+    attend, feed_forward = layer.get_submodule("cross_attend_blocks").children()
+    return attend, feed_forward
 
 
 class CrossAttention(nn.Module):
@@ -134,7 +144,7 @@ class LatentAttention(nn.Module):
 
     def transform_tokens(self, hidden_states: Tensor) -> Tensor:
         """Token vectors after the layer: (P, D) -> (P, D)."""
-        attend, feed_forward = self.cross_attend_blocks
+        attend, feed_forward = _blocks(self)
         context = attend.norm_context(self.latents)
         hidden_states = attend.fn(attend.norm(hidden_states), context) + hidden_states
         return feed_forward.fn(feed_forward.norm(hidden_states)) + hidden_states
@@ -145,7 +155,7 @@ class LatentAttention(nn.Module):
 
     def start_as_mean(self) -> None:
         """Zero the two output projections: a fresh layer then equals mean pooling exactly."""
-        attend, feed_forward = self.cross_attend_blocks
+        attend, feed_forward = _blocks(self)
         nn.init.zeros_(attend.fn.to_out.weight)
         nn.init.zeros_(feed_forward.fn.net["2"].weight)
         nn.init.zeros_(feed_forward.fn.net["2"].bias)
@@ -176,24 +186,32 @@ class FoldedLatentAttention(nn.Module):
     to 1e-5 in float32.
     """
 
+    keys: Tensor  # (H * r, D)
+    keys_bias: Tensor  # (H * r,)
+    values: Tensor  # (H * r, D)
+    first: Tensor  # (2 * mult * D, D)
+    first_bias: Tensor
+    last: Tensor  # (D, mult * D)
+    last_bias: Tensor
+
     def __init__(self, layer: LatentAttention) -> None:
         super().__init__()
-        attend, feed_forward = layer.cross_attend_blocks
+        attend, feed_forward = _blocks(layer)
         with torch.no_grad():
             keys, bias, values = _fold_attention(layer)
             norm, first = feed_forward.norm, feed_forward.fn.net["0"]
             first_bias = first.bias.float() + first.weight.float() @ norm.bias.float()
             dtype = first.weight.dtype
             self.heads = attend.fn.heads
-            self.register_buffer("keys", keys.to(dtype))  # (H * r, D)
-            self.register_buffer("keys_bias", bias.to(dtype))  # (H * r,)
-            self.register_buffer("values", values.to(dtype))  # (H * r, D)
-            self.register_buffer("first", first.weight * norm.weight)  # (2 * mult * D, D)
+            self.register_buffer("keys", keys.to(dtype))
+            self.register_buffer("keys_bias", bias.to(dtype))
+            self.register_buffer("values", values.to(dtype))
+            self.register_buffer("first", first.weight * norm.weight)
             self.register_buffer("first_bias", first_bias.to(dtype))
             last = feed_forward.fn.net["2"]
-            self.register_buffer("last", last.weight.detach())  # (D, mult * D)
+            self.register_buffer("last", last.weight.detach())
             self.register_buffer("last_bias", last.bias.detach())
-        self.eps = attend.norm.eps
+        self.eps: float = attend.norm.eps
 
     def forward(self, hidden_states: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
         """Packed pooled tokens (P, D), their text (P,), tokens per text (B,) -> (B, D) float32."""
@@ -211,7 +229,7 @@ class FoldedLatentAttention(nn.Module):
 
 def _fold_attention(layer: LatentAttention) -> tuple[Tensor, Tensor, Tensor]:
     """A (H * r, D), c (H * r,), U (H * r, D) of the docstring above, head by head in float32."""
-    attend = layer.cross_attend_blocks[0]
+    attend, _ = _blocks(layer)
     attention: CrossAttention = attend.fn
     width = attention.dim_head
     norm_weight, norm_bias = attend.norm.weight.float(), attend.norm.bias.float()
@@ -294,7 +312,7 @@ class MultiLayerPooling(nn.Module):
 
     def forward(self, layers: Sequence[Tensor], segments: Tensor, counts: Tensor) -> Tensor:
         """One (P, D) tensor a layer, text of each token (P,), counts (B,) -> (B, D) float32."""
-        attend, feed_forward = self.cross_attend_blocks
+        attend, feed_forward = _blocks(self)
         means = [segment_mean(layer, segments, counts) for layer in layers]
         states = torch.stack(means, dim=1).to(self.latents.dtype)  # (B, layers, D)
         context = attend.norm_context(states + self.layer_weights)

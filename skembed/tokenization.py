@@ -104,12 +104,13 @@ class TextTokenizer:
         tokenizer.no_truncation()
         self.tokenizer = tokenizer
         self.bos_token_id = bos_token_id
-        self.eos_token = tokenizer.id_to_token(eos_token_id)
-        if self.eos_token is None or tokenizer.id_to_token(bos_token_id) is None:
+        eos_token = tokenizer.id_to_token(eos_token_id)
+        if eos_token is None or tokenizer.id_to_token(bos_token_id) is None:
             raise CheckpointError(
                 f"The tokenizer has no token of id {bos_token_id} (begin) or {eos_token_id} (end), "
                 "which config.json names; the two files belong to different models."
             )
+        self.eos_token: str = eos_token
 
     @classmethod
     def from_folder(cls, folder: Path, *, bos_token_id: int, eos_token_id: int) -> TextTokenizer:
