@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from skembed.exceptions import CheckpointError, FreshPoolingWarning, ModelNotFoundError
 from skembed.model import NVEmbedConfig, NVEmbedModel
 from skembed.pooling import POOLINGS, LatentAttention
+from skembed.tokenization import find_tokenizer_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -121,12 +123,15 @@ def _download(name: str, revision: str | None) -> ModelSource:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     wanted = f"{name!r} at revision {revision or 'main'!r}"
+    # The base classes name the errors of the HTTP library below (proxies, broken transfers), which
+    # is another one in every few releases of the hub's.
+    bases = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
+    transfer_errors: tuple[type[Exception], ...] = (OSError, ValueError, *bases)
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED_FILES))
     except GatedRepoError as error:
@@ -139,7 +144,7 @@ def _download(name: str, revision: str | None) -> ModelSource:
             f"The hub has no model {wanted}, or it is private. Check the spelling and the "
             "`revision` parameter, or pass a local folder."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+    except transfer_errors as error:
         raise ModelNotFoundError(
             f"There is no folder {name!r} here, and the hub model {wanted} is neither in the "
             "local hub cache nor could it be downloaded (offline?). Download it on a connected "
@@ -267,7 +272,7 @@ def _find_weight_files(folder: Path) -> list[Path]:
             shards = sorted(
                 set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             )
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index: {error}.") from error
         absent = [name for name in shards if not (folder / name).is_file()]
         if absent:
@@ -340,8 +345,7 @@ def load_model(
     FreshPoolingWarning
         When the folder has no weights for the pooling.
     """
-    with torch.device("meta"):
-        model = NVEmbedModel(config, attention_path=attention_path)
+    model = _build_on_meta(source, config, attention_path)
     for name, tensor in iterate_tensors(source, config, model):
         target = torch.empty(tensor.shape, dtype=dtype, device=device)
         _set_parameter(model, name, target.copy_(tensor))
@@ -376,9 +380,7 @@ def iterate_tensors(
         When names, shapes or files are not what config.json says.
     """
     files = WeightFiles(source.folder)
-    if model is None:
-        with torch.device("meta"):
-            model = NVEmbedModel(config)
+    model = _build_on_meta(source, config) if model is None else model
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     fresh = config.pooling_is_fresh
     stored = [n for n in shapes if not (fresh and n.startswith(POOLING_PREFIX))]
@@ -389,6 +391,20 @@ def iterate_tensors(
     if fresh:
         pooling = _start_pooling(model.latent_attention_model)
         yield from ((POOLING_PREFIX + name, value) for name, value in pooling.items())
+
+
+def _build_on_meta(
+    source: ModelSource, config: NVEmbedConfig, attention_path: str = "grouped"
+) -> NVEmbedModel:
+    """The model without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return NVEmbedModel(config, attention_path=attention_path)
+    except Exception as error:  # transformers and torch raise what they like
+        raise CheckpointError(
+            f"The {CONFIG_FILE} of {source.folder} describes no model that can be built: "
+            f"{type(error).__name__}: {error}."
+        ) from error
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
@@ -445,7 +461,7 @@ def fingerprint_weights(source: ModelSource) -> str:
         32 hexadecimal digits.
     """
     digest = hashlib.blake2b(digest_size=16)
-    small = [source.folder / CONFIG_FILE, source.folder / "tokenizer.json"]
+    small = [source.folder / CONFIG_FILE, find_tokenizer_file(source.folder)]
     for path in [*small, *_find_weight_files(source.folder)]:
         try:
             _hash_file(path, digest)
@@ -457,16 +473,26 @@ def fingerprint_weights(source: ModelSource) -> str:
 def _hash_file(path: Path, digest: hashlib.blake2b) -> None:
     """Add one file's name and content, or samples of it, to a hash."""
     stat = path.stat()
+    state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     digest.update(f"{path.name}:{stat.st_size}:".encode())
-    with path.open("rb") as file:
-        if stat.st_size <= WHOLE_HASH_BYTES:
+    digest.update(_content_hash(str(path), state))
+
+
+@lru_cache(maxsize=256)
+def _content_hash(path: str, state: tuple[int, int, int, int]) -> bytes:
+    """Hash of a file in the state given (size, change times, inode), remembered."""
+    size, changed, *_ = state
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        if size <= WHOLE_HASH_BYTES:
             while block := file.read(1 << 20):
                 digest.update(block)
-            return
-        digest.update(f"{stat.st_mtime_ns}:".encode())
-        for place in range(0, stat.st_size, stat.st_size // 4_096):
-            file.seek(place)
-            digest.update(file.read(4_096))
+        else:
+            digest.update(f"{changed}:".encode())
+            for place in range(0, size, size // 4_096):
+                file.seek(place)
+                digest.update(file.read(4_096))
+    return digest.digest()
 
 
 def save_checkpoint(
@@ -502,7 +528,12 @@ def save_checkpoint(
         for name in TOKENIZER_FILES
         if (tokenizer_folder / name).is_file()
     }
-    shards = list(_write_shards(folder, tensors))
+    _remove_partial(folder)  # those of a save that was killed
+    try:
+        shards = list(_write_shards(folder, tensors))
+    except BaseException:
+        _remove_partial(folder)
+        raise
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     for stale in [*folder.glob("model*.safetensors"), folder / INDEX_FILE]:
         stale.unlink(missing_ok=True)
@@ -542,6 +573,12 @@ def _write_shards(
     yield flush()
 
 
+def _remove_partial(folder: Path) -> None:
+    """Delete shards that did not become part of a model; each may hold gigabytes."""
+    for path in folder.glob(".partial-*"):
+        path.unlink(missing_ok=True)
+
+
 def pack_folder(folder: Path) -> dict[str, bytes]:
     """Content of all files that make a model folder, to travel in a pickle."""
     names = [CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES]
@@ -567,8 +604,11 @@ def unpack_folder(files: Mapping[str, bytes]) -> Path:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 The way of a call: hash and deduplicate -> longest first -> per chunk of some thousand texts: look
 up the cache, tokenise what is missing, pack by true token length up to the budget, run the model,
-store -> scatter back to input order. Beside the output, memory is a constant (one chunk) plus 40
+store -> scatter back to input order. Beside the output, memory is a constant (one chunk) plus 50
 bytes a text.
 """
 
@@ -268,7 +268,8 @@ class _Runner:
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                failure = error
+                # Its traceback holds the frames of the failed pass, and these its activations.
+                failure = error.with_traceback(None)
             left = np.setdiff1d(left, np.concatenate(finished) if finished else [])
             self._halve_budget(failure, int(encoded.lengths[left].max()))
 

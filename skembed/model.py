@@ -101,16 +101,20 @@ class NVEmbedConfig:
             When it describes another kind of model.
         """
         kind = config.get("model_type")
-        if kind == "nvembed" and isinstance(config.get("text_config"), dict):
-            backbone = _read_backbone(config["text_config"], source)
-            latent = {**NV_EMBED_LATENT_DEFAULTS, **config.get("latent_attention_config", {})}
+        if kind == "nvembed":
+            backbone = _read_backbone(_read_section(config, "text_config", source), source)
+            latent = {
+                **NV_EMBED_LATENT_DEFAULTS,
+                **_read_section(config, "latent_attention_config", source, default={}),
+            }
+            _check_sizes(latent, _LATENT_SIZES, source)
             return cls(
                 backbone=backbone,
                 pooling=config.get("pooling", "latent"),
                 is_mask_instruction=bool(config.get("is_mask_instruction", True)),
                 ff_mult=int(latent.get("ff_mult", 4)),
-                bos_token_id=int(config["text_config"].get("bos_token_id", 1)),
-                eos_token_id=int(config["text_config"].get("eos_token_id", 2)),
+                bos_token_id=_read_token_id(config["text_config"], "bos_token_id", 1, source),
+                eos_token_id=_read_token_id(config["text_config"], "eos_token_id", 2, source),
                 **{
                     name: latent[name]
                     for name in (
@@ -130,8 +134,8 @@ class NVEmbedConfig:
                 num_latents_value=min(512, max(16, width // 8)),
                 cross_dim_head=width,
                 latent_dim=width,
-                bos_token_id=int(config.get("bos_token_id", 1)),
-                eos_token_id=int(config.get("eos_token_id", 2)),
+                bos_token_id=_read_token_id(config, "bos_token_id", 1, source),
+                eos_token_id=_read_token_id(config, "eos_token_id", 2, source),
                 pooling_is_fresh=True,
             )
         raise CheckpointError(
@@ -201,12 +205,66 @@ _BACKBONE_FIELDS = (
 )
 
 
+_BACKBONE_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+_LATENT_SIZES = ("num_latents_value", "num_cross_heads", "cross_dim_head", "latent_dim", "ff_mult")
+
+
+def _read_section(
+    config: Mapping[str, Any],
+    name: str,
+    source: str,
+    *,
+    default: Mapping[str, Any] | None = None,
+) -> Mapping[str, Any]:
+    """An object inside config.json; where it is absent, the default if there is one."""
+    section = config.get(name, default)
+    if not isinstance(section, dict):
+        raise CheckpointError(
+            f"The `{name}` in the config.json of {source} must be an object; got "
+            f"{type(section).__name__}."
+        )
+    return section
+
+
+def _check_sizes(values: Mapping[str, Any], names: Sequence[str], source: str) -> None:
+    """Refuse sizes that are no positive ints, before torch stumbles over them."""
+    for name in names:
+        value = values.get(name, 1)
+        if type(value) is not int or value < 1:
+            raise CheckpointError(
+                f"The `{name}` in the config.json of {source} must be an int above 0; got "
+                f"{value!r}."
+            )
+
+
+def _read_token_id(config: Mapping[str, Any], name: str, default: int, source: str) -> int:
+    """The id of a special token; null stands for the default, as in transformers."""
+    value = config.get(name)
+    if value is None:
+        return default
+    if type(value) is not int or value < 0:
+        raise CheckpointError(
+            f"The `{name}` in the config.json of {source} must be an int from 0 on; got {value!r}."
+        )
+    return value
+
+
 def _read_backbone(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The arguments of `MistralConfig` that change the function computed."""
     kept = {name: config[name] for name in _BACKBONE_FIELDS if config.get(name) is not None}
     missing = sorted({"vocab_size", "hidden_size", "num_hidden_layers"} - set(kept))
     if missing:
         raise CheckpointError(f"The config.json of {source} lacks {', '.join(missing)}.")
+    _check_sizes(kept, _BACKBONE_SIZES, source)
     return kept
 
 

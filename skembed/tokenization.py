@@ -121,12 +121,7 @@ class TextTokenizer:
         CheckpointError
             When the file is missing or unreadable.
         """
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(
-                f"The model folder {folder} must hold a tokenizer.json; it does not. Save the "
-                "tokenizer in its fast form (`save_pretrained` of a fast tokenizer writes it)."
-            )
+        path = find_tokenizer_file(folder)
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -172,6 +167,23 @@ class TextTokenizer:
             ids.append(np.array(row[:max_length], dtype=np.int32))
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
         return EncodedTexts(ids, lengths, pool_start if mask_prefix else 0, n_truncated)
+
+
+def find_tokenizer_file(folder: Path) -> Path:
+    """The ``tokenizer.json`` of a model folder.
+
+    Raises
+    ------
+    CheckpointError
+        When there is none.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"The model folder {folder} must hold a tokenizer.json; it does not. Save the "
+            "tokenizer in its fast form (`save_pretrained` of a fast tokenizer writes it)."
+        )
+    return path
 
 
 def pack_texts(ids: Sequence[np.ndarray], pool_start: int) -> PackedBatch:

@@ -27,6 +27,7 @@ from skembed._validation import (
 )
 from skembed.cache import resolve_cache
 from skembed.checkpoint import (
+    BUNDLED_MODELS,
     ModelSource,
     fingerprint_weights,
     iterate_tensors,
@@ -37,7 +38,7 @@ from skembed.checkpoint import (
     unpack_folder,
 )
 from skembed.engine import EmbedReport, EmbedRequest, cache_namespace, embed_texts
-from skembed.exceptions import ModelNotFoundError, SkembedWarning, TruncationWarning
+from skembed.exceptions import SkembedWarning, TruncationWarning
 from skembed.instructions import (
     check_template,
     format_instruction,
@@ -374,8 +375,10 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         """Parameters and fitted values; the model's files too where `store_weights`."""
         state = dict(super().__getstate__())
         state.pop("_lease", None)
-        if self.store_weights and "_stored_files" not in state:
-            state["_stored_files"] = pack_folder(self._source().folder)
+        state.pop("_stored_files", None)
+        if self.store_weights:
+            files = self._files_of_pickle() or pack_folder(self._source().folder)
+            state["_stored_files"] = (os.fspath(self.model), self.revision, files)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -525,7 +528,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
                 "and were cut there. Raise `max_length`, or silence this with "
                 "warnings.filterwarnings('ignore', category=skembed.TruncationWarning).",
                 TruncationWarning,
-                stacklevel=4,
+                stacklevel=5,  # the caller of a public method
             )
 
     # Parameters
@@ -554,6 +557,13 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         check_string(self.revision, name="revision", allow_none=True, owner=OWNER)
         check_bool(self.store_weights, name="store_weights", owner=OWNER)
         check_int(self.n_jobs, name="n_jobs", allow_none=True, owner=OWNER)
+        if self.n_jobs == 0:
+            raise ValueError(
+                f"The `n_jobs` parameter of `{OWNER}` must be None, a positive int, or a negative "
+                "one that counts from all cores (-1); got 0."
+            )
+        check_bool(self.verbose, name="verbose", owner=OWNER)
+        resolve_cache(self.cache)  # touches no file
 
     def _check_trained(self) -> None:
         """A vectorizer with a trainer is of no use before `fit`."""
@@ -564,14 +574,17 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             )
 
     def _source(self) -> ModelSource:
-        """The model's folder; that of the pickle when there is none here."""
-        stored = self.__dict__.get("_stored_files")
-        try:
+        """The model's folder; that of the pickle, before any download, when there is none here."""
+        files = self._files_of_pickle()
+        name = os.fspath(self.model)
+        if files is None or name in BUNDLED_MODELS or Path(name).expanduser().is_dir():
             return resolve_source(self.model, self.revision)
-        except ModelNotFoundError:
-            if stored is None:
-                raise
-        return ModelSource(os.fspath(self.model), unpack_folder(stored))
+        return ModelSource(name, unpack_folder(files))
+
+    def _files_of_pickle(self) -> dict[str, bytes] | None:
+        """The model's files that came with the pickle, unless `model` has changed since."""
+        model, revision, files = self.__dict__.get("_stored_files", (None, None, None))
+        return files if (model, revision) == (os.fspath(self.model), self.revision) else None
 
     def _resolve(self) -> _Resolved:
         """Which model, where and in which type; reads config.json, loads no weights."""

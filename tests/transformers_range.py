@@ -15,11 +15,13 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
@@ -28,32 +30,34 @@ TOLERANCE = 1e-5
 
 
 def install(version: str, folder: Path) -> list[str]:
-    """Put a release into a folder, with the requirements that are not met; what was installed."""
+    """Put a release into a folder, with the requirements that are not met; those requirements."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-    wanted = [f"transformers=={version}"]
-    subprocess.run([*pip, *wanted], check=True, capture_output=True, text=True)
-    (distribution,) = importlib.metadata.distributions(name="transformers", path=[str(folder)])
-    unmet = [line for line in distribution.requires or () if not is_met(line)]
-    if unmet:
-        subprocess.run([*pip, *unmet], check=True, capture_output=True, text=True)
-    return unmet
+    path = [str(folder), *sys.path]
+    waiting, installed = [f"transformers=={version}"], []
+    while waiting:
+        line = waiting.pop().partition(";")[0].strip()
+        if is_met(line, path[: None if installed else 1]):
+            continue
+        subprocess.run([*pip, line], check=True, capture_output=True, text=True)
+        installed.append(line)
+        name = re.split(r"[^\w.-]", line)[0]
+        (distribution,) = importlib.metadata.distributions(name=name, path=path[:1])
+        waiting += [need for need in distribution.requires or () if not is_met(need, path)]
+    return installed[1:]
 
 
-def is_met(line: str) -> bool:
-    """Tell whether the running environment meets a requirement without extras."""
+def is_met(line: str, path: list[str]) -> bool:
+    """Tell whether the first distribution of that name on a path meets a requirement."""
     from packaging.requirements import Requirement
 
     requirement = Requirement(line)
     if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
         return True
-    try:
-        found = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return requirement.specifier.contains(found, prereleases=True)
+    found = next(importlib.metadata.distributions(name=requirement.name, path=path), None)
+    return found is not None and requirement.specifier.contains(found.version, prereleases=True)
 
 
-def check_release() -> dict[str, object]:
+def check_release() -> dict[str, Any]:
     """Run all checks with the transformers on the path; called in the child process."""
     import numpy as np
     import torch
@@ -67,7 +71,7 @@ def check_release() -> dict[str, object]:
     source = resolve_source(GOLDEN)
     config = read_config(source)
     tokenizer = module.load_tokenizer(GOLDEN, config)
-    row: dict[str, object] = {"version": transformers.__version__}
+    row: dict[str, Any] = {"version": transformers.__version__}
     for path in ("grouped", "padded"):
         model = load_model(
             source,
@@ -115,7 +119,7 @@ def check_rotary(form: str) -> float:
     return float(((found - expected) / expected).abs().max())
 
 
-def run_release(version: str, folder: Path) -> dict[str, object]:
+def run_release(version: str, folder: Path) -> dict[str, Any]:
     """Install one release and run the checks in a child process."""
     try:
         extra = install(version, folder)
@@ -142,10 +146,10 @@ def last_line(text: str) -> str:
     return lines[-1] if lines else "no output"
 
 
-def passes(row: dict[str, object]) -> bool:
+def passes(row: dict[str, Any]) -> bool:
     """Tell whether a release reproduces the golden vectors and the rotary table."""
     return "error" not in row and all(
-        float(str(row[name])) <= TOLERANCE for name in ("grouped", "padded", "rotary")
+        row[name] <= TOLERANCE for name in ("grouped", "padded", "rotary")
     )
 
 
@@ -161,7 +165,9 @@ def main() -> None:
         print(json.dumps(check_release()))
         return
     failed = 0
-    print(f"{'release':10} {'verdict':8} {'grouped':>9} {'padded':>9} {'rotary':>9}  also installed")
+    print(
+        f"{'release':10} {'verdict':8} {'grouped':>9} {'padded':>9} {'rotary':>9}  also installed"
+    )
     with tempfile.TemporaryDirectory(prefix="transformers-range-") as temporary:
         for version in args.versions:
             row = run_release(version, (args.keep or Path(temporary)) / version)
@@ -171,7 +177,9 @@ def main() -> None:
                 print(f"{version:10} {verdict:8} {row['error']}", flush=True)
                 continue
             errors = " ".join(f"{row[name]:9.1e}" for name in ("grouped", "padded", "rotary"))
-            print(f"{version:10} {verdict:8} {errors}  {row['extra'] or '-'}", flush=True)
+            print(
+                f"{version:10} {verdict:8} {errors}  {', '.join(row['extra']) or '-'}", flush=True
+            )
     sys.exit(1 if failed else 0)
 
 

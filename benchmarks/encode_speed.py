@@ -1,0 +1,112 @@
+"""Texts per second of skembed-mini against sentence-transformers with all-MiniLM-L6-v2.
+
+Run: python benchmarks/encode_speed.py [--texts 5000] [--repeats 3]
+Both sides with their default settings, the same real texts, in turn, no cache. Also for
+information: the peer with bfloat16 weights; where our time goes; and the share of the processor's
+own matrix-product rate, measured in the same run, that the encode reaches.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from _common import (
+    FLOP_FORMULA,
+    Activity,
+    Bar,
+    Comparison,
+    compare,
+    count_flops,
+    describe_lengths,
+    finish,
+    load_minilm,
+    load_texts,
+    make_parser,
+    measure_peak,
+    seconds,
+    start,
+    watch_model,
+)
+
+from skembed import NVEmbedVectorizer
+from skembed.checkpoint import read_config, resolve_source
+
+MIN_RATIO = 3.0
+PEAK_SHARE_AIM = 0.6
+
+
+def measure_share(vectorizer: NVEmbedVectorizer, texts: list[str], peak: float) -> dict[str, Any]:
+    """Return the share of the matrix-product peak in one encode, and where its time went."""
+    with watch_model() as activity:
+        wall_s = seconds(lambda: vectorizer.transform(texts))
+    gflop = count_flops(read_config(resolve_source(vectorizer.model)), activity.lengths) / 1e9
+    return {
+        "tokens": describe_lengths(activity.lengths),
+        "gflop": round(gflop, 1),
+        "tokens_per_s": round(activity.n_tokens / wall_s),
+        "share_of_peak": round(gflop / wall_s / peak, 4),
+        "share_of_peak_in_forward": round(gflop / activity.forward_s / peak, 4),
+        "time": describe_time(activity, wall_s),
+    }
+
+
+def describe_time(activity: Activity, wall_s: float) -> dict[str, float]:
+    """Return seconds of tokenisation, of forward passes, and of all else."""
+    rest = wall_s - activity.forward_s - activity.tokenize_s
+    return {
+        "all_s": round(wall_s, 3),
+        "forward_s": round(activity.forward_s, 3),
+        "tokenize_s": round(activity.tokenize_s, 3),
+        "rest_s": round(rest, 3),
+    }
+
+
+def compare_with_peer(
+    vectorizer: NVEmbedVectorizer, texts: list[str], dtype: str | None, repeats: int
+) -> Comparison:
+    """Time both sides in turn, warmed up on the first texts; `dtype` None is the peer's default."""
+    peer = load_minilm(dtype)
+    name = "sentence-transformers MiniLM" + ("" if dtype is None else f" {dtype}")
+    print(f"skembed-mini against {name}", flush=True)
+    vectorizer.transform(texts[:64])
+    peer.encode(texts[:64])
+    return compare(
+        ("skembed-mini", name),
+        lambda: vectorizer.transform(texts),
+        lambda: peer.encode(texts),
+        repeats=repeats,
+    )
+
+
+def main() -> int:
+    """Measure, write the result, and return the exit status."""
+    parser = make_parser(__doc__, texts=5_000)
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs")
+    args = start(parser)
+    texts = load_texts(args.data, args.texts)
+    # Frozen, and no cache: every repetition runs every text through the model.
+    vectorizer = NVEmbedVectorizer(cache=None, trainer=None).fit(texts[:8])
+    default = compare_with_peer(vectorizer, texts, None, args.repeats)
+    bfloat16 = compare_with_peer(vectorizer, texts, "bfloat16", 1)
+    dtype = vectorizer.model_["dtype"]
+    peak = measure_peak()
+    share = measure_share(vectorizer, texts, peak[dtype])
+    bars = [
+        Bar("times the texts/s of all-MiniLM-L6-v2, both default", default.ratio, MIN_RATIO),
+        Bar(f"share of the {dtype} matrix peak", share["share_of_peak"], PEAK_SHARE_AIM, aim=True),
+    ]
+    values = {
+        "default": default.to_dict(len(texts)),
+        "peer in bfloat16 (for information)": bfloat16.to_dict(len(texts)),
+        "model": vectorizer.model_,
+        "measured peak, GFLOP/s": peak,
+        "encode": share,
+        "FLOP count": FLOP_FORMULA,
+    }
+    title = "Texts per second against all-MiniLM-L6-v2"
+    return finish("encode_speed", title, bars, values, args=args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,802 @@
+"""Model folders and hub ids: what loads, what is refused and how it says so, saving, hashes."""
+
+import builtins
+import fnmatch
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel, MistralConfig, MistralForCausalLM, MistralModel
+
+from skembed import NVEmbedVectorizer, checkpoint
+from skembed.checkpoint import (
+    PINNED_REVISIONS,
+    fingerprint_weights,
+    iterate_tensors,
+    load_model,
+    read_config,
+    resolve_source,
+    save_checkpoint,
+    unpack_folder,
+)
+from skembed.exceptions import CheckpointError, FreshPoolingWarning, ModelNotFoundError
+from skembed.model import NVEmbedModel
+from skembed.pooling import LatentAttention, MultiLayerPooling
+from skembed.registry import load_tokenizer
+from skembed.tokenization import PackedBatch, pack_texts
+
+GOLDEN = Path(__file__).resolve().parent / "golden" / "nvembed-tiny"
+TEXTS = ["a text", "another and longer text, with a comma", "", "a third of them"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MISTRAL: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "sliding_window": 4,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a copy of the golden checkpoint to damage."""
+    target = tmp_path / "model"
+    shutil.copytree(GOLDEN, target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def mistral_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return plain Mistral folders as transformers writes them, the same weights in each."""
+    parent = tmp_path_factory.mktemp("mistral")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        language_model = MistralForCausalLM(MistralConfig(**MISTRAL))
+    folders = {name: parent / name for name in ("MistralModel", "MistralForCausalLM", "shards")}
+    language_model.model.save_pretrained(folders["MistralModel"])
+    language_model.save_pretrained(folders["MistralForCausalLM"])
+    language_model.save_pretrained(folders["shards"], max_shard_size="40KB")
+    assert (folders["shards"] / checkpoint.INDEX_FILE).is_file()
+    for path in folders.values():
+        shutil.copy(GOLDEN / "tokenizer.json", path)
+    return folders
+
+
+def load(folder: Path, *, pooling: str | None = None, dtype: str = "float32") -> NVEmbedModel:
+    """Load a folder on the CPU."""
+    source = resolve_source(folder)
+    return load_model(
+        source,
+        read_config(source, pooling),
+        device=torch.device("cpu"),
+        dtype=DTYPES[dtype],
+        attention_path="grouped",
+    )
+
+
+def pack(folder: Path) -> PackedBatch:
+    """Pack the texts above with the tokenizer of a folder."""
+    source = resolve_source(folder)
+    tokenizer = load_tokenizer(source.folder, read_config(source))
+    return pack_texts(tokenizer.encode(TEXTS, prefix="", max_length=64).ids, 0)
+
+
+def embed(folder: Path, **parameters: Any) -> np.ndarray:
+    """Embed the texts above through the public class, in float32 unless told otherwise."""
+    settings = {"device": "cpu", "dtype": "float32", "cache": None, **parameters}
+    return NVEmbedVectorizer(folder, **settings).transform(TEXTS)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Change the tensors of a single-file folder."""
+    tensors = load_file(folder / checkpoint.WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, folder / checkpoint.WEIGHTS_FILE)
+
+
+def rewrite_config(folder: Path, **changes: Any) -> None:
+    """Change fields of config.json."""
+    path = folder / checkpoint.CONFIG_FILE
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, **changes}), encoding="utf-8")
+
+
+def shard(folder: Path, n_shards: int = 3) -> None:
+    """Spread a single file over shards with an index, as NV-Embed's repositories do."""
+    tensors = load_file(folder / checkpoint.WEIGHTS_FILE)
+    (folder / checkpoint.WEIGHTS_FILE).unlink()
+    weight_map = {}
+    for k in range(n_shards):
+        name = f"model-{k + 1:05d}-of-{n_shards:05d}.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[k::n_shards]}
+        save_file(part, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, name))
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / checkpoint.INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+
+
+# Layouts and types
+
+
+@pytest.mark.parametrize("target", sorted(DTYPES))
+@pytest.mark.parametrize("stored", sorted(DTYPES))
+@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
+def test_stored_and_target_types(folder: Path, sharded: bool, stored: str, target: str) -> None:
+    def cast(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: value.to(DTYPES[stored]) for name, value in tensors.items()})
+
+    rewrite(folder, cast)
+    tensors = load_file(folder / checkpoint.WEIGHTS_FILE)
+    if sharded:
+        shard(folder)
+    model = load(folder, dtype=target)
+    loaded = model.state_dict()
+    assert set(loaded) == set(tensors)
+    for name, value in tensors.items():
+        assert loaded[name].dtype == DTYPES[target]
+        assert torch.equal(loaded[name], value.to(DTYPES[target]))
+    assert not model.training
+    everything = [*model.parameters(), *model.buffers()]
+    assert not any(tensor.is_meta or tensor.requires_grad for tensor in everything)
+    rotary = model.embedding_model.rotary_emb.inv_freq
+    assert rotary.dtype == torch.float32  # in half precision long texts lose their positions
+    vectors = embed(folder, dtype=target)
+    assert (vectors * embed(GOLDEN)).sum(1).min() > 0.999
+
+
+def test_float32_from_float32_is_exact(folder: Path) -> None:
+    shard(folder)
+    assert np.array_equal(embed(folder), embed(GOLDEN))
+
+
+def reference_states(folder: Path, batch: PackedBatch) -> list[Tensor]:
+    """What transformers computes for each text alone under a mask that hides nothing."""
+    theirs = AutoModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    theirs.config.sliding_window = None
+    states = []
+    for ids in batch.input_ids.split(list(batch.lengths)):
+        mask = torch.zeros(1, 1, len(ids), len(ids))
+        with torch.no_grad():
+            out = theirs(input_ids=ids[None], attention_mask=mask, use_cache=False)
+        states.append(out.last_hidden_state[0])
+    return states
+
+
+@pytest.mark.parametrize("kind", ["MistralModel", "MistralForCausalLM", "shards"])
+def test_plain_mistral(mistral_folders: Mapping[str, Path], kind: str) -> None:
+    path = mistral_folders[kind]
+    batch = pack(path)
+    with pytest.warns(FreshPoolingWarning, match="'latent' pooling.*pooling='mean'"):
+        model = load(path)
+    assert isinstance(model.embedding_model, MistralModel)
+    expected = reference_states(path, batch)
+    with torch.inference_mode():
+        states = model.hidden_states(batch)
+        vectors = model(batch)
+    torch.testing.assert_close(states, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    means = torch.stack([state.mean(0) for state in expected])
+    torch.testing.assert_close(vectors, means, rtol=1e-5, atol=1e-5)
+
+
+def test_plain_mistral_through_the_vectorizer(mistral_folders: Mapping[str, Path]) -> None:
+    path = mistral_folders["MistralForCausalLM"]
+    with pytest.warns(FreshPoolingWarning):
+        latent = embed(path)
+    mean, eos = embed(path, pooling="mean"), embed(path, pooling="eos")  # without a warning
+    np.testing.assert_allclose(latent, mean, rtol=0, atol=1e-5)
+    assert np.abs(mean - eos).max() > 0.01
+
+
+@pytest.mark.parametrize("pooling", ["latent", "multilayer"])
+def test_fresh_pooling_is_the_same_each_time(
+    mistral_folders: Mapping[str, Path], pooling: str
+) -> None:
+    before = torch.get_rng_state()
+    with pytest.warns(FreshPoolingWarning):
+        first = load(mistral_folders["MistralModel"], pooling=pooling)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(123)
+        with pytest.warns(FreshPoolingWarning):
+            second = load(mistral_folders["MistralModel"], pooling=pooling)
+    weights = second.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in first.state_dict().items())
+    latents = first.latent_attention_model.latents
+    assert latents.std().item() == pytest.approx(1.0, abs=0.1)
+
+
+# Another pooling than the checkpoint's
+
+
+def test_pooling_override() -> None:
+    batch = pack(GOLDEN)
+    latent = load(GOLDEN)
+    with torch.inference_mode():
+        states = latent.hidden_states(batch).split(list(batch.lengths))
+        expected = {
+            "mean": torch.stack([state.mean(0) for state in states]),
+            "eos": torch.stack([state[-1] for state in states]),
+        }
+        for pooling, vectors in expected.items():
+            model = load(GOLDEN, pooling=pooling)  # without a warning: nothing is fresh
+            torch.testing.assert_close(model(batch), vectors, rtol=1e-5, atol=1e-6)
+            assert not list(model.latent_attention_model.parameters())
+        assert (latent(batch) - expected["mean"]).abs().max() > 0.01
+    assert isinstance(latent.latent_attention_model, LatentAttention)
+
+
+def test_pooling_override_with_fresh_weights(folder: Path) -> None:
+    with pytest.warns(FreshPoolingWarning, match="'multilayer' pooling.*random weights"):
+        model = load(folder, pooling="multilayer")
+    assert isinstance(model.latent_attention_model, MultiLayerPooling)
+    with torch.inference_mode():
+        vectors = model(pack(folder))
+    assert torch.isfinite(vectors).all()
+    assert vectors.std(0).max() > 1e-3
+
+
+def test_unknown_pooling_in_the_file(folder: Path) -> None:
+    rewrite_config(folder, pooling="max")
+    with pytest.raises(CheckpointError, match=r"must be one of \['latent', .*'max'"):
+        load(folder)
+
+
+# Saving
+
+
+@pytest.mark.filterwarnings("ignore::skembed.exceptions.FreshPoolingWarning")
+@pytest.mark.parametrize("pooling", [None, "mean", "eos", "multilayer"])
+def test_save_and_load_again(tmp_path: Path, pooling: str | None) -> None:
+    settings: dict[str, Any] = {
+        "instruction": "Retrieve similar text",
+        "document_instruction": "Keep this",
+        "instruction_template": "Task: {instruction}\nText: ",
+        "max_length": 64,
+        "truncate_dim": 20,
+        "normalize": False,
+        "missing": "nan",
+    }
+    run = {"device": "cpu", "dtype": "float32", "cache": None}
+    vectorizer = NVEmbedVectorizer(GOLDEN, pooling=pooling, **settings, **run)
+    expected = vectorizer.transform([*TEXTS, None])
+    vectorizer.save_pretrained(tmp_path / "saved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what is saved is no longer fresh
+        again = NVEmbedVectorizer.from_pretrained(tmp_path / "saved", **run)
+        found = again.transform([*TEXTS, None])
+    assert np.array_equal(found, expected, equal_nan=True)
+    assert np.array_equal(again.encode_document(TEXTS), vectorizer.encode_document(TEXTS)), (
+        "document side"
+    )
+    assert {name: again.get_params()[name] for name in settings} == settings
+    changed = NVEmbedVectorizer.from_pretrained(tmp_path / "saved", max_length=32, **run)
+    assert changed.max_length == 32  # what the caller passes goes first
+
+
+def save(source_folder: Path, target: Path, **changes: Any) -> None:
+    """Save a folder's model to another folder."""
+    source = resolve_source(source_folder)
+    config = read_config(source)
+    arguments: dict[str, Any] = {
+        "config": config,
+        "tensors": iterate_tensors(source, config),
+        "tokenizer_folder": source.folder,
+        "extra": {},
+        **changes,
+    }
+    save_checkpoint(target, **arguments)
+
+
+def test_save_over_an_existing_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistral_folders: Mapping[str, Path]
+) -> None:
+    target = tmp_path / "saved"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "SHARD_BYTES", 50_000)
+        save(GOLDEN, target)
+    assert len(list(target.glob("model-*.safetensors"))) > 3
+    assert np.array_equal(embed(target), embed(GOLDEN))
+    other = mistral_folders["MistralModel"]
+    save(other, target)
+    names = {path.name for path in target.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not [name for name in names if "-of-" in name or "index" in name or "partial" in name]
+    assert np.array_equal(embed(target, pooling="mean"), embed(other, pooling="mean"))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "SHARD_BYTES", 50_000)
+        save(GOLDEN, target)
+    assert not (target / "model.safetensors").exists()
+    assert np.array_equal(embed(target), embed(GOLDEN))
+
+
+def test_saved_weights_keep_their_type(folder: Path, tmp_path: Path) -> None:
+    def cast(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: value.half() for name, value in tensors.items()})
+
+    rewrite(folder, cast)
+    save(folder, tmp_path / "saved")
+    stored = load_file(tmp_path / "saved" / checkpoint.WEIGHTS_FILE)
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+
+
+class KilledError(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "over"])
+def test_a_kill_at_any_write_never_leaves_a_mixture(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mistral_folders: Mapping[str, Path],
+    existing: bool,
+) -> None:
+    """Stop before the n-th file operation, for every n: old model, new model or a refusal."""
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 100_000)
+    old = mistral_folders["shards"]
+    before, after = embed(old, pooling="mean"), embed(GOLDEN, pooling="mean")
+    outcomes = []
+    for limit in range(100):
+        target = tmp_path / f"saved-{limit}"
+        if existing:
+            shutil.copytree(old, target)
+        count = iter(range(limit))
+        with monkeypatch.context() as patch:
+            for owner, name in ((Path, "unlink"), (Path, "replace"), (checkpoint, "save_file")):
+                patch.setattr(owner, name, stop_after(count, getattr(owner, name)))
+            try:
+                save(GOLDEN, target)
+                finished = True
+            except KilledError:
+                finished = False
+        try:
+            vectors = embed(target, pooling="mean")
+        except (CheckpointError, ModelNotFoundError):
+            outcomes.append("refused")
+        else:
+            is_old = vectors.shape == before.shape and np.array_equal(vectors, before)
+            assert is_old or np.array_equal(vectors, after)
+            outcomes.append("old" if is_old else "new")
+        if finished:
+            break
+    assert finished
+    assert outcomes[-1] == "new"
+    assert "refused" in outcomes
+    assert ("old" in outcomes) == existing
+    assert outcomes == sorted(outcomes, key=["old", "refused", "new"].index)
+
+
+def stop_after(count: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function so that it raises when the shared count is used up."""
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(count, None) is None:
+            raise KilledError
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def test_a_failed_save_leaves_the_old_model_and_no_rubbish(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, mistral_folders: Mapping[str, Path]
+) -> None:
+    before, names = embed(folder), {path.name for path in folder.iterdir()}
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10_000)
+    calls = iter(range(2))
+
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        if next(calls, None) is None:
+            Path(args[1]).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save(mistral_folders["MistralModel"], folder)
+    assert {path.name for path in folder.iterdir()} == names
+    assert np.array_equal(embed(folder), before)
+
+
+def test_saving_into_the_folder_that_is_read(folder: Path) -> None:
+    vectorizer = NVEmbedVectorizer(folder, device="cpu", cache=None)
+    with pytest.raises(ValueError, match="another folder"):
+        vectorizer.save_pretrained(folder)
+
+
+def test_pickle_with_weights_opens_without_the_model(folder: Path) -> None:
+    shard(folder)
+    vectorizer = NVEmbedVectorizer(
+        folder, device="cpu", dtype="float32", cache=None, store_weights=True
+    )
+    expected = vectorizer.transform(TEXTS)
+    pickled = pickle.dumps(vectorizer)
+    shutil.rmtree(folder)
+    assert np.array_equal(pickle.loads(pickled).transform(TEXTS), expected)
+
+
+def test_unpacked_files_are_shared_by_content(folder: Path) -> None:
+    files = checkpoint.pack_folder(folder)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    one, same = unpack_folder(files), unpack_folder(dict(reversed(files.items())))
+    assert one == same
+    assert {path.name: path.read_bytes() for path in one.iterdir()} == files
+    assert unpack_folder({**files, "config.json": b"{}"}) != one
+
+
+# Damaged and foreign folders
+
+
+def test_missing_unexpected_and_wrong_tensors_are_named(folder: Path) -> None:
+    def damage(tensors: dict[str, Tensor]) -> None:
+        del tensors["embedding_model.norm.weight"]
+        tensors["embedding_model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
+        tensors["latent_attention_model.latents"] = torch.zeros(16, 7)
+
+    rewrite(folder, damage)
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    message = str(caught.value)
+    assert "missing: embedding_model.norm.weight" in message
+    assert "unexpected: embedding_model.layers.7.mlp.up_proj.weight" in message
+    assert "latent_attention_model.latents has (16, 7), expected (16, 48)" in message
+    assert str(folder) in message
+
+
+def test_many_missing_tensors_are_counted(folder: Path) -> None:
+    rewrite_config(folder, text_config={**MISTRAL, "hidden_size": 48, "num_hidden_layers": 6})
+    with pytest.raises(CheckpointError, match=r"missing: .* and \d+ more"):
+        load(folder)
+
+
+def test_no_pooling_weights_where_config_promises_them(folder: Path) -> None:
+    def strip(tensors: dict[str, Tensor]) -> None:
+        for name in [n for n in tensors if n.startswith("latent_attention_model.")]:
+            del tensors[name]
+
+    rewrite(folder, strip)
+    with pytest.raises(CheckpointError, match=r"missing: latent_attention_model\."):
+        load(folder)
+    load(folder, pooling="mean")  # needs none
+
+
+def test_heads_and_rotary_buffers_are_ignored(folder: Path) -> None:
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = torch.zeros(512, 48)
+        tensors["embedding_model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+
+    rewrite(folder, add)
+    assert np.array_equal(embed(folder), embed(GOLDEN))
+
+
+def test_quantised_weights(folder: Path) -> None:
+    def quantise(tensors: dict[str, Tensor]) -> None:
+        name = "embedding_model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].to(torch.int8)
+
+    rewrite(folder, quantise)
+    with pytest.raises(CheckpointError, match=r"mlp\.up_proj\.weight .*int8\. Quantised"):
+        load(folder)
+
+
+@pytest.mark.parametrize("size", [0, 5, 400, 200_000])
+def test_truncated_weights(folder: Path, size: int) -> None:
+    os.truncate(folder / checkpoint.WEIGHTS_FILE, size)
+    with pytest.raises(CheckpointError, match="is truncated or not a safetensors file"):
+        load(folder)
+
+
+def test_missing_shard(folder: Path) -> None:
+    shard(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks model-00002-of-00003\.safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", "{}", '{"weight_map": ["a"]}'])
+def test_damaged_index(folder: Path, content: str) -> None:
+    shard(folder)
+    (folder / checkpoint.INDEX_FILE).write_text(content)
+    with pytest.raises(CheckpointError, match="is not a safetensors index"):
+        load(folder)
+
+
+def test_pickled_weights_only(folder: Path) -> None:
+    (folder / checkpoint.WEIGHTS_FILE).unlink()
+    with pytest.raises(CheckpointError, match="holds neither"):
+        load(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02.")
+    with pytest.raises(CheckpointError, match=r"pickled weights only \(pytorch_model\.bin\)"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "cannot be read as JSON"), ("[1]", "must hold a JSON object"), (None, "must hold a")],
+)
+def test_damaged_config(folder: Path, content: str | None, message: str) -> None:
+    (folder / checkpoint.CONFIG_FILE).unlink()
+    if content is not None:
+        (folder / checkpoint.CONFIG_FILE).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [[2, 3], "two", True])
+def test_token_ids_that_are_no_numbers(folder: Path, value: Any) -> None:
+    text = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
+    rewrite_config(folder, text_config={**text, "eos_token_id": value})
+    with pytest.raises(CheckpointError, match="`eos_token_id` in .* must be an int"):
+        load(folder)
+
+
+def test_null_in_the_config_means_the_default(folder: Path) -> None:
+    text = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
+    rewrite_config(folder, text_config={**text, "bos_token_id": None, "head_dim": None})
+    assert np.array_equal(embed(folder), embed(GOLDEN))
+
+
+def test_custom_code_is_neither_asked_for_nor_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> str:
+        raise AssertionError("loading asked a question")
+
+    code = "raise AssertionError('code of the folder was run')"
+    for name in ("modeling_nvembed.py", "configuration_nvembed.py", "tokenization_own.py"):
+        (folder / name).write_text(code)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["auto_map"] = {"AutoTokenizer": ["tokenization_own.Own", "tokenization_own.Own"]}
+    settings["tokenizer_class"] = "Own"
+    path.write_text(json.dumps(settings))
+    assert "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr(builtins, "input", refuse)
+    assert np.array_equal(embed(folder), embed(GOLDEN))
+
+
+# Fingerprints
+
+
+def fingerprint(folder: Path) -> str:
+    return fingerprint_weights(resolve_source(folder))
+
+
+def test_fingerprint_follows_the_content(folder: Path, tmp_path: Path) -> None:
+    first = fingerprint(folder)
+    assert len(first) == 32
+    moved = tmp_path / "under another name"
+    shutil.copytree(folder, moved)
+    os.utime(moved / checkpoint.WEIGHTS_FILE, (1, 1))
+    (moved / "README.md").write_text("not part of it")
+    assert fingerprint(moved) == first == fingerprint(GOLDEN)
+
+    def nudge(tensors: dict[str, Tensor]) -> None:
+        tensors["embedding_model.norm.weight"][0] += 1e-3
+
+    seen = {first}
+    rewrite(folder, nudge)
+    seen.add(fingerprint(folder))
+    rewrite_config(folder, is_mask_instruction=False)
+    seen.add(fingerprint(folder))
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    seen.add(fingerprint(folder))
+    assert len(seen) == 4
+
+
+def test_fingerprint_of_shards_covers_each(folder: Path) -> None:
+    shard(folder)
+    seen = {fingerprint(folder)}
+    for path in sorted(folder.glob("model-*.safetensors")):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        seen.add(fingerprint(folder))
+    assert len(seen) == 4
+
+
+def test_fingerprint_of_large_files_is_sampled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sparse file of 64 MB: samples every 16 KiB, and the time of the last change."""
+    weights = folder / checkpoint.WEIGHTS_FILE
+    os.truncate(weights, 64 * 1024**2)
+    monkeypatch.setattr(checkpoint, "WHOLE_HASH_BYTES", 1024**2)
+    reads = []
+
+    class CountingHash:
+        def update(self, block: bytes) -> None:
+            reads.append(len(block))
+
+    os.utime(weights, ns=(10**18, 10**18))
+    first = fingerprint(folder)
+    checkpoint._hash_file(weights, CountingHash())  # type: ignore[arg-type]
+    assert sum(reads) < 20 * 1024**2
+    assert fingerprint(folder) == first
+
+    def changed_at(place: int) -> str:
+        with weights.open("r+b") as file:
+            file.seek(place)
+            byte = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte[0] ^ 1]))
+            file.flush()
+            os.utime(weights, ns=(10**18, 10**18))
+            found = fingerprint(folder)
+            file.seek(place)
+            file.write(byte)
+        os.utime(weights, ns=(10**18, 10**18))
+        return found
+
+    assert changed_at(100) != first  # the header
+    assert changed_at(16_384 * 1_000) != first  # a sampled place
+    assert changed_at(16_384 * 1_000 + 10_000) == first  # between two of them
+    assert fingerprint(folder) == first
+    os.utime(weights, ns=(10**18 + 1, 10**18 + 1))
+    assert fingerprint(folder) != first  # what the samples miss, the time tells
+    os.truncate(weights, 65 * 1024**2)
+    os.utime(weights, ns=(10**18, 10**18))
+    assert fingerprint(folder) != first
+
+
+def test_fingerprint_of_a_folder_without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"must hold a tokenizer\.json"):
+        fingerprint(folder)
+
+
+# Names and hub ids
+
+
+def test_bundled_model() -> None:
+    source = resolve_source("skembed-mini")
+    assert (source.folder / checkpoint.WEIGHTS_FILE).is_file()
+    assert source.revision is None
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "./a/b", "~/a", "a/b/c", "/a/b", "a//b", ""])
+def test_no_such_folder_and_no_hub_id(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", pytest.fail)
+    if name:
+        with pytest.raises(ModelNotFoundError, match=r"must be one of \['skembed-mini'\]"):
+            resolve_source(name)
+    with pytest.raises((ModelNotFoundError, TypeError), match="`model` parameter"):
+        NVEmbedVectorizer(name).transform(TEXTS)
+
+
+def test_a_folder_goes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", pytest.fail)
+    shutil.copytree(GOLDEN, tmp_path / "nvidia" / "NV-Embed-v2")
+    assert resolve_source("nvidia/NV-Embed-v2").folder == tmp_path / "nvidia" / "NV-Embed-v2"
+
+
+@pytest.fixture
+def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Replace the download by a copy of the golden folder; return the calls."""
+    calls: list[dict[str, Any]] = []
+
+    def snapshot_download(repo_id: str, **kwargs: Any) -> str:
+        calls.append({"repo_id": repo_id, **kwargs})
+        target = tmp_path / "hub" / "snapshots" / (kwargs["revision"] or "0" * 40)
+        if not target.exists():
+            shutil.copytree(GOLDEN, target)
+        return str(target)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["nvidia/NV-Embed-v1", "nvidia/NV-Embed-v2"])
+def test_known_models_are_pinned(name: str, downloads: list[dict[str, Any]]) -> None:
+    pinned = PINNED_REVISIONS[name]
+    assert len(pinned) == 40
+    assert set(pinned) <= set("0123456789abcdef")
+    vectorizer = NVEmbedVectorizer(name, device="cpu", dtype="float32", cache=None).fit(TEXTS)
+    assert {call["repo_id"] for call in downloads} == {name}
+    assert {call["revision"] for call in downloads} == {pinned}
+    assert vectorizer.model_["revision"] == pinned
+    assert vectorizer.model_["name"] == name
+    assert np.array_equal(vectorizer.transform(TEXTS), embed(GOLDEN))
+
+
+def test_revision_of_the_caller_goes_first(downloads: list[dict[str, Any]]) -> None:
+    assert resolve_source("nvidia/NV-Embed-v2", "abc").revision == "abc"
+    assert resolve_source("someone/other").revision == "0" * 40  # the commit of the main branch
+    assert [call["revision"] for call in downloads] == ["abc", None]
+
+
+def test_what_is_downloaded(downloads: list[dict[str, Any]]) -> None:
+    resolve_source("nvidia/NV-Embed-v2")
+    patterns = downloads[0]["allow_patterns"]
+
+    def is_wanted(name: str) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+    wanted = [
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "model-00001-of-00004.safetensors",
+    ]
+    unwanted = [
+        "modeling_nvembed.py",
+        "pytorch_model.bin",
+        "model.pt",
+        "flax_model.msgpack",
+        "README.md",
+        "model.onnx",
+        "model.gguf",
+    ]
+    assert [name for name in wanted if not is_wanted(name)] == []
+    assert [name for name in unwanted if is_wanted(name)] == []
+
+
+def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real library, with an empty cache and no network (see conftest)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve_source("nvidia/NV-Embed-v2")
+    message = str(caught.value)
+    for part in ("nvidia/NV-Embed-v2", PINNED_REVISIONS["nvidia/NV-Embed-v2"], "offline?"):
+        assert part in message
+    assert "hf download" in message  # the next step
+    assert isinstance(caught.value, OSError)
+
+
+def hub_error(kind: type[Exception]) -> Exception:
+    """One of the hub's errors, which want a response."""
+    response = SimpleNamespace(headers={}, request=None, status_code=403, text="")
+    return kind("no", response=response)  # type: ignore[call-arg]
+
+
+class BrokenTransferError(hub_errors.HfHubHTTPError.__bases__[0]):  # type: ignore[misc,name-defined]
+    """A transport error of the hub's HTTP library, which is no OSError."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (hub_error(hub_errors.GatedRepoError), "consent to its licence.*hf auth login"),
+        (hub_error(hub_errors.RepositoryNotFoundError), "has no model .* or it is private"),
+        (hub_error(hub_errors.RevisionNotFoundError), "has no model .* or it is private"),
+        (hub_error(hub_errors.HfHubHTTPError), "offline"),
+        (ConnectionError("reset"), "offline"),
+        (BrokenTransferError("proxy"), "offline"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_errors_of_the_hub_are_translated(
+    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelNotFoundError, match=message) as caught:
+        resolve_source("someone/model", "v7")
+    assert "'someone/model' at revision 'v7'" in str(caught.value)
+    assert caught.value.__cause__ is error
