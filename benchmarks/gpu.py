@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,17 @@ import numpy as np
 import torch
 from _common import (
     FLOP_FORMULA,
-    RESULTS,
     ROOT,
-    Bar,
     compare,
     cosines,
     count_flops,
     describe_lengths,
-    finish,
     make_parser,
     measure_peak,
     seconds,
     start,
 )
+from _results import RESULTS, Figure, finish
 from same_weights import export_tokenizer, load_peer, write_plain_config
 from transformers import MistralModel
 
@@ -62,7 +61,8 @@ from skembed.registry import (
 )
 
 DTYPE = "bfloat16"
-LENGTHS = {"median": 64, "sigma": 1.0, "shortest": 8, "longest": 512}
+# Log-normal, in tokens.
+MEDIAN_LENGTH, SIGMA, SHORTEST, LONGEST = 64, 1.0, 8, 512
 BATCH_SIZES = (32, 64, 128, 256)
 SEVEN_B = {
     "vocab_size": 32_000,
@@ -118,11 +118,11 @@ def random_tensors(
 def make_texts(n_texts: int, tokenizer: Any) -> list[str]:
     """Return pieces of real documentation of log-normal length in tokens."""
     rng = np.random.default_rng(0)
-    drawn = rng.lognormal(np.log(LENGTHS["median"]), LENGTHS["sigma"], n_texts)
-    wanted = np.clip(drawn, LENGTHS["shortest"], LENGTHS["longest"]).astype(int) - 2
+    drawn = rng.lognormal(np.log(MEDIAN_LENGTH), SIGMA, n_texts)
+    wanted = np.clip(drawn, SHORTEST, LONGEST).astype(int) - 2
     stream = " ".join(load_docstrings().data)
     offsets = tokenizer.encode(stream, add_special_tokens=False).offsets
-    starts = rng.integers(0, len(offsets) - LENGTHS["longest"], n_texts)
+    starts = rng.integers(0, len(offsets) - LONGEST, n_texts)
     return [
         stream[offsets[a][0] : offsets[a + n - 1][1]].strip()
         for a, n in zip(starts, wanted, strict=True)
@@ -206,6 +206,11 @@ def check_leaks(loaded: LoadedModel, paths: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+def bare_instruction(text: str) -> str | None:
+    """Return the task text of an instruction that stands in the template already."""
+    return text.removeprefix("Instruct: ").removesuffix("\nQuery: ") or None
+
+
 def check_golden(args: Any) -> dict[str, float]:
     """Return the smallest cosine to the golden float32 vectors, over all blocks and texts."""
     golden = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))
@@ -216,8 +221,7 @@ def check_golden(args: Any) -> dict[str, float]:
             name, max_length = block.rsplit("/", 1)
             vectorizer = NVEmbedVectorizer(
                 GOLDEN,
-                instruction=golden["instructions"][name] or None,
-                instruction_template="{instruction}",
+                instruction=bare_instruction(golden["instructions"][name]),
                 max_length=int(max_length),
                 dtype=dtype,
                 device=args.device,
@@ -288,11 +292,8 @@ def make_peer(loaded: LoadedModel, folder: Path) -> Any:
     backbone.rotary_emb = type(rotary)(config=config).to(loaded.device)
     # The folder brings the tokenizer; its own toy weights are put aside.
     small = NVEmbedConfig(backbone={**TINY, "num_hidden_layers": 1})
-    folder.mkdir()
+    MistralModel(small.mistral_config()).save_pretrained(folder)
     write_plain_config(folder, small)
-    MistralModel.from_pretrained(
-        None, config=small.mistral_config(), state_dict={}
-    ).save_pretrained(folder)
     export_tokenizer(folder)
     return load_peer(folder, DTYPE, str(loaded.device), backbone.eval())
 
@@ -302,7 +303,7 @@ def best_batch(encode: Callable[[int], object]) -> int:
     times = {}
     for size in BATCH_SIZES:
         try:
-            times[size] = seconds(lambda size=size: encode(size))
+            times[size] = seconds(partial(encode, size))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
     return min(times, key=times.__getitem__)
@@ -326,7 +327,7 @@ def compare_with_peer(encoder: Encoder, folder: Path, args: Any) -> tuple[float,
         result = compare(
             ("skembed", "sentence-transformers"),
             encoder,
-            lambda size=size: peer.encode(texts, batch_size=size),
+            partial(peer.encode, texts, batch_size=size),
             repeats=args.repeats,
         )
         values[f"peer's {label} batch size ({size})"] = result.to_dict(len(texts))
@@ -368,18 +369,23 @@ def run(args: Any, device: torch.device, folder: Path) -> int:
     print("against sentence-transformers ...", flush=True)
     ratio, peer = compare_with_peer(encoder, folder / "peer", args)
     added = loading["host peak beyond start, GiB"] / loading["folded weights, GiB"]
+    best = speed[native]["share_of_peak"]
     leaking = sum("sees the whole" not in verdict for verdict in leaks.values())
-    bars = [
-        Bar("golden vectors, bfloat16: smallest cosine", golden[DTYPE], 0.999),
-        Bar("attention paths that leak", leaking, 0, at_least=False),
-        Bar("host peak of loading / weights", added, 1.2, at_least=False, aim=args.tiny),
-        Bar(f"share of the bfloat16 peak, {native}", speed[native]["share_of_peak"], 0.6, aim=True),
-        Bar("times sentence-transformers, same backbone, its best batch", ratio, 1.5, aim=True),
+    figures = [Figure(f"tokens/s, path {path}", speed[path]["tokens_per_s"]) for path in paths]
+    figures.append(Figure("loading, s", loading["seconds"]))
+    figures += [
+        Figure("golden vectors, bfloat16: smallest cosine", golden[DTYPE], 0.999),
+        Figure("attention paths that leak", leaking, 0, at_least=False),
+        Figure("host peak of loading / weights", added, 1.2, at_least=False, aim=args.tiny),
+        Figure(
+            f"share of the bfloat16 peak, {native}", speed[native]["share_of_peak"], 0.6, aim=True
+        ),
+        Figure("times sentence-transformers, same backbone, its best batch", ratio, 1.5, aim=True),
     ]
     values = {
         "backbone": config.backbone,
         "pooling": "latent, folded (mean against the peer)",
-        "lengths": {**LENGTHS, **describe_lengths(lengths)},
+        "lengths, tokens": describe_lengths(lengths),
         "measured bfloat16 peak, TFLOP/s": round(peak[DTYPE] / 1e3, 1),
         "TFLOP of one pass": round(gflop / 1e3, 2),
         "paths": speed,
@@ -390,7 +396,7 @@ def run(args: Any, device: torch.device, folder: Path) -> int:
         "FLOP count": FLOP_FORMULA,
     }
     name = "gpu_tiny" if args.tiny else "gpu"
-    return finish(name, "A random 7B model on a GPU", bars, values, args=args, device=device)
+    return finish(name, "A random 7B model on a GPU", figures, values, args=args, device=device)
 
 
 def main() -> int:

@@ -12,7 +12,8 @@ import gc
 import sys
 from typing import Any
 
-from _common import Bar, finish, make_parser, seconds, start, watch_model
+from _common import make_parser, seconds, start, watch_model
+from _results import Figure, finish
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
@@ -68,12 +69,13 @@ def main() -> int:
     args = start(make_parser(__doc__, texts=100, data=False))
     texts, labels = load_task(args.texts)
     n_distinct = len(set(texts))
-    bars, values = [], {"distinct texts": n_distinct, "folds": 5}
+    figures: list[Figure] = []
+    values: dict[str, Any] = {"distinct texts": n_distinct, "folds": 5}
     for name, grid in GRIDS.items():
         values[name] = found = run_grid(texts, labels, grid)
-        bars += [
-            Bar(f"{name}: model loads", found["model_loads"], 1, at_least=False),
-            Bar(
+        figures += [
+            Figure(f"{name}: model loads", found["model_loads"], 1, at_least=False),
+            Figure(
                 f"{name}: texts through the model",
                 found["texts_through_the_model"],
                 n_distinct,
@@ -83,7 +85,7 @@ def main() -> int:
         if not found["texts_through_the_model"]:
             sys.exit("gridsearch.py: no text was counted; the counter does not see the model.")
     title = "Grid search: model loads and texts through the model"
-    return finish("gridsearch", title, bars, values, args=args)
+    return finish("gridsearch", title, figures, values, args=args)
 
 
 if __name__ == "__main__":

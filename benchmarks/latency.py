@@ -11,10 +11,12 @@ import json
 import statistics
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
-from _common import Bar, finish, make_parser, seconds, start
+from _common import make_parser, seconds, start
+from _results import Figure, finish
 
 from skembed import NVEmbedVectorizer
 
@@ -53,7 +55,7 @@ def measure_calls(n_calls: int, cache: str | None) -> list[float]:
     times = []
     for k in range(n_calls):
         text = same if cache else f"Where is my new card number {k}?"
-        times.append(1e3 * seconds(lambda text=text: vectorizer.transform([text])))
+        times.append(1e3 * seconds(partial(vectorizer.transform, [text])))
     return times
 
 
@@ -87,10 +89,10 @@ def main() -> int:
     imports = [run_fresh(IMPORT_CODE) for _ in range(args.imports)]
     heavy = sorted({name for _, _, found in imports for name in found})
     import_s = statistics.median(ours for _, ours, _ in imports)
-    bars = [
-        Bar("one short text, ms", statistics.median(fresh), MAX_LATENCY_MS, at_least=False),
-        Bar("import beyond scikit-learn's, s", import_s, MAX_IMPORT_S, at_least=False),
-        Bar("torch or transformers imported", len(heavy), 0, at_least=False),
+    figures = [
+        Figure("one short text, ms", statistics.median(fresh), MAX_LATENCY_MS, at_least=False),
+        Figure("import beyond scikit-learn's, s", import_s, MAX_IMPORT_S, at_least=False),
+        Figure("torch or transformers imported", len(heavy), 0, at_least=False),
     ]
     values = {
         "new text, ms": describe(fresh),
@@ -103,7 +105,7 @@ def main() -> int:
         ),
     }
     title = "Latency of one text, and of the import"
-    return finish("latency", title, bars, values, args=args)
+    return finish("latency", title, figures, values, args=args)
 
 
 if __name__ == "__main__":

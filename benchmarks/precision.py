@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import Bar, cosines, finish, load_texts, make_parser, read_rows, start
+from _common import cosines, load_texts, make_parser, read_rows, start
+from _results import Figure, finish
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 
@@ -129,13 +130,13 @@ def main() -> int:
         scores[dtype] = score_all(vectorizer, args)
     cosine = cosines(vectors["float32"], vectors["bfloat16"])
     moved = {name: scores["bfloat16"][name] - scores["float32"][name] for name in scores["float32"]}
-    bars = [Bar("smallest cosine of bfloat16 to float32", float(cosine.min()), MIN_COSINE)]
-    bars += [
-        Bar(f"{name}: points moved", abs(points), MAX_POINTS, at_least=False)
+    figures = [Figure("smallest cosine of bfloat16 to float32", float(cosine.min()), MIN_COSINE)]
+    figures += [
+        Figure(f"{name}: points moved", abs(points), MAX_POINTS, at_least=False)
         for name, points in moved.items()
     ]
-    bars += [
-        Bar(f"{dtype}: largest change with the batch", max(gaps[dtype].values()), bar, False)
+    figures += [
+        Figure(f"{dtype}: largest change with the batch", max(gaps[dtype].values()), bar, False)
         for dtype, bar in INVARIANCE.items()
     ]
     values = {
@@ -159,7 +160,7 @@ def main() -> int:
         "largest change with the batch": gaps,
     }
     title = "bfloat16 against float32, and batch invariance"
-    return finish("precision", title, bars, values, args=args)
+    return finish("precision", title, figures, values, args=args)
 
 
 if __name__ == "__main__":

@@ -13,23 +13,23 @@ import json
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from _common import (
-    Bar,
     compare,
     cosines,
     describe_lengths,
-    finish,
     load_texts,
     make_parser,
     read_rows,
     seconds,
     start,
 )
+from _results import Figure, finish
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -165,8 +165,7 @@ def find_best_batch(peer: Any, texts: list[str]) -> tuple[int, dict[int, float]]
     """Return the peer's fastest batch size on a part of the texts, and the seconds of each."""
     part = texts[: max(256, len(texts) // 4)]
     times = {
-        size: round(seconds(lambda size=size: peer.encode(part, batch_size=size)), 3)
-        for size in BATCH_SIZES
+        size: round(seconds(partial(peer.encode, part, batch_size=size)), 3) for size in BATCH_SIZES
     }
     return min(times, key=times.__getitem__), times
 
@@ -187,26 +186,28 @@ def check_vectors(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> dict[str,
 
 def run_case(
     name: str, texts: list[str], sides: tuple[NVEmbedVectorizer, Any], dtype: str, repeats: int
-) -> tuple[list[Bar], dict[str, Any]]:
+) -> tuple[list[Figure], dict[str, Any]]:
     """Compare both sides on one set of texts."""
     vectorizer, peer = sides
     agreement = check_vectors(vectorizer.transform(texts), peer.encode(texts), dtype)
     best, times = find_best_batch(peer, texts)
     values: dict[str, Any] = {"vectors": agreement, "peer, s by batch size": times}
-    bars = []
+    figures = []
     for label, size in (("default batch size", 32), ("best batch size", best)):
         print(f"{name}, {dtype}, peer's {label} ({size})", flush=True)
         result = compare(
             ("skembed", "sentence-transformers"),
-            lambda: vectorizer.transform(texts),
-            lambda size=size: peer.encode(texts, batch_size=size),
+            partial(vectorizer.transform, texts),
+            partial(peer.encode, texts, batch_size=size),
             repeats=repeats,
         )
         values[f"peer's {label} ({size})"] = result.to_dict(len(texts))
-        bars.append(Bar(f"{name}, {dtype}, peer's {label}", result.ratio, MIN_RATIO[name]))
+        figures.append(
+            Figure(f"ratio, {name}, peer's {label} ({size})", result.ratio, MIN_RATIO[name])
+        )
         if best == 32:  # its default is its best: one comparison says both
             break
-    return bars, values
+    return figures, values
 
 
 def main() -> int:
@@ -228,7 +229,7 @@ def main() -> int:
         mixed, lengths = ids.keep(mixed)
         equal = cut_equal(abstracts, ids, args.texts)
         equal, equal_lengths = ids.keep(equal)
-        bars: list[Bar] = []
+        figures: list[Figure] = []
         values: dict[str, Any] = {
             "dtype": args.dtype,
             "mixed lengths, tokens": describe_lengths(lengths),
@@ -238,9 +239,9 @@ def main() -> int:
             found, values[name] = run_case(
                 name, texts, (vectorizer, peer), args.dtype, args.repeats
             )
-            bars += found
+            figures += found
     title = f"Against sentence-transformers on the same weights, {args.dtype}"
-    return finish(f"same_weights_{args.dtype}", title, bars, values, args=args)
+    return finish(f"same_weights_{args.dtype}", title, figures, values, args=args)
 
 
 if __name__ == "__main__":

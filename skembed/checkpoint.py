@@ -199,7 +199,7 @@ class WeightFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in self.files:
             with _open_weights(path) as file:
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                for key in file.keys():  # not a mapping: has no __iter__
                     name = _model_key(key)
                     self.locations[name] = (path, key)
                     self.shapes[name] = tuple(file.get_slice(key).get_shape())

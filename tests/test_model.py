@@ -90,6 +90,14 @@ def make_batch(*lengths: int) -> PackedBatch:
     return pack_texts(ids, 0)
 
 
+def token_states(model: NVEmbedModel, batch: PackedBatch) -> Tensor:
+    """Last hidden states (T, D) of a pack."""
+    with torch.inference_mode():
+        states = model.hidden_states(batch)
+    assert isinstance(states, Tensor)
+    return states
+
+
 def run(model: NVEmbedModel, *lengths: int) -> Tensor:
     """Raw vectors of the pack above."""
     with torch.inference_mode():
@@ -125,7 +133,7 @@ def test_latent_sizes_that_are_named_are_taken() -> None:
     layer = NVEmbedModel(config).latent_attention_model
     assert isinstance(layer, LatentAttention)
     assert layer.latents.shape == (6, 12)
-    assert layer.cross_attend_blocks[0].fn.to_kv.weight.shape == (20, 12)
+    assert layer.get_parameter("cross_attend_blocks.0.fn.to_kv.weight").shape == (20, 12)
 
 
 def test_without_a_latent_section_the_defaults_hold() -> None:
@@ -290,8 +298,8 @@ def test_runs_of_equal_lengths() -> None:
 def test_mean_pools_behind_the_instruction() -> None:
     model = make_model(TINY)
     ids = [row.numpy() for row in make_batch(9, 6).input_ids.split([9, 6])]
+    states = token_states(model, pack_texts(ids, 0)).split([9, 6])
     with torch.inference_mode():
-        states = model.hidden_states(pack_texts(ids, 0)).split([9, 6])
         found = model(pack_texts(ids, 4))
     expected = torch.stack([state[4:].mean(0) for state in states])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -299,9 +307,7 @@ def test_mean_pools_behind_the_instruction() -> None:
 
 def test_eos_takes_the_last_token() -> None:
     model = make_model(TINY, pooling="eos")
-    batch = make_batch(9, 6, 6)
-    with torch.inference_mode():
-        states = model.hidden_states(batch)
+    states = token_states(model, make_batch(9, 6, 6))
     torch.testing.assert_close(run(model, 9, 6, 6), states[[8, 14, 20]])
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from test_model import token_states
 from test_pooling import double_weights, randomize, reference_latent
 from torch import Tensor
 from torch.nn import functional as F
@@ -217,8 +218,7 @@ def test_bfloat16_does_not_depend_on_the_batch() -> None:
 def last_states(model: NVEmbedModel, texts: Sequence[Tensor], device: str = "cpu") -> list[Tensor]:
     """Last hidden states (L, D) of each text of one pack."""
     batch = pack_texts([text.numpy() for text in texts], 0).to(torch.device(device))
-    with torch.inference_mode():
-        return list(model.hidden_states(batch).float().cpu().split(list(batch.lengths)))
+    return list(token_states(model, batch).float().cpu().split(list(batch.lengths)))
 
 
 def check_leaks(model: NVEmbedModel, lengths: Sequence[int], device: str, noise: float) -> None:
@@ -269,8 +269,10 @@ def causal_attention(*args: Any) -> Tensor:
     groups = q.shape[0] // k.shape[0]
     k, v = (x.repeat_interleave(groups, dim=0) for x in (k, v))
     parts = [
-        F.scaled_dot_product_attention(*piece, scale=scaling, is_causal=True)
-        for piece in zip(*(x.split(list(packed.lengths), dim=1) for x in (q, k, v)), strict=True)
+        F.scaled_dot_product_attention(q_text, k_text, v_text, scale=scaling, is_causal=True)
+        for q_text, k_text, v_text in zip(
+            *(x.split(list(packed.lengths), dim=1) for x in (q, k, v)), strict=True
+        )
     ]
     return torch.cat(parts, dim=1).transpose(0, 1)
 
@@ -404,7 +406,7 @@ def test_every_layer_equals_stock_transformers(path: str) -> None:
     batch = pack_texts([text.numpy() for text in texts], 0)
     with torch.inference_mode():
         layers = model.hidden_states(batch, all_layers=True)
-        last = model.hidden_states(batch)
+    last = token_states(model, batch)
     assert len(layers) == TINY["num_hidden_layers"]
     torch.testing.assert_close(layers[-1], last)  # the last one is behind the final norm
     expected = torch.cat(reference_states(model, texts))

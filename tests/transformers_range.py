@@ -32,18 +32,24 @@ TOLERANCE = 1e-5
 def install(version: str, folder: Path) -> list[str]:
     """Put a release into a folder, with the requirements that are not met; those requirements."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    folder.mkdir(parents=True)  # fails on one that is there: it may be incomplete
     path = [str(folder), *sys.path]
     waiting, installed = [f"transformers=={version}"], []
     while waiting:
         line = waiting.pop().partition(";")[0].strip()
-        if is_met(line, path[: None if installed else 1]):
+        if installed and is_met(line, path):
             continue
         subprocess.run([*pip, line], check=True, capture_output=True, text=True)
         installed.append(line)
-        name = re.split(r"[^\w.-]", line)[0]
-        (distribution,) = importlib.metadata.distributions(name=name, path=path[:1])
-        waiting += [need for need in distribution.requires or () if not is_met(need, path)]
+        found = find_distribution(re.split(r"[^\w.-]", line)[0], path)
+        needs = found.requires if found is not None else None
+        waiting += [need for need in needs or () if not is_met(need, path)]
     return installed[1:]
+
+
+def find_distribution(name: str, path: list[str]) -> importlib.metadata.Distribution | None:
+    """Return the first distribution of a name on a path."""
+    return next(iter(importlib.metadata.distributions(name=name, path=path)), None)
 
 
 def is_met(line: str, path: list[str]) -> bool:
@@ -53,7 +59,7 @@ def is_met(line: str, path: list[str]) -> bool:
     requirement = Requirement(line)
     if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
         return True
-    found = next(importlib.metadata.distributions(name=requirement.name, path=path), None)
+    found = find_distribution(requirement.name, path)
     return found is not None and requirement.specifier.contains(found.version, prereleases=True)
 
 
@@ -157,7 +163,9 @@ def main() -> None:
     """Check all releases and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("versions", nargs="*", default=VERSIONS)
-    parser.add_argument("--keep", type=Path, help="keep the installed releases in this folder")
+    parser.add_argument(
+        "--keep", type=Path, help="keep the releases in this folder, which has none yet"
+    )
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.check:
