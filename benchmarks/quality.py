@@ -83,9 +83,7 @@ def score_clustering(data: Path, name: str, embed: Embed) -> float:
     vectors = embed([rows[i]["text"] for i in chosen])
     scores = []
     for seed in range(5):
-        kmeans = MiniBatchKMeans(
-            len(set(labels)), batch_size=512, n_init="auto", random_state=seed
-        )
+        kmeans = MiniBatchKMeans(len(set(labels)), batch_size=512, n_init="auto", random_state=seed)
         scores.append(v_measure_score(labels, kmeans.fit_predict(vectors)))
     return float(np.mean(scores))
 

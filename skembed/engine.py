@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from skembed.cache import EmbeddingCache
+from skembed.exceptions import CacheError, SkembedWarning
 from skembed.registry import LoadedModel, ModelKey
 from skembed.tokenization import EncodedTexts, iterate_batches, pack_texts
 
@@ -31,6 +33,7 @@ NUMERICS_VERSION = 1
 CHUNK_TEXTS = 8_192
 CHUNK_CHARACTERS = 16_000_000
 PARALLEL_TEXTS = 256  # below, starting workers costs more than they bring
+SHORTEST_PADDED = 0.92  # keeps the padded share of attention under 5 %
 STORE_ROWS = 1_024  # rows between two writes to the cache
 PROGRESS_DELAY_S = 3.0
 CPU_BATCH_TOKENS = 4_096
@@ -206,8 +209,16 @@ def _embed_chunk(
     unsaved: list[int] = []
 
     def store() -> None:
-        if cache is not None and unsaved:
-            cache.store(namespace, [part[i] for i in unsaved], out[rows[unsaved]])
+        if unsaved and not runner.cache_failed and cache is not None:
+            try:
+                cache.store(namespace, [part[i] for i in unsaved], out[rows[unsaved]])
+            except CacheError as error:  # say no room: the vectors are worth more than the cache
+                runner.cache_failed = True
+                warnings.warn(
+                    f"The cache takes no more vectors; this call goes on without it. {error}",
+                    SkembedWarning,
+                    stacklevel=2,
+                )
         unsaved.clear()
 
     try:
@@ -233,6 +244,7 @@ class _Runner:
     ) -> None:
         self.request = request
         self.report = report
+        self.cache_failed = False
         self._get_model = get_model
         self._batch_tokens = batch_tokens
         self._loaded: LoadedModel | None = None
@@ -292,30 +304,53 @@ class _Runner:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Forward passes; on CUDA the next one is queued before the last result is fetched."""
         depth = 1 if self.loaded.device.type == "cuda" else 0
-        pending: deque[tuple[np.ndarray, Tensor]] = deque()
-        for batch in iterate_batches(encoded.lengths[left], self.report.batch_tokens):
+        pending: deque[tuple[np.ndarray, Callable[[], np.ndarray]]] = deque()
+        padded = self.loaded.model.attention_path == "padded"
+        batches = iterate_batches(
+            encoded.lengths[left],
+            self.report.batch_tokens,
+            shortest=SHORTEST_PADDED if padded else 0.0,
+        )
+        for batch in batches:
             rows = left[batch]
             pending.append((rows, self._start(encoded, rows)))
             while len(pending) > depth:
-                yield self._fetch(*pending.popleft())
+                yield _fetch(*pending.popleft())
         while pending:
-            yield self._fetch(*pending.popleft())
+            yield _fetch(*pending.popleft())
 
-    def _start(self, encoded: EncodedTexts, rows: np.ndarray) -> Tensor:
-        """Launch one forward pass; float32 (B, D) on the device."""
+    def _start(self, encoded: EncodedTexts, rows: np.ndarray) -> Callable[[], np.ndarray]:
+        """Launch one forward pass; the result gives its vectors (B, D) on the host."""
         loaded = self.loaded
         lengths = encoded.lengths[rows]
         padded = loaded.model.attention_path == "padded"
         self.report.n_positions += int(lengths.max() * len(rows) if padded else lengths.sum())
         batch = pack_texts([encoded.ids[i] for i in rows], encoded.pool_start)
-        if loaded.device.type != "cpu":
-            batch = batch.to(loaded.device)
         with torch.inference_mode():
-            return loaded.model(batch)
+            if loaded.device.type == "cpu":
+                return loaded.model(batch).numpy
+            return _copy_to_host(loaded.model(batch.to(loaded.device)))
 
-    def _fetch(self, rows: np.ndarray, vectors: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """The result on the host; waits for the device."""
-        return rows, vectors.cpu().numpy()
+
+def _fetch(rows: np.ndarray, result: Callable[[], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """A finished batch; waits for the device."""
+    return rows, result()
+
+
+def _copy_to_host(vectors: Tensor) -> Callable[[], np.ndarray]:
+    """Start copying to the host; on CUDA into pinned memory, without waiting."""
+    if vectors.device.type != "cuda":
+        return vectors.cpu().numpy
+    host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+    host.copy_(vectors, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return wait
 
 
 class _ParallelRunner:
@@ -331,6 +366,7 @@ class _ParallelRunner:
     ) -> None:
         self.request = request
         self.report = report
+        self.cache_failed = False
         self._load = load_in_worker
         self._batch_tokens = batch_tokens
         self._workers = workers

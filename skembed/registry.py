@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from skembed.cache import EmbeddingCache
 from skembed.checkpoint import ModelSource, load_model
 from skembed.exceptions import CausalLeakError
 from skembed.model import NVEmbedConfig, NVEmbedModel
@@ -65,15 +66,21 @@ class LoadedModel:
 
 
 class Lease:
-    """What keeps models alive: shared by an estimator and its clones, left out of pickles."""
+    """What keeps a model and a cache file open: shared by clones, left out of pickles."""
 
     def __init__(self) -> None:
         self.models: dict[ModelKey, LoadedModel] = {}
+        self.cache: EmbeddingCache | None = None
 
     def hold(self, model: LoadedModel) -> None:
         """Keep this model, and no other."""
         if self.models.get(model.key) is not model:
             self.models = {model.key: model}
+
+    def hold_cache(self, cache: EmbeddingCache | None) -> EmbeddingCache | None:
+        """Keep this cache, and no other; returns it."""
+        self.cache = cache
+        return cache
 
 
 class ModelRegistry:

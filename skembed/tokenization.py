@@ -54,12 +54,14 @@ class PackedBatch:
     pool_counts: Tensor
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The batch on another device; asynchronous from pinned memory."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in self.__dataclass_fields__
-            if name != "lengths"
-        }
+        """The batch on another device; to CUDA through pinned memory, without waiting."""
+        pin = device.type == "cuda"
+        moved = {}
+        for name in self.__dataclass_fields__:
+            if name != "lengths":
+                tensor: Tensor = getattr(self, name)
+                tensor = tensor.pin_memory() if pin else tensor
+                moved[name] = tensor.to(device, non_blocking=pin)
         return PackedBatch(lengths=self.lengths, **moved)
 
 
@@ -217,17 +219,32 @@ def pack_texts(ids: Sequence[np.ndarray], pool_start: int) -> PackedBatch:
     )
 
 
-def iterate_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+def iterate_batches(
+    lengths: np.ndarray, batch_tokens: int, *, shortest: float = 0.0
+) -> Iterator[np.ndarray]:
     """Positions of texts, longest first, in batches of at most `batch_tokens` tokens.
 
     Longest first, so that a batch too large for the memory shows at once and the time left is
     never underestimated. A text above the budget forms a batch by itself.
+
+    Parameters
+    ----------
+    lengths : ndarray of int64, shape (n,)
+        Tokens of each text.
+    batch_tokens : int
+        The budget.
+    shortest : float, default=0.0
+        Least length in a batch as a share of its longest; bounds what padding can cost.
     """
     order = np.argsort(-lengths, kind="stable")
+    falling = -lengths[order]
     ends = np.cumsum(lengths[order])
     start = 0
     while start < len(order):
         used = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, used + batch_tokens, side="right")))
+        stop = np.searchsorted(ends, used + batch_tokens, side="right")
+        if shortest:
+            stop = min(stop, np.searchsorted(falling, falling[start] * shortest, side="right"))
+        stop = max(start + 1, int(stop))
         yield order[start:stop]
         start = stop

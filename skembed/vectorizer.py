@@ -494,7 +494,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             request,
             get_model=partial(_get_model, lease, resolved),
             load_in_worker=partial(_load_in_worker, resolved),
-            cache=resolve_cache(self.cache),
+            cache=lease.hold_cache(resolve_cache(self.cache)),
             batch_tokens=None if self.batch_tokens == "auto" else int(self.batch_tokens),
             progress=True if self.verbose else None,
             n_jobs=self.n_jobs,

@@ -34,7 +34,8 @@ def install(version: str, folder: Path) -> list[str]:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
     folder.mkdir(parents=True)  # fails on one that is there: it may be incomplete
     path = [str(folder), *sys.path]
-    waiting, installed = [f"transformers=={version}"], []
+    waiting = [f"transformers=={version}"]
+    installed: list[str] = []
     while waiting:
         line = waiting.pop().partition(";")[0].strip()
         if installed and is_met(line, path):

@@ -1,6 +1,6 @@
 """Write the trained weights as a model folder that `NVEmbedVectorizer` reads.
 
-    python examples/train_mini/export.py --work WORK --out skembed/data/skembed-mini
+python examples/train_mini/export.py --work WORK --out skembed/data/skembed-mini
 """
 
 from __future__ import annotations
