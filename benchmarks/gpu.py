@@ -369,7 +369,7 @@ def run(args: Any, device: torch.device, folder: Path) -> int:
     print("against sentence-transformers ...", flush=True)
     ratio, peer = compare_with_peer(encoder, folder / "peer", args)
     added = loading["host peak beyond start, GiB"] / loading["folded weights, GiB"]
-    best = speed[native]["share_of_peak"]
+    share = speed[native]["share_of_peak"]
     leaking = sum("sees the whole" not in verdict for verdict in leaks.values())
     figures = [Figure(f"tokens/s, path {path}", speed[path]["tokens_per_s"]) for path in paths]
     figures.append(Figure("loading, s", loading["seconds"]))
@@ -377,9 +377,7 @@ def run(args: Any, device: torch.device, folder: Path) -> int:
         Figure("golden vectors, bfloat16: smallest cosine", golden[DTYPE], 0.999),
         Figure("attention paths that leak", leaking, 0, at_least=False),
         Figure("host peak of loading / weights", added, 1.2, at_least=False, aim=args.tiny),
-        Figure(
-            f"share of the bfloat16 peak, {native}", speed[native]["share_of_peak"], 0.6, aim=True
-        ),
+        Figure(f"share of the bfloat16 peak, {native}", share, 0.6, aim=True),
         Figure("times sentence-transformers, same backbone, its best batch", ratio, 1.5, aim=True),
     ]
     values = {

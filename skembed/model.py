@@ -335,7 +335,7 @@ def _varlen(
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     longest = max(packed.lengths)
     cu_seqlens = packed.cu_seqlens
-    out: Tensor = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling)
+    out: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling)
     return out
 
 

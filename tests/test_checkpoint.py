@@ -343,15 +343,23 @@ class KilledError(BaseException):
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "over"])
 def test_a_kill_at_any_write_never_leaves_a_mixture(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    mistral_folders: Mapping[str, Path],
-    existing: bool,
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
 ) -> None:
-    """Stop before the n-th file operation, for every n: old model, new model or a refusal."""
+    """Stop before the n-th file operation, for every n: old model, new model or a refusal.
+
+    Both models have the same shapes and shard names, so that any mixture of theirs would load.
+    """
+
+    def negate(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: -value for name, value in tensors.items() if value.ndim == 2})
+
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 100_000)
-    old = mistral_folders["shards"]
-    before, after = embed(old, pooling="mean"), embed(GOLDEN, pooling="mean")
+    rewrite(folder, negate)
+    text = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
+    rewrite_config(folder, text_config={**text, "rope_theta": 50.0})
+    old = tmp_path / "old"
+    save(folder, old)
+    before, after = embed(old), embed(GOLDEN)
     outcomes = []
     for limit in range(100):
         target = tmp_path / f"saved-{limit}"
@@ -367,11 +375,11 @@ def test_a_kill_at_any_write_never_leaves_a_mixture(
             except KilledError:
                 finished = False
         try:
-            vectors = embed(target, pooling="mean")
+            vectors = embed(target)
         except (CheckpointError, ModelNotFoundError):
             outcomes.append("refused")
         else:
-            is_old = vectors.shape == before.shape and np.array_equal(vectors, before)
+            is_old = np.array_equal(vectors, before)
             assert is_old or np.array_equal(vectors, after)
             outcomes.append("old" if is_old else "new")
         if finished:
@@ -412,6 +420,22 @@ def test_a_failed_save_leaves_the_old_model_and_no_rubbish(
         save(mistral_folders["MistralModel"], folder)
     assert {path.name for path in folder.iterdir()} == names
     assert np.array_equal(embed(folder), before)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "settings.json"
+    checkpoint.write_json(path, {"a": 1})
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_json(path, {"a": 2})
+    assert [child.name for child in tmp_path.iterdir()] == ["settings.json"]
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
 
 
 def test_saving_into_the_folder_that_is_read(folder: Path) -> None:

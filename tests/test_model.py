@@ -227,8 +227,20 @@ def test_rope_scaling_is_used() -> None:
     torch.testing.assert_close(ratio, torch.full((4,), 4.0))
 
 
-def test_positions_restart_with_each_text() -> None:
-    """The order of tokens counts; the place of a text in the pack does not."""
+def test_position_ids_restart_with_each_text() -> None:
+    """Looked at where they arrive: rotary attention gives nearly the same without a restart."""
+    model, seen = make_model(TINY), []
+
+    def note(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["position_ids"].tolist())
+
+    model.embedding_model.register_forward_pre_hook(note, with_kwargs=True)
+    run(model, 3, 2, 4)
+    assert seen == [[[0, 1, 2, 0, 1, 0, 1, 2, 3]]]
+
+
+def test_order_counts_and_place_does_not() -> None:
+    """The order of the tokens in a text counts, its place in the pack does not."""
     model = make_model(TINY)
     ids = make_batch(12).input_ids.numpy()
     with torch.inference_mode():

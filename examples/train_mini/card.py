@@ -1,7 +1,7 @@
 """Write the model card from what was run: recipe, log, scores and the corpus's own licence list.
 
-    python examples/train_mini/card.py --work WORK --data DATA --scores benchmarks/results/quality.json
-        --out skembed/data/skembed-mini
+    python examples/train_mini/card.py --work WORK --data DATA \\
+        --scores benchmarks/results/quality.json --out skembed/data/skembed-mini
 
 `--data` is the folder whose README.md lists every source with its licence.
 """
@@ -71,7 +71,8 @@ def write_card(work: Path, data: Path, scores: Path, out: Path) -> str:
         f"- latent attention: {latent['num_latents_value']} latents, {latent['num_cross_heads']} "
         f"heads of {latent['cross_dim_head']}, feed-forward widened {latent['ff_mult']} times",
         f"- vocabulary {text['vocab_size']:,} (lower-cased byte-fallback BPE of its own), up to "
-        f"{text['max_position_embeddings']:,} tokens, trained on at most {recipe.teacher_max_length}",
+        f"{text['max_position_embeddings']:,} tokens, taught on at most "
+        f"{recipe.teacher_max_length}",
         f"- {recipe.dtype} weights, {size:.1f} MB in all; embeddings of {config['hidden_size']} "
         "dimensions, unit length",
         "",

@@ -43,7 +43,7 @@ class Recipe:
     embedding_learning_rate: float = 3e-4
     weight_decay: float = 0.01
     warmup_steps: int = 150
-    passes: float = 1.05  # over the corpus
+    passes: float = 0.9  # over the corpus
     similarity_weight: float = 20.0  # of the similarity-matrix loss beside 1 - cosine
     max_grad_norm: float = 1.0
     checkpoint_every_s: float = 120.0
