@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from _common import Bar, finish, load_minilm, make_parser, read_rows, start
+from _common import load_minilm, make_parser, read_rows, start
+from _results import Figure, finish
 from scipy.stats import spearmanr
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.decomposition import TruncatedSVD
@@ -173,15 +174,15 @@ def main() -> int:
                 values.setdefault(f"{task}/{name}", {})[model] = round(score, 2)
                 spent = time.perf_counter() - started
                 print(f"{model} {task}/{name}: {score:.2f} ({spent:.0f} s)", flush=True)
-    bars = []
+    figures = []
     if "skembed-mini" in values.get("sts/stsb", {}):
-        bars.append(Bar("STS-B test, Spearman", values["sts/stsb"]["skembed-mini"], MIN_STSB))
+        figures.append(Figure("STS-B test, Spearman", values["sts/stsb"]["skembed-mini"], MIN_STSB))
     if {"skembed-mini", "minilm"} <= set(args.models):
         shares = [scores["skembed-mini"] / scores["minilm"] for scores in values.values()]
         share = round(100 * float(np.mean(shares)), 1)
-        bars.append(Bar("mean share of all-MiniLM-L6-v2's score, %", share, 95.0, aim=True))
+        figures.append(Figure("mean share of all-MiniLM-L6-v2's score, %", share, 95.0, aim=True))
     title = "Quality of skembed-mini on the evaluation sets"
-    return finish("quality", title, bars, values, args=args)
+    return finish("quality", title, figures, values, args=args)
 
 
 if __name__ == "__main__":

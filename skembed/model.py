@@ -368,6 +368,26 @@ AttentionInterface.register(ATTENTION_NAME, _packed_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
+class LeanRMSNorm(nn.Module):
+    """RMSNorm in two passes over the data, for CPUs, where stock RMSNorm takes six.
+
+    The mean of squares is taken in float32 as in the stock module; in bfloat16 the scale of a row
+    is rounded once more. Shares the stock module's weight.
+    """
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (norm.square() / hidden_states.shape[-1] + self.eps).rsqrt()
+        scaled = hidden_states * scale.to(hidden_states.dtype)
+        return scaled * self.weight if scaled.requires_grad else scaled.mul_(self.weight)
+
+
 def build_pooling(config: NVEmbedConfig) -> nn.Module:
     """The pooling module of a configuration, with fresh weights."""
     sizes = {
@@ -429,6 +449,14 @@ class NVEmbedModel(nn.Module):
         else:
             hidden = self.hidden_states(batch)[batch.pool_index]  # (P, D)
         return self.latent_attention_model(hidden, batch.pool_segments, batch.pool_counts)
+
+    def use_lean_norms(self) -> None:
+        """Replace the backbone's RMSNorms by `LeanRMSNorm` on the same weights."""
+        eps = self.embedding_model.config.rms_norm_eps
+        stock = type(self.embedding_model.norm)
+        for name, module in list(self.embedding_model.named_modules()):
+            if isinstance(module, stock):
+                self.embedding_model.set_submodule(name, LeanRMSNorm(module.weight, eps))
 
     def fold_pooling(self) -> None:
         """Replace a latent layer by its inference form; other poolings stay."""

@@ -137,6 +137,8 @@ def _load(key: ModelKey, source: ModelSource, config: NVEmbedConfig) -> LoadedMo
     model = load_model(
         source, config, device=device, dtype=dtype, attention_path=key.attention_path
     )
+    if device.type == "cpu":
+        model.use_lean_norms()
     prove_bidirectional(model, device)
     model.fold_pooling()
     logger.info("loaded %s: %s", source.name, key)

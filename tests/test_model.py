@@ -349,3 +349,27 @@ def test_folding_the_model() -> None:
         kind = type(other.latent_attention_model)
         other.fold_pooling()
         assert type(other.latent_attention_model) is kind
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_lean_norms_equal_the_stock_ones(dtype: torch.dtype, tolerance: float) -> None:
+    config = NVEmbedConfig.from_dict(
+        {"model_type": "mistral", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64},
+        "test",
+    )
+    model = NVEmbedModel(config)
+    generator = torch.Generator().manual_seed(0)
+    stock = model.embedding_model.layers[0].input_layernorm.to(dtype)
+    stock.weight.data = torch.rand(32, generator=generator).to(dtype) + 0.5
+    tokens = (5 * torch.randn(7, 32, generator=generator)).to(dtype)
+    expected = stock(tokens)
+    model.use_lean_norms()
+    lean = model.embedding_model.layers[0].input_layernorm
+    assert lean.weight is stock.weight
+    assert type(lean) is type(model.embedding_model.norm) is not type(stock)
+    torch.testing.assert_close(lean(tokens), expected, rtol=tolerance, atol=tolerance)
+    with torch.no_grad():  # in place only where no gradient is asked for
+        torch.testing.assert_close(lean(tokens), expected, rtol=tolerance, atol=tolerance)
+    lean(tokens.requires_grad_()).sum().backward()
+    assert tokens.grad is not None and lean.weight.grad is not None
