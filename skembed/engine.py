@@ -322,13 +322,15 @@ class _Runner:
     def _start(self, encoded: EncodedTexts, rows: np.ndarray) -> Callable[[], np.ndarray]:
         """Launch one forward pass; the result gives its vectors (B, D) on the host."""
         loaded = self.loaded
-        lengths = encoded.lengths[rows]
-        padded = loaded.model.attention_path == "padded"
-        self.report.n_positions += int(lengths.max() * len(rows) if padded else lengths.sum())
-        batch = pack_texts([encoded.ids[i] for i in rows], encoded.pool_start)
+        on_cpu = loaded.device.type == "cpu"
+        batch = pack_texts([encoded.ids[i] for i in rows], encoded.pool_start, on_grid=on_cpu)
+        if loaded.model.attention_path == "padded":
+            self.report.n_positions += max(batch.lengths) * len(batch.lengths)
+        else:
+            self.report.n_positions += len(batch.input_ids)
         with torch.inference_mode():
-            if loaded.device.type == "cpu":
-                return loaded.model(batch).numpy
+            if on_cpu:
+                return loaded.model(batch)[: len(rows)].numpy
             return _copy_to_host(loaded.model(batch.to(loaded.device)))
 
 

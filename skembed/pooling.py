@@ -28,7 +28,7 @@ def segment_mean(values: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
     """Mean of packed rows per text, in float32: (P, D), (P,), (B,) -> (B, D)."""
     total = values.new_zeros(len(counts), values.shape[-1], dtype=torch.float32)
     total.index_add_(0, segments, values.float())
-    return total / counts.unsqueeze(1)
+    return total / counts.clamp(min=1).unsqueeze(1)
 
 
 class PreNorm(nn.Module):
@@ -268,7 +268,8 @@ class EosPooling(nn.Module):
 
     def forward(self, hidden_states: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
         """Packed pooled tokens (P, D), their text (P,), tokens per text (B,) -> (B, D) float32."""
-        return hidden_states[counts.long().cumsum(0) - 1].float()
+        last = counts.long().cumsum(0) - 1
+        return hidden_states[last.clamp(max=len(hidden_states) - 1)].float()
 
 
 class MultiLayerPooling(nn.Module):

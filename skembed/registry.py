@@ -138,7 +138,7 @@ def _load(key: ModelKey, source: ModelSource, config: NVEmbedConfig) -> LoadedMo
         source, config, device=device, dtype=dtype, attention_path=key.attention_path
     )
     if device.type == "cpu":
-        model.use_lean_norms()
+        model.use_lean_modules()
     prove_bidirectional(model, device)
     model.fold_pooling()
     logger.info("loaded %s: %s", source.name, key)

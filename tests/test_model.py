@@ -364,7 +364,7 @@ def test_lean_norms_equal_the_stock_ones(dtype: torch.dtype, tolerance: float) -
     stock.weight.data = torch.rand(32, generator=generator).to(dtype) + 0.5
     tokens = (5 * torch.randn(7, 32, generator=generator)).to(dtype)
     expected = stock(tokens)
-    model.use_lean_norms()
+    model.use_lean_modules()
     lean = model.embedding_model.layers[0].input_layernorm
     assert lean.weight is stock.weight
     assert type(lean) is type(model.embedding_model.norm) is not type(stock)
