@@ -268,9 +268,9 @@ def watch_model() -> Iterator[Activity]:
             torch.cuda.synchronize()
         activity.forward_s += time.perf_counter() - begin
         activity.n_passes += 1
-        activity.n_texts += len(batch.lengths)
-        activity.n_positions += len(batch.lengths) * max(batch.lengths)
-        activity.lengths.extend(batch.lengths)
+        activity.n_texts += batch.n_texts
+        activity.n_positions += len(batch.input_ids)
+        activity.lengths.extend(batch.lengths[: batch.n_texts])
         return vectors
 
     def timed_encode(self: TextTokenizer, *args: Any, **kwargs: Any) -> EncodedTexts:

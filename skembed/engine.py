@@ -323,14 +323,15 @@ class _Runner:
         """Launch one forward pass; the result gives its vectors (B, D) on the host."""
         loaded = self.loaded
         on_cpu = loaded.device.type == "cpu"
-        batch = pack_texts([encoded.ids[i] for i in rows], encoded.pool_start, on_grid=on_cpu)
+        on_grid = on_cpu and loaded.key.dtype != "float32"
+        batch = pack_texts([encoded.ids[i] for i in rows], encoded.pool_start, on_grid=on_grid)
         if loaded.model.attention_path == "padded":
             self.report.n_positions += max(batch.lengths) * len(batch.lengths)
         else:
             self.report.n_positions += len(batch.input_ids)
         with torch.inference_mode():
             if on_cpu:
-                return loaded.model(batch)[: len(rows)].numpy
+                return loaded.model(batch)[: batch.n_texts].numpy
             return _copy_to_host(loaded.model(batch.to(loaded.device)))
 
 

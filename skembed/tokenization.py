@@ -34,7 +34,10 @@ class PackedBatch:
     ----------
     input_ids, position_ids : Tensor of int64, shape (T,)
     lengths : tuple of int, length B
-        Tokens of each text; equal lengths side by side make the grouped path fast.
+        Tokens of each text; equal lengths side by side make the grouped path fast. One more,
+        of padding, may follow.
+    n_texts : int
+        Texts, padding not counted.
     cu_seqlens : Tensor of int32, shape (B + 1,)
         Where each text begins; the last entry is T.
     pool_index : Tensor of int64, shape (P,)
@@ -48,6 +51,7 @@ class PackedBatch:
     input_ids: Tensor
     position_ids: Tensor
     lengths: tuple[int, ...]
+    n_texts: int
     cu_seqlens: Tensor
     pool_index: Tensor
     pool_segments: Tensor
@@ -58,11 +62,11 @@ class PackedBatch:
         pin = device.type == "cuda"
         moved = {}
         for name in self.__dataclass_fields__:
-            if name != "lengths":
+            if name not in ("lengths", "n_texts"):
                 tensor: Tensor = getattr(self, name)
                 tensor = tensor.pin_memory() if pin else tensor
                 moved[name] = tensor.to(device, non_blocking=pin)
-        return PackedBatch(lengths=self.lengths, **moved)
+        return PackedBatch(lengths=self.lengths, n_texts=self.n_texts, **moved)
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,7 @@ def pack_texts(ids: Sequence[np.ndarray], pool_start: int, *, on_grid: bool = Fa
         input_ids=torch.from_numpy(tokens),
         position_ids=torch.from_numpy(position),
         lengths=tuple(lengths.tolist()),
+        n_texts=len(ids),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         pool_index=torch.from_numpy(pooled),
         pool_segments=torch.from_numpy(segments),

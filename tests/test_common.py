@@ -97,7 +97,7 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     forward = NVEmbedModel.forward
 
     def counting(self: NVEmbedModel, batch: PackedBatch) -> torch.Tensor:
-        counts.append(len(batch.lengths))
+        counts.append(batch.n_texts)
         return forward(self, batch)
 
     monkeypatch.setattr(NVEmbedModel, "forward", counting)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -353,12 +354,7 @@ def test_folding_the_model() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 def test_lean_norms_equal_the_stock_ones(dtype: torch.dtype, tolerance: float) -> None:
-    config = NVEmbedConfig.from_dict(
-        {"model_type": "mistral", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
-        | {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64},
-        "test",
-    )
-    model = NVEmbedModel(config)
+    model = NVEmbedModel(tiny_config_of_32())
     generator = torch.Generator().manual_seed(0)
     stock = model.embedding_model.layers[0].input_layernorm.to(dtype)
     stock.weight.data = torch.rand(32, generator=generator).to(dtype) + 0.5
@@ -373,3 +369,29 @@ def test_lean_norms_equal_the_stock_ones(dtype: torch.dtype, tolerance: float) -
         torch.testing.assert_close(lean(tokens), expected, rtol=tolerance, atol=tolerance)
     lean(tokens.requires_grad_()).sum().backward()
     assert tokens.grad is not None and lean.weight.grad is not None
+
+
+@pytest.mark.parametrize("pooling", ["latent", "mean", "eos", "multilayer"])
+@pytest.mark.parametrize("pool_start", [0, 2])
+def test_padding_up_to_the_grid_changes_nothing(pooling: str, pool_start: int) -> None:
+    config = replace(tiny_config_of_32(), pooling=pooling)
+    model = NVEmbedModel(config).eval()
+    randomize(model)
+    if pooling == "latent":
+        model.fold_pooling()
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(3, 50, n) for n in (9, 9, 4, 7)]
+    for path in ("grouped", "padded"):
+        model.attention_path = path
+        with torch.inference_mode():
+            plain = model(pack_texts(ids, pool_start))
+            grid = model(pack_texts(ids, pool_start, on_grid=True))
+        assert len(grid) > len(plain) == 4
+        assert torch.isfinite(grid).all()
+        torch.testing.assert_close(grid[:4], plain, rtol=1e-5, atol=1e-5)
+
+
+def tiny_config_of_32() -> NVEmbedConfig:
+    backbone = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    return NVEmbedConfig.from_dict({"model_type": "mistral"} | backbone | heads, "test")

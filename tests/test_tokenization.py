@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from skembed.checkpoint import resolve_source
 from skembed.exceptions import CheckpointError
-from skembed.tokenization import TextTokenizer, iterate_batches, pack_texts
+from skembed.tokenization import TextTokenizer, iterate_batches, pack_texts, round_up
 
 GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
 TEXTS: list[str] = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))["texts"]
@@ -254,9 +254,33 @@ def test_pack(pool_start: int) -> None:
     assert batch.pool_counts.dtype == torch.float32
 
 
+@pytest.mark.parametrize("pool_start", [0, 2])
+def test_pack_on_the_grid_adds_padding_behind_the_texts(pool_start: int) -> None:
+    ids = [np.arange(3, 3 + n, dtype=np.int32) for n in (9, 4, 7)]
+    plain, grid = pack_texts(ids, pool_start), pack_texts(ids, pool_start, on_grid=True)
+    assert (plain.n_texts, grid.n_texts) == (3, 3)
+    assert grid.lengths == (9, 4, 7, 12)  # 20 tokens, filled up to 32
+    assert len(grid.input_ids) == len(grid.position_ids) == grid.cu_seqlens[-1] == 32
+    n_pooled = len(plain.pool_index)
+    assert len(grid.pool_index) == len(grid.pool_segments) == round_up(n_pooled) > n_pooled
+    assert (grid.pool_segments[n_pooled:] == 3).all()  # a row of its own, behind the texts'
+    assert len(grid.pool_counts) == 16
+    for name in ("input_ids", "position_ids", "pool_index", "pool_segments"):
+        part = getattr(plain, name)
+        assert torch.equal(getattr(grid, name)[: len(part)], part)
+    assert torch.equal(grid.pool_counts[:3], plain.pool_counts)
+
+
+def test_grid_has_few_sizes() -> None:
+    sizes = [round_up(n) for n in range(1, 2_049)]
+    assert all(n <= size for n, size in enumerate(sizes, start=1))
+    assert len(set(sizes)) == 44
+    assert max(size / n for n, size in enumerate(sizes, start=1) if n >= 1_024) < 1.07
+
+
 def test_pack_moves_as_a_whole() -> None:
     batch = pack_texts([np.array([1, 3, 2])], 1)
     moved = batch.to(torch.device("meta"))
     assert moved.lengths == batch.lengths
-    names = [name for name in batch.__dataclass_fields__ if name != "lengths"]
+    names = [n for n in batch.__dataclass_fields__ if n not in ("lengths", "n_texts")]
     assert all(getattr(moved, name).device.type == "meta" for name in names)
