@@ -90,7 +90,7 @@ def write_card(work: Path, data: Path, scores: Path, out: Path) -> str:
         "batch's similarity matrix; half of the batches are neighbours under the teacher",
         f"- AdamW, {steps:,} steps of {recipe.batch_size} texts ({recipe.passes:g} passes), "
         f"learning rate {recipe.learning_rate:g} falling linearly, bfloat16 autocast over float32 "
-        f"weights, {log[-1]['spent_s'] / 60:.0f} minutes on one CPU core",
+        f"weights, {log[-1]['spent_s'] / 60:.0f} minutes on one CPU core; {recipe.run_note}",
         "- STS-B development split while training (Spearman): "
         + ", ".join(
             f"{entry['sts_dev']:.3f} at {entry['step']}"

@@ -48,6 +48,11 @@ class Recipe:
     max_grad_norm: float = 1.0
     checkpoint_every_s: float = 120.0
     dtype: str = field(default="bfloat16")
+    # What a reader of the card must know of the run that made the bundled weights.
+    run_note: str = (
+        "planned for 1.3 passes and shortened twice while it ran (after steps 280 and 950), so the "
+        "learning rate fell in three pieces"
+    )
 
     def to_dict(self) -> dict[str, object]:
         """The recipe as plain values, for the model card and the checkpoint."""
