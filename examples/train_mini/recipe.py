@@ -50,7 +50,7 @@ class Recipe:
     dtype: str = field(default="bfloat16")
     # What a reader of the card must know of the run that made the bundled weights.
     run_note: str = (
-        "planned for 1.3 passes and shortened twice while it ran (after steps 280 and 950), so the "
+        "planned for 1.3 passes and shortened twice while it ran (at steps 280 and 983), so the "
         "learning rate fell in three pieces"
     )
 
