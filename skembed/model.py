@@ -426,7 +426,12 @@ class LeanMLP(nn.Module):
     On CPUs writing into newly allocated memory costs more than the arithmetic on it.
     """
 
-    def __init__(self, stock: nn.Module) -> None:
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+
+    def __init__(self, stock: Any) -> None:
         super().__init__()
         self.gate_proj, self.up_proj = stock.gate_proj, stock.up_proj
         self.down_proj, self.act_fn = stock.down_proj, stock.act_fn

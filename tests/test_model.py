@@ -395,3 +395,31 @@ def tiny_config_of_32() -> NVEmbedConfig:
     backbone = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
     return NVEmbedConfig.from_dict({"model_type": "mistral"} | backbone | heads, "test")
+
+
+def test_lean_mlp_equals_the_stock_one() -> None:
+    model = NVEmbedModel(tiny_config_of_32())
+    tokens = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    stock = model.embedding_model.layers[1].mlp
+    expected = stock(tokens)
+    names = list(model.state_dict())
+    model.use_lean_modules()
+    lean = model.embedding_model.layers[1].mlp
+    assert type(lean) is not type(stock)
+    assert list(model.state_dict()) == names  # the checkpoint's keys stay
+    torch.testing.assert_close(lean(tokens), expected)
+    with torch.no_grad():  # in place only where no gradient is asked for
+        torch.testing.assert_close(lean(tokens), expected)
+    lean(tokens).sum().backward()
+    assert lean.gate_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 16, 3), (17,), (32, 31)])
+def test_attention_on_tiles_equals_plain_attention(lengths: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    q, k, v = (torch.randn(heads, tokens, 8, generator=generator).bfloat16() for heads in (4, 2, 2))
+    batch = pack_texts([np.ones(n, dtype=np.int32) for n in lengths], 0)
+    found = model_module._grouped_on_tiles(q, k, v, batch, 0.3)
+    expected = model_module._padded(q.float(), k.float(), v.float(), batch, 0.3, 0.0)
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
