@@ -420,29 +420,33 @@ class LeanRMSNorm(nn.Module):
         return scaled * self.weight if scaled.requires_grad else scaled.mul_(self.weight)
 
 
-class LeanMLP(nn.Module):
-    """The stock gated MLP on the same projections, without a fresh tensor for each step.
+class LeanActivation(nn.Module):
+    """The stock MLP's activation, whose product with the other branch is written in place.
 
-    On CPUs writing into newly allocated memory costs more than the arithmetic on it.
+    On CPUs writing into newly allocated memory costs more than the arithmetic on it. The stock
+    MLP's own forward stays; it multiplies what this returns.
     """
 
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
-    act_fn: nn.Module
-
-    def __init__(self, stock: Any) -> None:
+    def __init__(self, stock: nn.Module) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj = stock.gate_proj, stock.up_proj
-        self.down_proj, self.act_fn = stock.down_proj, stock.act_fn
+        self.stock = stock
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        gate = self.act_fn(self.gate_proj(hidden_states))
-        up = self.up_proj(hidden_states)
-        product = gate * up if gate.requires_grad or up.requires_grad else gate.mul_(up)
-        out: Tensor = self.down_proj(product)
-        return out
+    def forward(self, gate: Tensor) -> Any:
+        """(..., I) -> the activation: a tensor under gradients, else a factor to multiply."""
+        activated: Tensor = self.stock(gate)
+        return activated if activated.requires_grad else _InPlaceFactor(activated)
+
+
+class _InPlaceFactor:
+    """A tensor that may be overwritten by its product."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __mul__(self, other: Tensor) -> Tensor:
+        return self.tensor.mul_(other)
+
+    __rmul__ = __mul__
 
 
 def build_pooling(config: NVEmbedConfig) -> nn.Module:
@@ -508,14 +512,15 @@ class NVEmbedModel(nn.Module):
         return self.latent_attention_model(hidden, batch.pool_segments, batch.pool_counts)
 
     def use_lean_modules(self) -> None:
-        """Replace the backbone's RMSNorms and MLPs by the lean ones on the same weights."""
+        """Replace the backbone's RMSNorms and activations by lean ones on the same weights."""
         eps = self.embedding_model.config.rms_norm_eps
         stock = type(self.embedding_model.norm)
         for name, module in list(self.embedding_model.named_modules()):
             if isinstance(module, stock):
                 self.embedding_model.set_submodule(name, LeanRMSNorm(module.weight, eps))
-        for layer in self.embedding_model.layers:
-            layer.mlp = LeanMLP(layer.mlp)
+        for k in range(len(self.embedding_model.layers)):
+            mlp = self.embedding_model.get_submodule(f"layers.{k}.mlp")
+            mlp.act_fn = LeanActivation(mlp.get_submodule("act_fn"))
 
     def fold_pooling(self) -> None:
         """Replace a latent layer by its inference form; other poolings stay."""

@@ -397,21 +397,22 @@ def tiny_config_of_32() -> NVEmbedConfig:
     return NVEmbedConfig.from_dict({"model_type": "mistral"} | backbone | heads, "test")
 
 
-def test_lean_mlp_equals_the_stock_one() -> None:
+def test_lean_activation_leaves_the_mlp_as_it_is() -> None:
     model = NVEmbedModel(tiny_config_of_32())
     tokens = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
-    stock = model.embedding_model.layers[1].mlp
-    expected = stock(tokens)
+    mlp = model.embedding_model.layers[1].mlp
+    stock_forward = type(mlp).forward
+    expected = mlp(tokens)
     names = list(model.state_dict())
     model.use_lean_modules()
-    lean = model.embedding_model.layers[1].mlp
-    assert type(lean) is not type(stock)
+    assert model.embedding_model.layers[1].mlp is mlp
+    assert type(mlp).forward is stock_forward
     assert list(model.state_dict()) == names  # the checkpoint's keys stay
-    torch.testing.assert_close(lean(tokens), expected)
+    torch.testing.assert_close(mlp(tokens), expected)
     with torch.no_grad():  # in place only where no gradient is asked for
-        torch.testing.assert_close(lean(tokens), expected)
-    lean(tokens).sum().backward()
-    assert lean.gate_proj.weight.grad is not None
+        torch.testing.assert_close(mlp(tokens), expected)
+    mlp(tokens).sum().backward()
+    assert mlp.gate_proj.weight.grad is not None
 
 
 @pytest.mark.parametrize("lengths", [(5, 5, 16, 3), (17,), (32, 31)])
