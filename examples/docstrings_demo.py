@@ -167,7 +167,7 @@ def make_pipelines(model: str) -> dict[str, Pipeline]:
     """Return the two pipelines; they differ in nothing but the vectorizer."""
     # Character 3- and 4-grams are the strongest baseline found on this set: words alone, words
     # and bigrams, words without stop words, and other lengths score lower
-    # on all texts (with 8 a class, characters 3-5 are level).
+    # on all texts (with 8 a class, characters 3-5 are slightly ahead).
     tfidf = TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(3, 4), min_df=2)
     return {
         BASELINE: Pipeline([("tfidf", tfidf), ("clf", LogisticRegression(max_iter=1000))]),
