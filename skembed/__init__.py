@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from skembed import datasets
     from skembed.cache import EmbeddingCache
+    from skembed.examples import TrainingTask
     from skembed.exceptions import (
         CacheError,
         CausalLeakError,
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
         ModelNotFoundError,
         SkembedError,
         SkembedWarning,
+        TrainingError,
         TruncationWarning,
     )
-    from skembed.training import ContrastiveTrainer
+    from skembed.mining import mine_hard_negatives
+    from skembed.trainer import ContrastiveTrainer
     from skembed.vectorizer import NVEmbedVectorizer
 
 __version__ = "0.1.0"
@@ -36,8 +39,11 @@ __all__ = [
     "NVEmbedVectorizer",
     "SkembedError",
     "SkembedWarning",
+    "TrainingError",
+    "TrainingTask",
     "TruncationWarning",
     "datasets",
+    "mine_hard_negatives",
 ]
 
 # Public name -> module that holds it (a public module stands for itself).
@@ -45,15 +51,18 @@ _HOMES = {
     "CacheError": "skembed.exceptions",
     "CausalLeakError": "skembed.exceptions",
     "CheckpointError": "skembed.exceptions",
-    "ContrastiveTrainer": "skembed.training",
+    "ContrastiveTrainer": "skembed.trainer",
     "EmbeddingCache": "skembed.cache",
     "FreshPoolingWarning": "skembed.exceptions",
     "ModelNotFoundError": "skembed.exceptions",
     "NVEmbedVectorizer": "skembed.vectorizer",
     "SkembedError": "skembed.exceptions",
     "SkembedWarning": "skembed.exceptions",
+    "TrainingError": "skembed.exceptions",
+    "TrainingTask": "skembed.examples",
     "TruncationWarning": "skembed.exceptions",
     "datasets": "skembed.datasets",
+    "mine_hard_negatives": "skembed.mining",
 }
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "check_real",
     "check_string",
     "check_texts",
+    "count_columns",
     "import_optional",
     "replace_surrogates",
 ]
@@ -110,6 +111,23 @@ def check_texts(X: Any, *, owner: str, missing: str = "error", name: str = "X") 
     if missing == "error":
         _refuse_missing(masks, subject=subject, name=name, suffixes=suffixes)
     return TextColumns(columns, masks)
+
+
+def count_columns(X: Any) -> int:
+    """Text columns of a container as it looks: 1 for single texts, more for pairs and rows.
+
+    Looks at the shape or the first item only; whether `X` is in order is for others to check.
+
+    >>> from skembed._validation import count_columns
+    >>> count_columns([("a cat", "a feline", "a dog")])
+    3
+    """
+    shape = getattr(X, "shape", None)
+    if shape is not None:
+        return int(shape[1]) if len(shape) == 2 else 1
+    if isinstance(X, (list, tuple)) and X and isinstance(X[0], (list, tuple)):
+        return len(X[0])
+    return 1
 
 
 def replace_surrogates(text: str) -> str:

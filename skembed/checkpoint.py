@@ -47,6 +47,9 @@ DOWNLOADED_FILES = ["*.json", "*.safetensors"]
 CONFIG_FILE = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 WEIGHTS_FILE = "model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"  # peft's names for its two files
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+POOLING_FILE = "pooling.safetensors"  # beside an adapter that trained the pooling layer
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 WHOLE_HASH_BYTES = 256 * 1024**2
@@ -68,11 +71,14 @@ class ModelSource:
         Where the files are.
     revision : str or None
         Commit of the hub repository; None for local folders.
+    adapter_folder : Path or None
+        Where an adapter is, when that is what was asked for; `folder` is then its base model's.
     """
 
     name: str
     folder: Path
     revision: str | None = None
+    adapter_folder: Path | None = None
 
 
 def resolve_source(model: str | os.PathLike[str], revision: str | None = None) -> ModelSource:
@@ -101,7 +107,10 @@ def resolve_source(model: str | os.PathLike[str], revision: str | None = None) -
         return ModelSource(name, Path(str(resources.files("skembed") / "data" / name)))
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return ModelSource(name, folder.resolve())
+        folder = folder.resolve()
+        if (folder / ADAPTER_CONFIG_FILE).is_file():
+            return _resolve_adapter(name, folder)
+        return ModelSource(name, folder)
     if not _looks_like_hub_id(name):
         raise ModelNotFoundError(
             f"The `model` parameter of `NVEmbedVectorizer` must be one of {list(BUNDLED_MODELS)}, "
@@ -109,6 +118,54 @@ def resolve_source(model: str | os.PathLike[str], revision: str | None = None) -
             f"such folder (looked for {folder.absolute()})."
         )
     return _download(name, revision or PINNED_REVISIONS.get(name))
+
+
+def _resolve_adapter(name: str, folder: Path) -> ModelSource:
+    """An adapter's folder and the base model it names; a folder may hold both."""
+    if (folder / CONFIG_FILE).is_file():
+        return ModelSource(name, folder, adapter_folder=folder)
+    values = read_json(folder / ADAPTER_CONFIG_FILE)
+    base = values.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"The {ADAPTER_CONFIG_FILE} of {folder} must name its base model in "
+            f"base_model_name_or_path; got {base!r}."
+        )
+    try:
+        source = resolve_source(base, values.get("revision"))
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"The adapter in {folder} was trained on {base!r}, which is not to be found. Put that "
+            f"model there, or write its place into base_model_name_or_path of "
+            f"{ADAPTER_CONFIG_FILE}. {error}"
+        ) from error
+    if source.adapter_folder is not None:
+        raise CheckpointError(
+            f"The base model of the adapter in {folder} is an adapter itself ({base!r}). Merge "
+            "that one first (`save_pretrained(path, merge=True)`)."
+        )
+    return ModelSource(name, source.folder, source.revision, folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises
+    ------
+    CheckpointError
+        When the file is missing, unreadable or something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"The model folder {path.parent} must hold a {path.name}; it does not."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object; got {type(values).__name__}.")
+    return values
 
 
 def _looks_like_hub_id(name: str) -> bool:
@@ -164,16 +221,7 @@ def read_config(source: ModelSource, pooling: str | None = None) -> NVEmbedConfi
         When config.json is missing, unreadable or of another kind of model.
     """
     path = source.folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"The model folder {source.folder} must hold a {CONFIG_FILE}; it does not."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; got {type(values).__name__}.")
+    values = read_json(path)
     config = NVEmbedConfig.from_dict(values, str(source.folder))
     if config.pooling not in POOLINGS:
         raise CheckpointError(
@@ -579,11 +627,15 @@ def _remove_partial(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def pack_folder(folder: Path) -> dict[str, bytes]:
-    """Content of all files that make a model folder, to travel in a pickle."""
+def pack_folder(source: ModelSource) -> dict[str, bytes]:
+    """Content of all files that make a model, its adapter's too, to travel in a pickle."""
     names = [CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES]
-    paths = [folder / name for name in names if (folder / name).is_file()]
-    return {path.name: path.read_bytes() for path in [*paths, *_find_weight_files(folder)]}
+    paths = [source.folder / name for name in names]
+    if source.adapter_folder is not None:
+        adapter = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, POOLING_FILE)
+        paths += [source.adapter_folder / name for name in adapter]
+    paths = [path for path in paths if path.is_file()]
+    return {path.name: path.read_bytes() for path in [*paths, *_find_weight_files(source.folder)]}
 
 
 def unpack_folder(files: Mapping[str, bytes]) -> Path:

@@ -10,6 +10,7 @@ below exist where code outside would react in its own way::
         +-- CheckpointError      (also ValueError)    weights bad, missing, misshapen or pickled
         +-- CacheError           (also OSError)       cache file foreign, corrupt or unwritable
         +-- CausalLeakError      (also RuntimeError)  an attention path ignores later tokens
+        +-- TrainingError        (also RuntimeError)  the loss is not finite, or nothing is left of it
     UserWarning
     +-- SkembedWarning
         +-- TruncationWarning                         texts longer than ``max_length``
@@ -24,6 +25,7 @@ __all__ = [
     "ModelNotFoundError",
     "SkembedError",
     "SkembedWarning",
+    "TrainingError",
     "TruncationWarning",
 ]
 
@@ -46,6 +48,10 @@ class CacheError(SkembedError, OSError):
 
 class CausalLeakError(SkembedError, RuntimeError):
     """An attention path that must be bidirectional behaves causally on this machine."""
+
+
+class TrainingError(SkembedError, RuntimeError):
+    """Training cannot go on: the loss is not finite, or no example has a negative left."""
 
 
 class SkembedWarning(UserWarning):

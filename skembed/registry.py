@@ -14,9 +14,11 @@ import multiprocessing
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 WORKER_MODELS = 2
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class LoadedModel:
     config: NVEmbedConfig
     model: NVEmbedModel
     tokenizer: TextTokenizer
+    base: LoadedModel | None = None  # what an adapter's view runs on
 
     @property
     def device(self) -> torch.device:
@@ -71,11 +75,21 @@ class Lease:
     def __init__(self) -> None:
         self.models: dict[ModelKey, LoadedModel] = {}
         self.cache: EmbeddingCache | None = None
+        self.adapter: tuple[tuple[Any, ...], Any] = ((), None)
+        self._guard = threading.Lock()
 
     def hold(self, model: LoadedModel) -> None:
         """Keep this model, and no other."""
         if self.models.get(model.key) is not model:
             self.models = {model.key: model}
+
+    def hold_adapter(self, key: tuple[Any, ...], read: Callable[[], _T]) -> _T:
+        """The adapter of this key, read if it is not the one held."""
+        with self._guard:
+            if self.adapter[0] != key:
+                self.adapter = (key, read())
+            adapter: _T = self.adapter[1]
+            return adapter
 
     def hold_cache(self, cache: EmbeddingCache | None) -> EmbeddingCache | None:
         """Keep this cache, and no other; returns it."""

@@ -1,121 +1,462 @@
-"""`ContrastiveTrainer`: how `NVEmbedVectorizer.fit` fine-tunes.
+"""Examples -> a LoRA adapter: one plain loop.
 
-The parameters are settled; the training itself is not part of this release.
+The way of the data: `run_training` -> `BatchPlan` (which texts meet) -> `_Learner.step`
+(gradient cache over chunks of packed texts) -> AdamW. All randomness is a function of the seed and
+the step, so that a run resumed from a checkpoint ends in the same adapter as one that was never
+interrupted.
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from sklearn.base import BaseEstimator
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from skembed.adapters import (
+    Adapter,
+    DropoutMasks,
+    LoraSettings,
+    TrainablePooling,
+    insert_lora,
+    load_pooling,
+    share_weights,
+)
+from skembed.batches import Batch, BatchPlan, TextTable
+from skembed.exceptions import TrainingError
+from skembed.history import TrainingHistory
+from skembed.losses import backward_in_chunks, cosent, info_nce
+from skembed.registry import LoadedModel
+from skembed.training_state import Checkpoints
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_DELAY_S = 3.0
+CPU_CHUNK_TOKENS = 2_048
+# Tokens whose activations are held at once, where the chunk's size is left to us: a batch up to
+# this many is embedded once instead of twice.
+CPU_KEPT_TOKENS = 8_192
+N_VALIDATIONS = 10
 
 
-class ContrastiveTrainer(BaseEstimator):
-    """Parameters of contrastive fine-tuning with LoRA adapters.
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The numbers of a run; see `ContrastiveTrainer`, whose names they bear."""
 
-    A plain parameter object with `get_params` and `set_params`, so that a grid search reaches
-    ``emb__trainer__temperature``. This release stores the parameters; `fit` of a vectorizer that is
-    asked to train raises NotImplementedError.
+    lora: LoraSettings
+    n_steps: int
+    temperature: float
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    batch_tokens: int | None
+    gradient_checkpointing: bool
+    early_stopping: bool
+    patience: int
+    seed: int
 
-    Parameters
+
+@dataclass(frozen=True)
+class Validation:
+    """How a model is scored while it trains.
+
+    Attributes
     ----------
-    r : int, default=16
-        Rank of the LoRA matrices.
-    lora_alpha : float, default=32
-        Scale of the LoRA update; the update is multiplied by ``lora_alpha / r``.
-    lora_dropout : float, default=0.1
-        Dropout in front of the LoRA matrices.
-    target_modules : str or list of str, default="all-linear"
-        Linear layers that get an adapter, in peft's terms.
-    train_pooling : bool, default=True
-        Train the pooling layer in full beside the adapters.
-    loss : {"auto", "infonce", "cosent"}, default="auto"
-        The loss; "auto" takes CoSENT for graded scores and InfoNCE for all else.
-    temperature : float, default=0.05
-        Divisor of the similarities.
-    in_batch_negatives : bool, default=True
-        Use the other examples' positives as negatives.
-    n_negatives : int, default=7
-        Hard negatives per example.
-    mine_negatives : {None, "perc_pos", "margin_pos"}, default=None
-        Rule of positive-aware hard-negative mining.
-    epochs : int, default=1
-        Passes over the examples.
-    max_steps : int, optional
-        Bound on optimiser steps.
-    batch_size : int, default=64
-        Examples per optimiser step.
-    batch_tokens : int or "auto", default="auto"
-        Tokens of one gradient-cache chunk.
-    max_grad_norm : float, default=1.0
-        Bound on the norm of the gradient.
-    validation_fraction : float, default=0.0
-        Share of the examples held out.
-    early_stopping : bool, default=False
-        Stop when the validation score no longer rises, and restore the best adapter.
-    checkpoint_dir : str or path, optional
-        Where the state is written for resuming.
-    random_state : int, optional
-        Seed.
-    verbose : bool, default=False
-        Show progress from the start.
+    metric : str
+        Name of the score; higher is better.
+    score : callable
+        Takes a function from rows of the table to unit vectors (n, D), gives the score.
     """
+
+    metric: str
+    score: Callable[[Callable[[np.ndarray], np.ndarray]], float]
+
+
+@dataclass
+class _Progress:
+    """What changes during a run beside the weights."""
+
+    step: int = 0
+    history: TrainingHistory = field(default_factory=TrainingHistory)
+    best_score: float = -np.inf
+    n_worse: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict)
+    done: bool = False
+
+
+class _Learner:
+    """A view of the base model whose adapter has gradients, and its optimiser."""
 
     def __init__(
         self,
-        *,
-        r: int = 16,
-        lora_alpha: float = 32,
-        lora_dropout: float = 0.1,
-        target_modules: str | list[str] = "all-linear",
-        train_pooling: bool = True,
-        loss: str = "auto",
-        temperature: float = 0.05,
-        in_batch_negatives: bool = True,
-        n_negatives: int = 7,
-        mine_negatives: str | None = None,
-        epochs: int = 1,
-        max_steps: int | None = None,
-        batch_size: int = 64,
-        batch_tokens: int | str = "auto",
-        max_grad_norm: float = 1.0,
-        validation_fraction: float = 0.0,
-        early_stopping: bool = False,
-        checkpoint_dir: Any = None,
-        random_state: int | None = None,
-        verbose: bool = False,
+        base: LoadedModel,
+        table: TextTable,
+        settings: TrainingSettings,
+        lora: dict[str, Tensor],
+        pooling: dict[str, Tensor],
     ) -> None:
-        self.r = r
-        self.lora_alpha = lora_alpha
-        self.lora_dropout = lora_dropout
-        self.target_modules = target_modules
-        self.train_pooling = train_pooling
-        self.loss = loss
-        self.temperature = temperature
-        self.in_batch_negatives = in_batch_negatives
-        self.n_negatives = n_negatives
-        self.mine_negatives = mine_negatives
-        self.epochs = epochs
-        self.max_steps = max_steps
-        self.batch_size = batch_size
-        self.batch_tokens = batch_tokens
-        self.max_grad_norm = max_grad_norm
-        self.validation_fraction = validation_fraction
-        self.early_stopping = early_stopping
-        self.checkpoint_dir = checkpoint_dir
-        self.random_state = random_state
-        self.verbose = verbose
+        self.base, self.table, self.settings = base, table, settings
+        self.masks = DropoutMasks(settings.lora.lora_dropout)
+        self.model = share_weights(base.model)
+        self.model.requires_grad_(False)
+        lora = {name: tensor.to(base.device, copy=True) for name, tensor in lora.items()}
+        self.lora = insert_lora(self.model, settings.lora, lora, masks=self.masks)
+        self.pooling: dict[str, Tensor] = {}
+        if pooling:
+            weights = {n: t.to(base.device, copy=True) for n, t in pooling.items()}
+            layer = load_pooling(base.config, weights).requires_grad_(True)
+            self.pooling = dict(layer.named_parameters())
+            self.model.latent_attention_model = TrainablePooling(layer)
+        if settings.gradient_checkpointing:
+            self.model.train()
+            self.model.embedding_model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": list(self.lora.values()), "weight_decay": settings.weight_decay},
+                {"params": list(self.pooling.values()), "weight_decay": 0.0},
+            ],
+            lr=settings.learning_rate,
+            fused=True,
+        )
+        # The optimiser's state exists from the start, so that a checkpoint of any step has it.
+        self.parameters = {**self.lora, **{f"pooling.{n}": p for n, p in self.pooling.items()}}
+        self.on_grid = base.device.type == "cpu" and base.key.dtype != "float32"
+
+    def set_learning_rate(self, step: int) -> float:
+        """Linear warm-up, then linear decay to zero at the last step."""
+        settings = self.settings
+        rate = settings.learning_rate
+        if step < settings.warmup_steps:
+            rate *= (step + 1) / settings.warmup_steps
+        else:
+            left = settings.n_steps - step
+            rate *= left / max(1, settings.n_steps - settings.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def embed(self, rows: np.ndarray) -> Tensor:
+        """Unit vectors of rows of the table, of one prefix: (n, D) float32."""
+        batch = self.table.pack(rows, on_grid=self.on_grid).to(self.base.device)
+        vectors = self.model(batch)[: len(rows)]
+        return F.normalize(vectors, dim=-1)
+
+    def embed_all(self, rows: np.ndarray) -> np.ndarray:
+        """Unit vectors of any rows, without gradients and dropout, (n, D) on the host."""
+        out = np.empty((len(rows), self.base.config.hidden_size), dtype=np.float32)
+        chunk_tokens, _ = self.chunk_budget()
+        active, self.masks.active = self.masks.active, False
+        try:
+            with torch.no_grad():
+                for chunk in self.table.cut(rows, chunk_tokens):
+                    out[chunk] = self.embed(rows[chunk]).cpu().numpy()
+        finally:
+            self.masks.active = active
+        return out
+
+    def chunk_budget(self) -> tuple[int, int]:
+        """Tokens of a chunk, and tokens whose activations may be held at once."""
+        if self.settings.batch_tokens is not None:
+            return self.settings.batch_tokens, self.settings.batch_tokens
+        if self.base.device.type != "cuda":
+            return CPU_CHUNK_TOKENS, CPU_KEPT_TOKENS
+        backbone = self.base.model.embedding_model.config
+        width = 4 * backbone.intermediate_size + 14 * backbone.hidden_size
+        if not self.settings.gradient_checkpointing:
+            width *= backbone.num_hidden_layers
+        free, _ = torch.cuda.mem_get_info(self.base.device)
+        tokens = free // 3 // (2 * width)
+        tokens = int(np.clip(tokens, 256, 65_536))
+        return tokens, tokens
+
+    def accumulate(self, batch: Batch, step: int) -> Tensor:
+        """Add the gradient of a batch's loss to the parameters; the loss, detached."""
+        chunk_tokens, kept_tokens = self.chunk_budget()
+        chunks = self.table.cut(batch.texts, chunk_tokens)
+        # Back to the order of batch.texts; chunks are one after the other.
+        order = torch.from_numpy(np.argsort(np.concatenate(chunks))).to(self.base.device)
+
+        def embed(k: int) -> Tensor:
+            self.masks.key = (self.settings.seed, step, k)
+            return self.embed(batch.texts[chunks[k]])
+
+        def compute_loss(embeddings: Tensor) -> Tensor:
+            return batch_loss(embeddings[order], batch, self.settings.temperature)
+
+        sizes = [len(chunk) for chunk in chunks]
+        n_kept = max(1, kept_tokens // chunk_tokens)
+        return backward_in_chunks(embed, sizes, compute_loss, n_kept=n_kept)
+
+    def update(self, step: int) -> tuple[float, float]:
+        """One step of the optimiser on the gradients at hand; gradient norm and learning rate."""
+        rate = self.set_learning_rate(step)
+        parameters = list(self.parameters.values())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm), rate
+
+    # State, for checkpoints and the best adapter
+
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of the trained weights on the CPU."""
+        return {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and the optimiser's moments, flat."""
+        tensors = {f"weights/{name}": tensor for name, tensor in self.weights().items()}
+        for name, parameter in self.parameters.items():
+            for kind, value in self.optimizer.state[parameter].items():
+                tensors[f"{kind}/{name}"] = value.detach().cpu().clone()
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from what `state` gave."""
+        for name, parameter in self.parameters.items():
+            with torch.no_grad():
+                parameter.copy_(tensors[f"weights/{name}"])
+            state = {}
+            for kind in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors.get(f"{kind}/{name}")
+                if value is not None:
+                    on_host = kind == "step" and self.base.device.type == "cpu"
+                    state[kind] = value if on_host else value.to(self.base.device)
+            if state:
+                self.optimizer.state[parameter] = state
+
+    def adapter(self, weights: dict[str, Tensor]) -> Adapter:
+        """The adapter of these weights."""
+        pooling = {n.removeprefix("pooling."): t for n, t in weights.items() if n not in self.lora}
+        lora = {name: weights[name] for name in self.lora}
+        return Adapter(self.settings.lora, lora, pooling, self.base.key.fingerprint)
 
 
-def refuse_training(owner: str) -> NoReturn:
-    """Say that this release does not train, and what to do.
+def batch_loss(embeddings: Tensor, batch: Batch, temperature: float) -> Tensor:
+    """Loss of a batch, its parts weighted by their examples; (m, D) -> scalar.
 
     Raises
     ------
-    NotImplementedError
-        Always.
+    TrainingError
+        When no example of the batch has anything to be told from.
     """
-    raise NotImplementedError(
-        f"`{owner}.fit` was asked to train (pairs, triplets or a `ContrastiveTrainer`), which this "
-        "release of skembed does not do yet. Pass `trainer=None` to use the model frozen."
+
+    def take(rows: np.ndarray) -> Tensor:
+        return embeddings[torch.from_numpy(rows).to(embeddings.device)]
+
+    losses, weights = [], []
+    contrast = batch.contrast
+    if contrast is not None and (contrast.allowed.sum(1) > 1).any():
+        positive, allowed = (
+            torch.from_numpy(values).to(embeddings.device)
+            for values in (contrast.positive, contrast.allowed)
+        )
+        losses.append(
+            info_nce(
+                take(contrast.anchors),
+                take(contrast.candidates),
+                positive,
+                allowed,
+                temperature=temperature,
+            )
+        )
+        weights.append(len(contrast.anchors))
+    for ranking in batch.rankings:
+        if np.ptp(ranking.scores) > 0:
+            scores = torch.from_numpy(ranking.scores).to(embeddings.device)
+            losses.append(
+                cosent(take(ranking.left), take(ranking.right), scores, temperature=temperature)
+            )
+            weights.append(len(ranking.left))
+    if not losses:
+        raise TrainingError(
+            f"A batch of {batch.n_examples} examples has no negative left: all its candidates are "
+            "of one class, known positives or equal texts (or all its scores are equal). Raise "
+            "`batch_size`, give negatives, or mine them (`mine_negatives`)."
+        )
+    total = sum(weights)
+    return torch.stack([x * (w / total) for x, w in zip(losses, weights, strict=True)]).sum()
+
+
+def run_training(
+    base: LoadedModel,
+    plan: BatchPlan,
+    settings: TrainingSettings,
+    *,
+    lora: dict[str, Tensor],
+    pooling: dict[str, Tensor],
+    validation: Validation | None = None,
+    remine: Callable[[int, Callable[[np.ndarray], np.ndarray]], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    progress: bool | None = None,
+) -> tuple[Adapter, TrainingHistory]:
+    """Train an adapter.
+
+    Parameters
+    ----------
+    base : LoadedModel
+        The model; its weights are read, never written.
+    plan : BatchPlan
+        The examples.
+    settings : TrainingSettings
+        Sizes, steps, rates.
+    lora, pooling : dict of str to Tensor
+        Weights to start from; `pooling` is empty where it is not trained.
+    validation : Validation, optional
+        Score to take ten times during the run, and at its start and end.
+    remine : callable, optional
+        Called at the start of each epoch with its number and a function from rows of the table to
+        unit vectors; renews the negatives of the plan's tasks.
+    checkpoints : Checkpoints, optional
+        Where the state is saved and resumed from.
+    progress : bool, optional
+        True shows a bar, False none, None one after three seconds.
+
+    Returns
+    -------
+    adapter : Adapter
+        The last one, or the best by validation where `early_stopping`.
+    history : TrainingHistory
+        What happened.
+
+    Raises
+    ------
+    TrainingError
+        When the loss or its gradient is not finite, or a batch has nothing to compare.
+    """
+    learner = _Learner(base, plan.table, settings, lora, pooling)
+    state = _resume(learner, checkpoints, plan)
+    history = state.history
+    if validation is not None:
+        history.validation_metric = validation.metric
+    delay = 0.0 if progress else PROGRESS_DELAY_S
+    bar = tqdm(
+        total=settings.n_steps,
+        initial=state.step,
+        unit="step",
+        desc="training",
+        delay=delay,
+        disable=progress is False or state.done,
+    )
+    try:
+        if validation is not None and state.step == 0:
+            _validate(learner, validation, state)
+        first = settings.n_steps if state.done else state.step
+        for step, listed in plan.iterate_steps(first, settings.n_steps):
+            if remine is not None and plan.starts_epoch(step):
+                remine(step // plan.n_batches, learner.embed_all)
+            began = time.perf_counter()
+            batch = plan.build(step, listed)
+            loss = learner.accumulate(batch, step)
+            norm, rate = learner.update(step)
+            _check_finite(loss, norm, step, settings)
+            speed = batch.n_examples / (time.perf_counter() - began)
+            epoch = (step + 1) / plan.n_batches
+            values = (step + 1, epoch, float(loss), rate, norm, speed)
+            names = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "examples_per_s")
+            history.steps.append(dict(zip(names, values, strict=True)))
+            state.step = step + 1
+            bar.update()
+            bar.set_postfix(loss=f"{float(loss):.3f}", examples_per_s=f"{speed:.0f}", refresh=False)
+            if validation is not None and _is_due(state.step, settings.n_steps):
+                _validate(learner, validation, state)
+                if settings.early_stopping and state.n_worse >= settings.patience:
+                    history.stopped = "early"
+                    break
+            if checkpoints is not None:
+                checkpoints.offer(state.step, lambda: _snapshot(learner, state, plan))
+        state.done = True
+    except KeyboardInterrupt:
+        history.stopped = "interrupted"
+        logger.warning(
+            "training was interrupted after %d of %d steps", state.step, settings.n_steps
+        )
+    finally:
+        bar.close()
+    if checkpoints is not None and state.done:
+        checkpoints.write(*_snapshot(learner, state, plan))
+    weights = learner.weights()
+    if settings.early_stopping and state.best:
+        weights = state.best
+    return learner.adapter(weights), history
+
+
+def _is_due(step: int, n_steps: int) -> bool:
+    """Whether a validation is due after this many steps."""
+    return step == n_steps or step * N_VALIDATIONS // n_steps > (
+        (step - 1) * N_VALIDATIONS // n_steps
+    )
+
+
+def _validate(learner: _Learner, validation: Validation, state: _Progress) -> None:
+    """Score the model, and keep its weights if it is the best so far."""
+    score = validation.score(learner.embed_all)
+    state.history.validation.append({"step": state.step, "score": score})
+    if score > state.best_score:
+        state.best_score, state.n_worse = score, 0
+        if learner.settings.early_stopping:
+            state.best, state.history.best_step = learner.weights(), state.step
+    else:
+        state.n_worse += 1
+
+
+def _check_finite(loss: Tensor, norm: float, step: int, settings: TrainingSettings) -> None:
+    """Stop at the first loss or gradient that is not finite."""
+    if torch.isfinite(loss) and np.isfinite(norm):
+        return
+    what = "gradient" if torch.isfinite(loss) else "loss"
+    raise TrainingError(
+        f"The {what} is not finite at step {step + 1} of {settings.n_steps} (loss {float(loss)}, "
+        f"gradient norm {norm}; learning_rate={settings.learning_rate}, "
+        f"temperature={settings.temperature}). Lower `learning_rate`, raise `temperature`, or use "
+        "dtype='bfloat16' or 'float32' where it is float16. The model is as it was before `fit`."
+    )
+
+
+def _snapshot(
+    learner: _Learner, state: _Progress, plan: BatchPlan
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything a resumed run needs: tensors, and plain values."""
+    tensors = learner.state()
+    tensors.update({f"best/{name}": value for name, value in state.best.items()})
+    for number, task in enumerate(plan.tasks):
+        if task.mined is not None:
+            tensors[f"mined/{number}"] = torch.from_numpy(task.mined)
+    values = {
+        "step": state.step,
+        "n_worse": state.n_worse,
+        "best_score": None if np.isinf(state.best_score) else state.best_score,
+        "done": state.done,
+        "history": asdict(state.history),
+    }
+    return tensors, values
+
+
+def _resume(learner: _Learner, checkpoints: Checkpoints | None, plan: BatchPlan) -> _Progress:
+    """The state saved last, put into the learner and the plan; a fresh one if there is none."""
+    saved = checkpoints.read() if checkpoints is not None else None
+    if saved is None:
+        return _Progress()
+    tensors, values = saved
+    learner.restore(tensors)
+    for number, task in enumerate(plan.tasks):
+        if f"mined/{number}" in tensors:
+            task.mined = tensors[f"mined/{number}"].numpy()
+    best = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
+    logger.info("resumed at step %d of %d", values["step"], learner.settings.n_steps)
+    return _Progress(
+        step=values["step"],
+        history=TrainingHistory(**values["history"]),
+        best_score=-np.inf if values["best_score"] is None else values["best_score"],
+        n_worse=values["n_worse"],
+        best=best,
+        done=values["done"],
     )

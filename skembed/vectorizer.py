@@ -5,63 +5,61 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
 from skembed._validation import (
-    MISSING_POLICIES,
     TextColumns,
     check_bool,
-    check_choice,
-    check_int,
-    check_string,
     check_texts,
+    count_columns,
 )
+from skembed.adapters import Adapter, merge_adapter
 from skembed.cache import resolve_cache
 from skembed.checkpoint import (
+    ADAPTER_CONFIG_FILE,
     BUNDLED_MODELS,
+    CONFIG_FILE,
     ModelSource,
-    fingerprint_weights,
     iterate_tensors,
     pack_folder,
-    read_config,
     resolve_source,
     save_checkpoint,
-    unpack_folder,
+    write_json,
 )
+from skembed.contrastive import TaskRequest, check_requests, fit_adapter
 from skembed.engine import EmbedReport, EmbedRequest, cache_namespace, embed_texts
+from skembed.examples import TrainingTask, check_examples, check_task
 from skembed.exceptions import SkembedWarning, TruncationWarning
 from skembed.instructions import (
-    check_template,
     format_instruction,
     is_task_name,
     resolve_instruction,
 )
-from skembed.model import NVEmbedConfig
-from skembed.pooling import POOLINGS
-from skembed.registry import (
-    DTYPES,
-    Lease,
-    ModelKey,
-    choose_attention_path,
-    registry,
-    resolve_device,
-    resolve_dtype,
+from skembed.registry import Lease
+from skembed.resolution import (
+    OWNER,
+    ResolvedModel,
+    check_parameters,
+    describe_model,
+    find_source,
+    load_resolved,
+    resolve_model,
+    stored_files,
 )
-from skembed.training import ContrastiveTrainer, refuse_training
+from skembed.trainer import ContrastiveTrainer, check_trainer
 
 if TYPE_CHECKING:
     from skembed.cache import EmbeddingCache
 
-OWNER = "NVEmbedVectorizer"
 SETTINGS_FILE = "skembed.json"
 # Saved beside the weights: what belongs to the model's use, not to this machine.
 SAVED_PARAMETERS = (
@@ -73,16 +71,6 @@ SAVED_PARAMETERS = (
     "normalize",
     "missing",
 )
-
-
-@dataclass(frozen=True)
-class _Resolved:
-    """The parameters after checking: which model, where, in which type."""
-
-    source: ModelSource
-    config: NVEmbedConfig
-    key: ModelKey
-    dim: int
 
 
 class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -116,8 +104,9 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     missing : {"error", "empty", "zero", "nan"}, default="error"
         What None and NaN become: an error, the vector of the empty text, zeros, or NaN.
     trainer : "auto", None or ContrastiveTrainer, default="auto"
-        "auto" trains on pairs and leaves single texts frozen; None never trains. Training is not
-        part of this release: asked to train, `fit` raises NotImplementedError.
+        How `fit` trains. "auto" trains LoRA adapters on pairs and rows with default parameters and
+        leaves single texts frozen; a ContrastiveTrainer trains on labelled texts, too; None never
+        trains.
     device : str, default="auto"
         "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
@@ -147,11 +136,16 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     embedding_dim_ : int
         Width of one embedding after truncation.
     model_ : dict
-        What runs: `name`, `revision`, `fingerprint`, `architecture`, `pooling`, `hidden_size`,
-        `dtype`, `device` and `attention_path`.
+        What runs: `name`, `revision`, `fingerprint` (the adapter's included), `architecture`,
+        `pooling`, `hidden_size`, `dtype`, `device` and `attention_path`.
+    adapter_ : Adapter
+        What a training `fit` learned.
+    history_ : TrainingHistory
+        Loss, learning rate, gradient norm and validation score of a training `fit`.
 
     See Also
     --------
+    ContrastiveTrainer : How `fit` trains.
     EmbeddingCache : Where embeddings are kept.
 
     Notes
@@ -221,14 +215,19 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     # scikit-learn's methods
 
     def fit(self, X: Any, y: Any = None) -> NVEmbedVectorizer:
-        """Check parameters and texts; the frozen model learns nothing and is not loaded yet.
+        """Check parameters and texts; fine-tune where `trainer` and the examples ask for it.
+
+        Frozen, the model learns nothing and is not loaded yet. Trained, an adapter of this
+        estimator's own is learned from scratch; the weights it sits on are shared and stay as
+        they are.
 
         Parameters
         ----------
         X : list, tuple, ndarray, Series or frame of str, n_texts rows
-            One text a row, or two for pairs.
+            Single texts; pairs (anchor, positive); or rows (anchor, positive, negative, ...) of
+            equal length. Anchors are embedded as queries, all others as documents.
         y : array-like, optional
-            Ignored while frozen.
+            Class labels of single texts, or the graded similarity of pairs. Ignored while frozen.
 
         Returns
         -------
@@ -238,28 +237,126 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         Raises
         ------
         TypeError, ValueError
-            When a parameter or a text is not as it must be; see `transform`.
-        NotImplementedError
-            When `trainer` and the data ask for training.
+            When a parameter, a text or an example is not as it must be; before training starts.
+        ImportError
+            When training is asked for and peft is not installed.
         ModelNotFoundError, CheckpointError
-            When there is no such model, or its files are damaged.
+            When there is no such model, its files are damaged, or the state in `checkpoint_dir`
+            is another run's.
+        TrainingError
+            When the loss is not finite, or nothing is left to compare.
         """
-        self._check_parameters()
-        if isinstance(self.trainer, ContrastiveTrainer):
-            refuse_training(OWNER)
+        check_parameters(self)
+        if self._trains_on(X):
+            examples = check_examples(X, y, owner=OWNER, missing=self.missing)
+            request = TaskRequest(examples, self._prefix_of("query"), self._prefix_of("document"))
+            return self._train([request], X, n_columns=1 if examples.kind == "labels" else 2)
         columns = check_texts(X, owner=OWNER, missing=self.missing)
-        if self.trainer == "auto" and len(columns.columns) == 2:
-            refuse_training(OWNER)
-        resolved = self._resolve()
-        self.n_features_in_ = len(columns.columns)
+        if hasattr(self, "adapter_"):
+            warnings.warn(
+                "`fit` on single texts leaves the model frozen, and drops the adapter that an "
+                "earlier `fit` trained. To keep it, wrap the vectorizer in "
+                "sklearn.frozen.FrozenEstimator, or save it and pass the folder as `model`.",
+                SkembedWarning,
+                stacklevel=2,
+            )
+            del self.adapter_, self.history_
+        self._set_fitted(self._resolve(), X, len(columns.columns))
+        return self
+
+    def fit_tasks(self, tasks: Sequence[TrainingTask]) -> NVEmbedVectorizer:
+        """Fine-tune on several tasks at once, each with instructions of its own.
+
+        Parameters
+        ----------
+        tasks : sequence of TrainingTask
+            The tasks; their examples are mixed in every batch unless the trainer's
+            `blend_tasks` is False.
+
+        Returns
+        -------
+        NVEmbedVectorizer
+            This estimator; its own `instruction` is what `transform` uses afterwards.
+
+        Raises
+        ------
+        TypeError, ValueError, ImportError, SkembedError
+            As `fit`; a bad task is named by its position.
+        """
+        check_parameters(self)
+        if self.trainer is None:
+            raise ValueError(
+                f"The `trainer` parameter of `{OWNER}` must be 'auto' or a ContrastiveTrainer for "
+                "`fit_tasks`; got None, which never trains."
+            )
+        if not isinstance(tasks, Sequence) or isinstance(tasks, str) or not tasks:
+            raise TypeError(
+                f"The `tasks` parameter of `{OWNER}.fit_tasks` must be a list of TrainingTask; got "
+                f"{type(tasks).__name__ if not isinstance(tasks, Sequence) else 'an empty one'}."
+            )
+        requests = []
+        for index, task in enumerate(tasks):
+            examples = check_task(task, index, owner=OWNER)
+            prefixes = self._task_prefixes(task, f"tasks[{index}]")
+            requests.append(
+                TaskRequest(
+                    examples,
+                    *prefixes,
+                    in_batch_negatives=task.in_batch_negatives,
+                    weight=task.weight,
+                    name=task.name or str(index),
+                )
+            )
+        return self._train(requests, None, n_columns=1)
+
+    def _trains_on(self, X: Any) -> bool:
+        """Whether `fit` trains: a trainer always, "auto" on pairs and rows."""
+        if isinstance(self.trainer, ContrastiveTrainer):
+            return True
+        return self.trainer == "auto" and count_columns(X) > 1
+
+    def _train(self, requests: list[TaskRequest], X: Any, *, n_columns: int) -> NVEmbedVectorizer:
+        """Train an adapter and put it on; the estimator changes only when that has worked."""
+        trainer = self.trainer
+        trainer = trainer if isinstance(trainer, ContrastiveTrainer) else ContrastiveTrainer()
+        check_trainer(trainer)
+        check_requests(requests, trainer)
+        fitted: Adapter | None = getattr(self, "adapter_", None)
+        lease = self._shared_lease()
+        resolved = resolve_model(self, lease, fitted=fitted if trainer.warm_start else None)
+        base = load_resolved(replace(resolved, adapter=None), lease)
+        result = fit_adapter(
+            base,
+            resolved.source,
+            requests,
+            trainer,
+            max_length=self.max_length,
+            start=resolved.adapter,
+            progress=True if trainer.verbose or self.verbose else None,
+        )
+        self.adapter_, self.history_ = result.adapter, result.history
+        self._set_fitted(self._resolve(), X, n_columns)
+        self._warn_truncated(result.n_truncated, result.n_texts, stacklevel=4)
+        if result.history.stopped == "interrupted":
+            warnings.warn(
+                f"Training was interrupted after {len(result.history)} steps; the adapter is the "
+                "best so far.",
+                SkembedWarning,
+                stacklevel=3,
+            )
+        return self
+
+    def _set_fitted(self, resolved: ResolvedModel, X: Any, n_columns: int) -> None:
+        """The attributes that every `fit` sets."""
+        self.n_features_in_ = n_columns
         names = getattr(X, "columns", None)
-        if names is not None and all(isinstance(name, str) for name in names):
+        named = names is not None and all(isinstance(name, str) for name in names)
+        if named and len(names) == n_columns:
             self.feature_names_in_ = np.asarray(names, dtype=object)
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         self.embedding_dim_ = resolved.dim
-        self.model_ = self._describe(resolved)
-        return self
+        self.model_ = describe_model(resolved)
 
     def transform(self, X: Any) -> np.ndarray:
         """Embed texts, `instruction` in front; the second text of a pair as a document.
@@ -297,7 +394,8 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         self._check_trained()
         columns = check_texts(X, owner=OWNER, missing=self.missing)
         seen = getattr(self, "n_features_in_", len(columns.columns))
-        if len(columns.columns) != seen:
+        # What was trained on pairs embeds single texts, too, and the other way round.
+        if len(columns.columns) != seen and not hasattr(self, "adapter_"):
             raise ValueError(
                 f"X has {len(columns.columns)} text columns, but {OWNER} was fitted with {seen}."
             )
@@ -351,7 +449,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
 
     def __sklearn_is_fitted__(self) -> bool:
         """A frozen vectorizer needs no `fit`; one with a trainer does."""
-        return not isinstance(self.trainer, ContrastiveTrainer)
+        return not isinstance(self.trainer, ContrastiveTrainer) or hasattr(self, "adapter_")
 
     def __sklearn_tags__(self) -> Any:
         """Text in, float32 out, no `fit` needed."""
@@ -377,7 +475,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         state.pop("_lease", None)
         state.pop("_stored_files", None)
         if self.store_weights:
-            files = self._files_of_pickle() or pack_folder(self._source().folder)
+            files = stored_files(self) or pack_folder(find_source(self))
             state["_stored_files"] = (os.fspath(self.model), self.revision, files)
         return state
 
@@ -388,16 +486,22 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
 
     # Saving
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write weights, tokenizer and settings to a folder that `from_pretrained` reads.
+    def save_pretrained(self, path: str | os.PathLike[str], *, merge: bool = False) -> None:
+        """Write a folder that `from_pretrained`, or `model=path`, reads.
 
-        The layout is NV-Embed's, weights in the type they are stored in. Files are written whole
-        or not at all, config.json last; a folder cut short refuses to load.
+        With an adapter: the adapter alone, in peft's format, with the pooling layer beside it
+        where that was trained; the base model is named, not copied. Frozen, or with `merge`:
+        weights, tokenizer and settings in NV-Embed's layout, in the types they are stored in.
+        Files are written whole or not at all, the configuration last; a folder cut short refuses
+        to load.
 
         Parameters
         ----------
         path : str or path
             The folder; made if need be.
+        merge : bool, default=False
+            Add the adapter to the base weights and write a model that stands alone. Sums are
+            taken in float32 and rounded to the type each weight is stored in.
 
         Raises
         ------
@@ -406,21 +510,45 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         OSError
             When the folder cannot be written.
         """
+        check_bool(merge, name="merge", owner=f"{OWNER}.save_pretrained")
         resolved = self._resolve()
+        source, adapter = resolved.source, resolved.adapter
         folder = Path(path).expanduser()
-        if folder.exists() and folder.resolve() == resolved.source.folder:
+        if folder.exists() and folder.resolve() in (source.folder, source.adapter_folder):
             raise ValueError(
                 f"The `path` parameter of `{OWNER}.save_pretrained` must be another folder than "
                 f"the one the model is read from; got {str(path)!r}."
             )
         settings = {name: getattr(self, name) for name in SAVED_PARAMETERS}
+        if adapter is not None and not merge:
+            if (folder / CONFIG_FILE).is_file():
+                raise ValueError(
+                    f"The `path` parameter of `{OWNER}.save_pretrained` names a folder that holds "
+                    f"a whole model ({CONFIG_FILE}); got {str(path)!r}. Pass an empty folder for "
+                    "the adapter, or merge=True."
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / SETTINGS_FILE, {**settings, "pooling": self.pooling})
+            adapter.save(folder, base_name=self._base_name(source), base_revision=source.revision)
+            return
+        tensors = iterate_tensors(source, resolved.config)
+        (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
         save_checkpoint(
             folder,
             config=resolved.config,
-            tensors=iterate_tensors(resolved.source, resolved.config),
-            tokenizer_folder=resolved.source.folder,
+            tensors=tensors if adapter is None else merge_adapter(adapter, tensors),
+            tokenizer_folder=source.folder,
             extra={SETTINGS_FILE: settings},
         )
+
+    @staticmethod
+    def _base_name(source: ModelSource) -> str:
+        """How an adapter names its base: as the user did, folders by their full path."""
+        if source.adapter_folder is None and not Path(source.name).expanduser().is_dir():
+            return source.name
+        if source.folder.name in BUNDLED_MODELS:
+            return source.folder.name
+        return str(source.folder)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **parameters: Any) -> NVEmbedVectorizer:
@@ -441,12 +569,12 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         Raises
         ------
         ModelNotFoundError
-            When there is no such folder.
+            When there is no such folder, or an adapter's base model is not to be found.
         TypeError
             When a parameter is not one of the class.
         """
         source = resolve_source(path, parameters.get("revision"))
-        settings = source.folder / SETTINGS_FILE
+        settings = (source.adapter_folder or source.folder) / SETTINGS_FILE
         saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
         return cls(path, **{**saved, **parameters})
 
@@ -464,7 +592,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
 
     def _embed(self, columns: TextColumns, sides: tuple[str, ...]) -> np.ndarray:
         """Embed each column for its side and put the vectors side by side."""
-        self._check_parameters()
+        check_parameters(self)
         resolved = self._resolve()
         parts, reports = [], []
         for texts, missing, side in zip(columns.columns, columns.missing, sides, strict=False):
@@ -473,27 +601,27 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
                 vectors[missing] = 0.0 if self.missing == "zero" else np.nan
             parts.append(vectors)
             reports.append(report)
-        self._warn_truncated(reports)
+        cut, embedded = (sum(getattr(r, n) for r in reports) for n in ("n_truncated", "n_embedded"))
+        self._warn_truncated(cut, embedded, stacklevel=5)
         return parts[0] if len(parts) == 1 else np.hstack(parts)
 
     def _embed_column(
-        self, texts: list[str], side: str, resolved: _Resolved
+        self, texts: list[str], side: str, resolved: ResolvedModel
     ) -> tuple[np.ndarray, EmbedReport]:
         """Raw vectors from the engine, then truncation and normalisation, (n_texts, dim)."""
-        prefix = format_instruction(self.instruction_template, self._instruction_of(side))
-        config, key = resolved.config, resolved.key
+        prefix = self._prefix_of(side)
         request = EmbedRequest(
             prefix=prefix,
             max_length=self.max_length,
-            dim=config.hidden_size,
-            namespace=cache_namespace(key, prefix, self.max_length),
+            dim=resolved.config.hidden_size,
+            namespace=cache_namespace(resolved.full_key, prefix, self.max_length),
         )
         lease = self._shared_lease()
         vectors, report = embed_texts(
             texts,
             request,
-            get_model=partial(_get_model, lease, resolved),
-            load_in_worker=partial(_load_in_worker, resolved),
+            get_model=partial(load_resolved, resolved, lease),
+            load_in_worker=partial(load_resolved, resolved),
             cache=lease.hold_cache(resolve_cache(self.cache)),
             batch_tokens=None if self.batch_tokens == "auto" else int(self.batch_tokens),
             progress=True if self.verbose else None,
@@ -506,159 +634,59 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             vectors /= np.maximum(norms, np.finfo(np.float32).tiny)[:, None]
         return vectors, report
 
-    def _instruction_of(self, side: str) -> str | None:
-        """The task text in front of queries or documents."""
-        if side == "query":
-            return resolve_instruction(self.instruction)
-        if self.document_instruction is not None:
-            return resolve_instruction(
-                self.document_instruction, name="document_instruction", side="document"
-            )
-        if is_task_name(self.instruction):
-            return resolve_instruction(self.instruction, side="document")
-        return None
+    def _prefix_of(self, side: str) -> str:
+        """What stands in front of queries or documents: in use and in training."""
+        return self._format_side(self.instruction, self.document_instruction, side, OWNER)
 
-    def _warn_truncated(self, reports: list[EmbedReport]) -> None:
-        """One warning a call for all texts that were cut."""
-        cut = sum(report.n_truncated for report in reports)
+    def _task_prefixes(self, task: TrainingTask, owner: str) -> tuple[str, str]:
+        """The same for both sides of a training task."""
+        both = task.instruction, task.document_instruction
+        return (
+            self._format_side(*both, "query", owner),
+            self._format_side(*both, "document", owner),
+        )
+
+    def _format_side(
+        self, instruction: str | None, document_instruction: str | None, side: str, owner: str
+    ) -> str:
+        """The instruction of one side inside its template; "" for none."""
+        text = None
+        if side == "query":
+            text = resolve_instruction(instruction, owner=owner)
+        elif document_instruction is not None:
+            text = resolve_instruction(
+                document_instruction, name="document_instruction", owner=owner, side="document"
+            )
+        elif is_task_name(instruction):
+            text = resolve_instruction(instruction, owner=owner, side="document")
+        return format_instruction(self.instruction_template, text)
+
+    def _warn_truncated(self, cut: int, embedded: int, *, stacklevel: int) -> None:
+        """One warning a call for all texts that were cut; the level is the public caller's."""
         if cut:
-            embedded = sum(report.n_embedded for report in reports)
             warnings.warn(
                 f"{cut} of {embedded} texts were longer than max_length={self.max_length} tokens "
                 "and were cut there. Raise `max_length`, or silence this with "
                 "warnings.filterwarnings('ignore', category=skembed.TruncationWarning).",
                 TruncationWarning,
-                stacklevel=5,  # the caller of a public method
+                stacklevel=stacklevel,
             )
 
     # Parameters
 
-    def _check_parameters(self) -> None:
-        """Types and values of all parameters, without touching files or devices."""
-        if not isinstance(self.model, (str, os.PathLike)) or not os.fspath(self.model):
-            raise TypeError(
-                f"The `model` parameter of `{OWNER}` must be a model name, a folder or a hub id; "
-                f"got {type(self.model).__name__}."
-            )
-        check_template(self.instruction_template, owner=OWNER)
-        resolve_instruction(self.instruction)
-        resolve_instruction(self.document_instruction, name="document_instruction")
-        check_choice(self.pooling, name="pooling", allowed=(None, *POOLINGS), owner=OWNER)
-        check_int(self.max_length, name="max_length", low=2, owner=OWNER)
-        check_int(self.truncate_dim, name="truncate_dim", low=1, allow_none=True, owner=OWNER)
-        check_bool(self.normalize, name="normalize", owner=OWNER)
-        check_choice(self.missing, name="missing", allowed=MISSING_POLICIES, owner=OWNER)
-        if not isinstance(self.trainer, ContrastiveTrainer):
-            check_choice(self.trainer, name="trainer", allowed=("auto", None), owner=OWNER)
-        check_string(self.device, name="device", owner=OWNER)
-        check_choice(self.dtype, name="dtype", allowed=("auto", *DTYPES), owner=OWNER)
-        if self.batch_tokens != "auto":
-            check_int(self.batch_tokens, name="batch_tokens", low=1, owner=OWNER)
-        check_string(self.revision, name="revision", allow_none=True, owner=OWNER)
-        check_bool(self.store_weights, name="store_weights", owner=OWNER)
-        check_int(self.n_jobs, name="n_jobs", allow_none=True, owner=OWNER)
-        if self.n_jobs == 0:
-            raise ValueError(
-                f"The `n_jobs` parameter of `{OWNER}` must be None, a positive int, or a negative "
-                "one that counts from all cores (-1); got 0."
-            )
-        check_bool(self.verbose, name="verbose", owner=OWNER)
-        resolve_cache(self.cache)  # touches no file
-
     def _check_trained(self) -> None:
         """A vectorizer with a trainer is of no use before `fit`."""
-        if isinstance(self.trainer, ContrastiveTrainer):
+        if not self.__sklearn_is_fitted__():
             raise NotFittedError(
                 f"This {OWNER} has a trainer and is not fitted yet. Call `fit` first, or pass "
                 "`trainer=None` to use the model frozen."
             )
 
-    def _source(self) -> ModelSource:
-        """The model's folder; that of the pickle, before any download, when there is none here."""
-        files = self._files_of_pickle()
-        name = os.fspath(self.model)
-        if files is None or name in BUNDLED_MODELS or Path(name).expanduser().is_dir():
-            return resolve_source(self.model, self.revision)
-        return ModelSource(name, unpack_folder(files))
-
-    def _files_of_pickle(self) -> dict[str, bytes] | None:
-        """The model's files that came with the pickle, unless `model` has changed since."""
-        model, revision, files = self.__dict__.get("_stored_files", (None, None, None))
-        return files if (model, revision) == (os.fspath(self.model), self.revision) else None
-
-    def _resolve(self) -> _Resolved:
-        """Which model, where and in which type; reads config.json, loads no weights."""
-        source = self._source()
-        config = read_config(source, self.pooling)
-        longest = config.backbone.get("max_position_embeddings")
-        if longest is not None:
-            check_int(self.max_length, name="max_length", owner=OWNER, low=2, high=int(longest))
-        width = config.hidden_size
-        check_int(
-            self.truncate_dim, name="truncate_dim", owner=OWNER, low=1, high=width, allow_none=True
-        )
-        device = self._device()
-        if device.type != "cpu" and self.n_jobs not in (None, 1):
-            raise ValueError(
-                f"The `n_jobs` parameter of `{OWNER}` must be None or 1 on {str(device)!r}; got "
-                f"{self.n_jobs}. Every worker would put a copy of the model on the one device."
-            )
-        dtype = resolve_dtype(self.dtype, device)
-        key = ModelKey(
-            fingerprint=fingerprint_weights(source),
-            pooling=config.pooling,
-            device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
-            attention_path=choose_attention_path(device, dtype),
-        )
-        return _Resolved(source, config, key, self.truncate_dim or width)
-
-    def _device(self) -> torch.device:
-        """The device; an unpickled estimator falls back from one this machine has not."""
-        try:
-            return resolve_device(self.device)
-        except ValueError:
-            kind = self.device.split(":")[0]
-            if not self.__dict__.get("_from_pickle") or kind not in ("cuda", "mps"):
-                raise
-        found = resolve_device("auto")
-        warnings.warn(
-            f"This {OWNER} was pickled with device={self.device!r}, which this machine has not; "
-            f"it runs on {str(found)!r}. Silence this with set_params(device='auto').",
-            SkembedWarning,
-            stacklevel=5,
-        )
-        return found
-
-    def _describe(self, resolved: _Resolved) -> dict[str, Any]:
-        """The `model_` attribute."""
-        key, backbone = resolved.key, resolved.config.backbone
-        layers = backbone["num_hidden_layers"]
-        return {
-            "name": resolved.source.name,
-            "revision": resolved.source.revision,
-            "fingerprint": key.fingerprint,
-            "architecture": f"bidirectional Mistral, {layers} layers",
-            "pooling": key.pooling,
-            "hidden_size": resolved.config.hidden_size,
-            "dtype": key.dtype,
-            "device": key.device,
-            "attention_path": key.attention_path,
-        }
+    def _resolve(self) -> ResolvedModel:
+        """Which model, where, in which type and with which adapter; loads no base weights."""
+        return resolve_model(self, self._shared_lease(), fitted=getattr(self, "adapter_", None))
 
     def _shared_lease(self) -> Lease:
         """What keeps the weights loaded while this estimator or a clone of it lives."""
         lease: Lease = self.__dict__.setdefault("_lease", Lease())
         return lease
-
-
-def _get_model(lease: Lease, resolved: _Resolved) -> Any:
-    """The loaded model, held by the lease."""
-    loaded = registry.get(resolved.key, resolved.source, resolved.config)
-    lease.hold(loaded)
-    return loaded
-
-
-def _load_in_worker(resolved: _Resolved) -> Any:
-    """The loaded model of a worker process, which keeps it."""
-    return registry.get(resolved.key, resolved.source, resolved.config)

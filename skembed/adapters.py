@@ -1,0 +1,625 @@
+"""LoRA adapters (arXiv 2106.09685) on a backbone that several estimators share.
+
+An `Adapter` is what one estimator learned: the LoRA matrices and, where it was trained, the pooling
+layer. It never touches the model in the registry. `Adapter.bind` builds a *view* of that model: a
+module tree of its own whose parameters are the registered model's own tensors, with `LoraLinear`
+in the place of the adapted layers. So any number of adapters run on one copy of the base weights,
+also at once in several threads; a view goes with its adapter, and the base is never written to.
+
+peft decides which layers `target_modules` means and owns the file format
+(``adapter_config.json``, ``adapter_model.safetensors``). The layer is our own: peft's draws its
+dropout from torch's global state, which a gradient cache cannot replay under threads, and on a CPU
+takes a second pass over each result (docs/finetuning.md has the figures).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from skembed._validation import import_optional
+from skembed.checkpoint import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    BACKBONE_PREFIX,
+    POOLING_FILE,
+    POOLING_PREFIX,
+    ModelSource,
+    iterate_tensors,
+    read_json,
+    write_json,
+)
+from skembed.exceptions import CheckpointError
+from skembed.model import NVEmbedConfig, NVEmbedModel, build_pooling
+from skembed.pooling import FoldedLatentAttention, LatentAttention
+from skembed.registry import LoadedModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PEFT_PREFIX = "base_model.model."
+ALL_LINEAR = "all-linear"
+# Settings of peft that change the function and that this module does not compute.
+_REFUSED = {
+    "use_dora": False,
+    "use_rslora": False,
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+    "modules_to_save": None,
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "trainable_token_indices": None,
+    "exclude_modules": None,
+}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Sizes of an adapter, under peft's names."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: str | tuple[str, ...]
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the update: ``lora_alpha / r``."""
+        return self.lora_alpha / self.r
+
+
+class DropoutMasks:
+    """Dropout masks that can be drawn again.
+
+    A mask depends on the key set last and on the layer's number alone, so a forward pass repeated
+    under the same key (gradient cache, gradient checkpointing) sees the masks of the first one, in
+    whatever order, and torch's global random state is neither read nor moved.
+    """
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+        self.key: tuple[int, ...] = (0,)
+        self.active = p > 0
+
+    def draw(self, number: int, shape: torch.Size, device: torch.device) -> Tensor:
+        """What the layer of this number keeps, bool, of the shape given."""
+        seed = np.random.SeedSequence((*self.key, number))
+        if device.type != "cpu":
+            generator = torch.Generator(device)
+            generator.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+            return torch.rand(shape, device=device, generator=generator) >= self.p
+        # Sixteen bits an entry: a twelfth of the time that torch's own masks take on a CPU.
+        n = shape.numel()
+        raw = np.random.SFC64(seed).random_raw(-(-n // 4)).view(np.uint16)[:n]
+        kept = raw >= np.uint16(round(self.p * 65536))
+        return torch.from_numpy(kept).view(shape)
+
+
+class _LoraFunction(torch.autograd.Function):
+    """``x W^T + b + s * (m * x) A^T B^T``; gradients for x, A and B, in as few passes as it takes.
+
+    Nothing of the size of the result is kept for the backward pass but the mask; x is the
+    neighbouring layers' too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        """X (T, in) in the model's type, A (r, in) and B (out, r) in float32 -> (T, out)."""
+        small_a, small_b = a.to(x.dtype), (b * scaling).to(x.dtype)
+        inner = (x if mask is None else x * mask) @ small_a.T  # (T, r)
+        out = F.linear(x, weight, bias)
+        out.addmm_(inner, small_b.T)
+        ctx.save_for_backward(x, weight, small_a, small_b, inner, mask)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Gradient of the result (T, out) -> gradients of x, A and B; A's and B's in float32."""
+        x, weight, small_a, small_b, inner, mask = ctx.saved_tensors
+        grad = gradients[0]
+        grad_inner = grad @ small_b  # (T, r)
+        grad_b = (grad.T @ inner).float() * ctx.scaling
+        grad_a = (grad_inner.T @ (x if mask is None else x * mask)).float()
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            if mask is None:
+                grad_x.addmm_(grad_inner, small_a)
+            else:
+                grad_x.add_((grad_inner @ small_a).mul_(mask))
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with a low-rank update: ``x W^T + b + (lora_alpha / r) dropout(x) A^T B^T``.
+
+    Parameters
+    ----------
+    base : nn.Linear
+        The layer adapted; its weight is shared and stays as it is.
+    a, b : nn.Parameter
+        Matrices A of shape (r, in) and B of shape (out, r), float32.
+    settings : LoraSettings
+        Scale and dropout.
+    masks : DropoutMasks or None
+        Where the masks come from; None for no dropout, as in use.
+    number : int
+        This layer's number, for its masks.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        a: nn.Parameter,
+        b: nn.Parameter,
+        settings: LoraSettings,
+        *,
+        masks: DropoutMasks | None = None,
+        number: int = 0,
+    ) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.bias = base.bias
+        self.lora_A, self.lora_B = a, b
+        self.scaling = settings.scaling
+        self.masks = masks
+        self.number = number
+        # Read when there are no gradients: the matrices in the model's type, the scale inside.
+        self._small: tuple[Tensor, Tensor] | None = None
+
+    def freeze(self) -> None:
+        """Prepare for use without gradients."""
+        with torch.no_grad():
+            dtype = self.weight.dtype
+            self._small = self.lora_A.to(dtype), (self.lora_B * self.scaling).to(dtype).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        flat = x.reshape(-1, x.shape[-1])  # (T, in)
+        if self._small is None:
+            mask = None
+            if self.masks is not None and self.masks.active:
+                mask = self.masks.draw(self.number, flat.shape, x.device)
+            out = _LoraFunction.apply(
+                flat, self.weight, self.bias, self.lora_A, self.lora_B, mask, self.scaling
+            )
+        else:
+            a, b = self._small
+            out = F.linear(flat, self.weight, self.bias)
+            out = out.addmm_(F.linear(flat, a), b)
+        return out.view(*x.shape[:-1], -1)
+
+
+class TrainablePooling(nn.Module):
+    """A pooling layer with float32 weights that computes in the model's type."""
+
+    def __init__(self, pooling: nn.Module) -> None:
+        super().__init__()
+        self.pooling = pooling
+
+    def forward(self, hidden_states: Any, segments: Tensor, counts: Tensor) -> Tensor:
+        """As the pooling's own: packed pooled tokens (P, D) -> (B, D) float32."""
+        first = hidden_states if isinstance(hidden_states, Tensor) else hidden_states[0]
+        weights = {n: p.to(first.dtype) for n, p in self.pooling.named_parameters()}
+        pooled: Tensor = functional_call(self.pooling, weights, (hidden_states, segments, counts))
+        return pooled
+
+
+@dataclass(eq=False)
+class Adapter:
+    """What one estimator learned; small, picklable, on the CPU.
+
+    Attributes
+    ----------
+    settings : LoraSettings
+        Sizes, under peft's names.
+    lora : dict of str to Tensor
+        ``<layer>.lora_A.weight`` (r, in) and ``<layer>.lora_B.weight`` (out, r), float32, layer
+        names as in `MistralModel`.
+    pooling : dict of str to Tensor
+        Weights of the pooling layer where it was trained, else empty.
+    base_fingerprint : str
+        The model it was trained on.
+    """
+
+    settings: LoraSettings
+    lora: dict[str, Tensor]
+    pooling: dict[str, Tensor]
+    base_fingerprint: str
+    _view: LoadedModel | None = field(default=None, repr=False)
+    _lock: Any = field(default_factory=threading.Lock, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Sizes and weights; no view, no base weights."""
+        state = {"settings": self.settings, "base_fingerprint": self.base_fingerprint}
+        for name in ("lora", "pooling"):
+            state[name] = {key: value.numpy() for key, value in getattr(self, name).items()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; arrays become tensors again."""
+        self.settings, self.base_fingerprint = state["settings"], state["base_fingerprint"]
+        for name in ("lora", "pooling"):
+            tensors = {key: torch.from_numpy(value) for key, value in state[name].items()}
+            setattr(self, name, tensors)
+        self._view, self._lock = None, threading.Lock()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the base model, the sizes and all weights; 32 hexadecimal digits."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps([self.base_fingerprint, asdict(self.settings)]).encode())
+        for group in (self.lora, self.pooling):
+            for name in sorted(group):
+                digest.update(name.encode())
+                digest.update(group[name].contiguous().numpy())
+        return digest.hexdigest()
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the adapted layers, sorted."""
+        return sorted({name.rsplit(".", 2)[0] for name in self.lora})
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the weights."""
+        return sum(tensor.nbytes for tensor in (*self.lora.values(), *self.pooling.values()))
+
+    def bind(self, base: LoadedModel) -> LoadedModel:
+        """A view of the base model with this adapter in it, made once; safe under threads.
+
+        Raises
+        ------
+        CheckpointError
+            When the adapter belongs to another model.
+        """
+        self.check_base(base.key.fingerprint)
+        with self._lock:
+            view = self._view
+            if view is None or view.base is not base:
+                view = self._view = self._build_view(base)
+            return view
+
+    def check_base(self, fingerprint: str) -> None:
+        """Refuse a base model that the adapter was not trained on."""
+        if fingerprint != self.base_fingerprint:
+            raise CheckpointError(
+                "The adapter was trained on another model: weights, config.json or tokenizer of "
+                f"the base differ (fingerprint {self.base_fingerprint[:8]}..., got "
+                f"{fingerprint[:8]}...). Pass the model it was trained on as `model`, or train "
+                "again."
+            )
+
+    def _build_view(self, base: LoadedModel) -> LoadedModel:
+        """The base's module tree, its tensors shared, the adapted layers and pooling replaced."""
+        model = share_weights(base.model)
+        insert_lora(model, self.settings, self._on(base.device, self.lora))
+        for module in model.modules():
+            if isinstance(module, LoraLinear):
+                module.freeze()
+        if self.pooling:
+            pooling = load_pooling(base.config, self._on(base.device, self.pooling))
+            if isinstance(pooling, LatentAttention):
+                pooling = FoldedLatentAttention(pooling)
+            dtype = next(model.embedding_model.parameters()).dtype
+            model.latent_attention_model = pooling.to(dtype)
+        model.eval().requires_grad_(False)
+        key = replace(base.key, fingerprint=f"{base.key.fingerprint}+{self.fingerprint}")
+        return LoadedModel(key, base.config, model, base.tokenizer, base)
+
+    @staticmethod
+    def _on(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on a device."""
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    # Files
+
+    def save(self, folder: Path, *, base_name: str, base_revision: str | None) -> None:
+        """Write peft's two files, and the pooling's beside them; the configuration last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
+        lora = {PEFT_PREFIX + name: tensor for name, tensor in self.lora.items()}
+        write_tensors(folder / ADAPTER_WEIGHTS_FILE, lora)
+        if self.pooling:
+            pooling = {POOLING_PREFIX + name: tensor for name, tensor in self.pooling.items()}
+            write_tensors(folder / POOLING_FILE, pooling)
+        else:
+            (folder / POOLING_FILE).unlink(missing_ok=True)
+        write_json(folder / ADAPTER_CONFIG_FILE, self._peft_config(base_name, base_revision))
+
+    def _peft_config(self, base_name: str, base_revision: str | None) -> dict[str, Any]:
+        """The adapter_config.json that peft reads."""
+        settings = self.settings
+        targets = settings.target_modules
+        return {
+            "peft_type": "LORA",
+            "task_type": "FEATURE_EXTRACTION",
+            "base_model_name_or_path": base_name,
+            "revision": base_revision,
+            "inference_mode": True,
+            "r": settings.r,
+            "lora_alpha": settings.lora_alpha,
+            "lora_dropout": settings.lora_dropout,
+            "target_modules": targets if isinstance(targets, str) else list(targets),
+            "bias": "none",
+            "skembed_base_fingerprint": self.base_fingerprint,
+        }
+
+    @classmethod
+    def load(cls, folder: Path, config: NVEmbedConfig, base_fingerprint: str) -> Adapter:
+        """Read what `save`, or peft on the same backbone, wrote.
+
+        Raises
+        ------
+        CheckpointError
+            When a key is missing, foreign or misshapen, when the adapter was trained on another
+            model, or when it uses what this module does not compute.
+        """
+        values = read_json(folder / ADAPTER_CONFIG_FILE)
+        settings = _read_settings(values, folder)
+        trained_on = values.get("skembed_base_fingerprint", base_fingerprint)
+        lora = {
+            _model_layer(name): tensor
+            for name, tensor in read_tensors(folder / ADAPTER_WEIGHTS_FILE).items()
+        }
+        _check_keys(lora, _expected_shapes(config, settings), folder / ADAPTER_WEIGHTS_FILE)
+        pooling = {}
+        if (folder / POOLING_FILE).is_file():
+            stored = read_tensors(folder / POOLING_FILE)
+            pooling = {n.removeprefix(POOLING_PREFIX): t for n, t in stored.items()}
+            with torch.device("meta"):
+                expected = build_pooling(config).state_dict()
+            _check_keys(
+                pooling, {n: tuple(t.shape) for n, t in expected.items()}, folder / POOLING_FILE
+            )
+        return cls(settings, lora, pooling, trained_on)
+
+
+def share_weights(model: NVEmbedModel) -> NVEmbedModel:
+    """A second module tree on the same tensors; replacing its modules leaves the first alone."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def insert_lora(
+    model: NVEmbedModel,
+    settings: LoraSettings,
+    lora: Mapping[str, Tensor],
+    *,
+    masks: DropoutMasks | None = None,
+) -> dict[str, nn.Parameter]:
+    """Put a `LoraLinear` in the place of each layer that `lora` names; the new parameters."""
+    backbone = model.embedding_model
+    parameters = {name: nn.Parameter(tensor.float()) for name, tensor in lora.items()}
+    for number, layer in enumerate(sorted({name.rsplit(".", 2)[0] for name in lora})):
+        base: Any = backbone.get_submodule(layer)
+        a, b = (parameters[f"{layer}.lora_{kind}.weight"] for kind in "AB")
+        module = LoraLinear(base, a, b, settings, masks=masks, number=number)
+        backbone.set_submodule(layer, module)
+    return parameters
+
+
+def start_lora(
+    config: NVEmbedConfig, settings: LoraSettings, seed: np.random.SeedSequence
+) -> dict[str, Tensor]:
+    """Fresh matrices: A uniform in ±1/sqrt(in) as in peft, B zero, so that nothing changes yet.
+
+    Raises
+    ------
+    ImportError
+        When peft is not installed.
+    ValueError
+        When `target_modules` names no linear layer of the backbone.
+    """
+    backbone = _backbone_on_meta(config)
+    generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint32)[0]))
+    lora = {}
+    for layer in find_targets(config, settings):
+        base: Any = backbone.get_submodule(layer)
+        bound = base.in_features**-0.5
+        a = torch.empty(settings.r, base.in_features).uniform_(-bound, bound, generator=generator)
+        lora[f"{layer}.lora_A.weight"] = a
+        lora[f"{layer}.lora_B.weight"] = torch.zeros(base.out_features, settings.r)
+    return lora
+
+
+def find_targets(config: NVEmbedConfig, settings: LoraSettings) -> list[str]:
+    """Names of the layers that peft adapts under `target_modules`, sorted."""
+    peft = import_optional("peft", extra="train", purpose="training adapters")
+    backbone = _backbone_on_meta(config)
+    targets = settings.target_modules
+    lora_config = peft.LoraConfig(
+        r=1, target_modules=targets if isinstance(targets, str) else list(targets)
+    )
+    names = sorted(name for name, layer in backbone.named_modules() if _is_linear(layer))
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
+    try:
+        with torch.device("meta"):
+            peft.inject_adapter_in_model(lora_config, backbone)
+    except ValueError as error:
+        raise ValueError(
+            "The `target_modules` parameter of `ContrastiveTrainer` must name linear layers of "
+            f"the backbone, of {kinds}, or be 'all-linear'; got {targets!r}, which peft refuses: "
+            f"{error}"
+        ) from error
+    found = [name for name in names if hasattr(backbone.get_submodule(name), "lora_A")]
+    if not found:
+        raise ValueError(
+            "The `target_modules` parameter of `ContrastiveTrainer` must name linear layers of "
+            f"the backbone, of {kinds}, or be 'all-linear'; got {targets!r}, which matches none."
+        )
+    return found
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear)
+
+
+def _backbone_on_meta(config: NVEmbedConfig) -> nn.Module:
+    """The backbone without memory for its weights."""
+    with torch.device("meta"):
+        return NVEmbedModel(replace(config, pooling="mean")).embedding_model
+
+
+def read_pooling(source: ModelSource, config: NVEmbedConfig) -> dict[str, Tensor]:
+    """The checkpoint's pooling weights in their published form, float32; empty if it has none."""
+    return {
+        name.removeprefix(POOLING_PREFIX): tensor.float().clone()
+        for name, tensor in iterate_tensors(source, config)
+        if name.startswith(POOLING_PREFIX)
+    }
+
+
+def load_pooling(config: NVEmbedConfig, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A pooling layer in its published form with these weights as its own parameters."""
+    with torch.device("meta"):
+        pooling = build_pooling(config)
+    pooling.load_state_dict(dict(weights), assign=True)
+    return pooling
+
+
+def merge_adapter(
+    adapter: Adapter, tensors: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors with the update added and the pooling replaced.
+
+    Computed in float32 and rounded once to the type each tensor is stored in.
+    """
+    layers = set(adapter.targets)
+    for name, tensor in tensors:
+        layer = name.removeprefix(BACKBONE_PREFIX).removesuffix(".weight")
+        pooled = adapter.pooling.get(name.removeprefix(POOLING_PREFIX))
+        if name.startswith(BACKBONE_PREFIX) and layer in layers:
+            a, b = (adapter.lora[f"{layer}.lora_{kind}.weight"] for kind in "AB")
+            merged = tensor.float() + adapter.settings.scaling * (b @ a)
+            yield name, merged.to(tensor.dtype)
+        elif name.startswith(POOLING_PREFIX) and pooled is not None:
+            yield name, pooled.to(tensor.dtype)
+        else:
+            yield name, tensor
+
+
+def _read_settings(values: Mapping[str, Any], folder: Path) -> LoraSettings:
+    """The sizes in an adapter_config.json, and no setting that would change the function."""
+    path = folder / ADAPTER_CONFIG_FILE
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"The peft_type in {path} must be 'LORA'; got {kind!r}.")
+    for name, plain in _REFUSED.items():
+        value = values.get(name, plain)
+        if value not in (plain, None, [], {}):
+            raise CheckpointError(
+                f"The {name} in {path} is {value!r}, which skembed does not compute. Merge the "
+                "adapter into its base with peft (`merge_and_unload`), and load the result."
+            )
+    targets = values.get("target_modules")
+    try:
+        targets = targets if isinstance(targets, str) else tuple(sorted(targets or ()))
+        settings = LoraSettings(
+            int(values["r"]), float(values["lora_alpha"]), float(values["lora_dropout"]), targets
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} lacks or misstates r, lora_alpha: {error!r}.") from error
+    if settings.r < 1 or not targets:
+        raise CheckpointError(f"{path} must have r above 0 and target_modules; got {values!r}.")
+    return settings
+
+
+def _expected_shapes(config: NVEmbedConfig, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
+    """The matrices an adapter must have, by peft's rule of names (which a test holds to peft)."""
+    targets, shapes = settings.target_modules, {}
+    for name, layer in _backbone_on_meta(config).named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        if isinstance(targets, str):
+            wanted = targets == ALL_LINEAR or re.fullmatch(targets, name) is not None
+        else:
+            wanted = any(name == target or name.endswith(f".{target}") for target in targets)
+        if wanted:
+            shapes[f"{name}.lora_A.weight"] = (settings.r, layer.in_features)
+            shapes[f"{name}.lora_B.weight"] = (layer.out_features, settings.r)
+    return shapes
+
+
+def _model_layer(name: str) -> str:
+    """Layer name in `MistralModel` for a key of peft's, wherever the backbone was wrapped."""
+    name = name.removeprefix(PEFT_PREFIX)
+    return name.removeprefix(BACKBONE_PREFIX).removeprefix("model.")
+
+
+def _check_keys(
+    found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    """Names and shapes, both ways: nothing is filled in at random."""
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    wrong = [n for n in found if n in expected and tuple(found[n].shape) != expected[n]]
+    faults = [
+        f"{len(names)} {what}, such as {sorted(names)[0]}"
+        for what, names in (("missing", missing), ("unexpected", extra), ("misshapen", wrong))
+        if names
+    ]
+    if faults:
+        raise CheckpointError(
+            f"The weights in {path} do not fit the base model and {ADAPTER_CONFIG_FILE}: "
+            f"{'; '.join(faults)}. The adapter belongs to another model, or the copy is "
+            "incomplete."
+        )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, float32, on the CPU.
+
+    Raises
+    ------
+    CheckpointError
+        When the file is missing or damaged.
+    """
+    try:
+        return {name: tensor.float() for name, tensor in load_file(path).items()}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"The adapter folder lacks {path.name} ({path}).") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file ({error}). Copy it again."
+        ) from error
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically: whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, partial, metadata={"format": "pt", **(metadata or {})})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

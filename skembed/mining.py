@@ -1,0 +1,621 @@
+"""Hard negatives that know their positives: texts close to an anchor, but not as close as its own.
+
+`mine_hard_negatives` takes texts and a vectorizer; `select_negatives` is the step below it, on
+vectors, which training repeats between epochs with the vectors of the current adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+from sklearn.utils import check_random_state
+from tqdm.auto import tqdm
+
+from skembed._mining_task import OWNER, MiningTask, read_task
+from skembed._validation import check_bool, check_choice, check_int, check_real
+from skembed.exceptions import SkembedWarning
+from skembed.similarity import (
+    BLOCK_BYTES,
+    Indices,
+    PairIndices,
+    TopK,
+    Vectors,
+    check_groups,
+    check_index_pairs,
+    check_vectors,
+    normalize_rows,
+    paired_dot,
+    top_k_blocks,
+)
+
+__all__ = [
+    "SAMPLINGS",
+    "STRATEGIES",
+    "MinedNegatives",
+    "mine_hard_negatives",
+    "select_negatives",
+]
+
+# The thresholds that NV-Retriever (arXiv 2407.15831) found best.
+STRATEGIES = {"perc_pos": 0.95, "margin_pos": 0.05}
+SAMPLINGS = ("top", "random")
+# "random" draws from this many times `n_negatives`: NV-Retriever's 4 of the 10 best.
+_POOL_FACTOR = 2.5
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MinedNegatives:
+    """Hard negatives, as `mine_hard_negatives` found them.
+
+    Parameters
+    ----------
+    anchors : list of str
+        One text per anchor, n_anchors in all.
+    positives : list of str
+        The positive of each anchor.
+    positions : ndarray of int64, shape (n_anchors,)
+        Row of X of each anchor, ascending.
+    indices : ndarray of int64, shape (n_anchors, n_negatives)
+        Positions in `corpus`, most similar first; -1 where there are not enough.
+    scores : ndarray of float32, shape (n_anchors, n_negatives)
+        Cosine similarity of anchor and negative; NaN beside a -1.
+    positive_scores : ndarray of float32, shape (n_anchors,)
+        Cosine similarity of anchor and positive.
+    corpus : list of str
+        The texts that `indices` point into: the corpus given, the distinct positives of the pairs,
+        or the labelled texts. Of equal texts only the first is pointed to.
+
+    See Also
+    --------
+    mine_hard_negatives : Finds them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skembed.mining import MinedNegatives
+    >>> mined = MinedNegatives(
+    ...     anchors=["lost card"],
+    ...     positives=["my card is gone"],
+    ...     positions=np.array([0]),
+    ...     indices=np.array([[1]]),
+    ...     scores=np.array([[0.5]], dtype=np.float32),
+    ...     positive_scores=np.array([0.8], dtype=np.float32),
+    ...     corpus=["my card is gone", "open an account"],
+    ... )
+    >>> mined.to_rows()
+    [('lost card', 'my card is gone', 'open an account')]
+    """
+
+    anchors: list[str]
+    positives: list[str]
+    positions: Indices
+    indices: Indices
+    scores: Vectors
+    positive_scores: Vectors
+    corpus: list[str]
+
+    def __repr__(self) -> str:
+        """Sizes only: texts may be many, long or private."""
+        n_anchors, n_negatives = self.indices.shape
+        return (
+            f"MinedNegatives(n_anchors={n_anchors}, n_negatives={n_negatives}, "
+            f"n_found={int(self.n_found.sum())}, n_corpus={len(self.corpus)})"
+        )
+
+    @property
+    def n_found(self) -> Indices:
+        """Number of negatives of each anchor, int64 of shape (n_anchors,)."""
+        return np.count_nonzero(self.indices >= 0, axis=1).astype(np.int64)
+
+    def to_rows(self, *, min_negatives: int = 1) -> list[tuple[str, ...]]:
+        """Return training rows (anchor, positive, negative, ...) of equal length.
+
+        An anchor with fewer than `min_negatives` negatives is left out. One with fewer than
+        n_negatives has its own repeated in turn, so that all rows are of one length.
+
+        Parameters
+        ----------
+        min_negatives : int, default=1
+            Fewest negatives that an anchor must have, in [1, n_negatives]. The upper bound keeps
+            complete rows only, so that nothing is repeated.
+
+        Returns
+        -------
+        list of tuple of str
+            At most n_anchors rows of 2 + n_negatives texts, in the order of the anchors.
+
+        Raises
+        ------
+        TypeError
+            If `min_negatives` is no int.
+        ValueError
+            If it is out of range, or no anchor has that many.
+
+        Warns
+        -----
+        SkembedWarning
+            With the number of anchors left out and of rows with repeated negatives, if any.
+
+        Notes
+        -----
+        The loss takes a negative twice as seriously if a row repeats it.
+        """
+        owner = "MinedNegatives.to_rows"
+        width = self.indices.shape[1]
+        least = check_int(min_negatives, name="min_negatives", owner=owner, low=1, high=width)
+        n_found = self.n_found
+        kept = np.flatnonzero(n_found >= least)
+        if not len(kept):
+            raise ValueError(
+                f"The `min_negatives` parameter of `{owner}` must be at most "
+                f"{n_found.max(initial=0)}, the most that an anchor has; got {least}. "
+                "Lower it, or mine with a larger `corpus`."
+            )
+        places = np.arange(width) % n_found[kept, None]
+        chosen = self.indices[kept[:, None], places]
+        self._warn_short(n_dropped=len(n_found) - len(kept), n_padded=sum(n_found[kept] < width))
+        return [
+            (self.anchors[i], self.positives[i], *(self.corpus[j] for j in row))
+            for i, row in zip(kept.tolist(), chosen.tolist(), strict=True)
+        ]
+
+    def _warn_short(self, *, n_dropped: int, n_padded: int) -> None:
+        """Say how many rows are missing or repeat a negative."""
+        if n_dropped or n_padded:
+            warnings.warn(
+                f"Of {len(self.anchors)} anchors, {n_dropped} had too few negatives and were left "
+                f"out, and {n_padded} had fewer than {self.indices.shape[1]} and repeat their own. "
+                "Ask for fewer `n_negatives` or mine in a larger `corpus`, or silence this with "
+                "warnings.filterwarnings('ignore', category=skembed.SkembedWarning).",
+                SkembedWarning,
+                stacklevel=3,  # the caller of `to_rows`
+            )
+
+
+# Vectors
+
+
+def select_negatives(
+    anchors: npt.ArrayLike,
+    positives: npt.ArrayLike,
+    candidates: npt.ArrayLike,
+    *,
+    known_positives: PairIndices | None = None,
+    anchor_groups: npt.ArrayLike | None = None,
+    candidate_groups: npt.ArrayLike | None = None,
+    n_negatives: int = 7,
+    strategy: str = "perc_pos",
+    threshold: float | None = None,
+    sampling: str = "top",
+    random_state: int | np.random.RandomState | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> tuple[Indices, Vectors]:
+    r"""Choose hard negatives among candidate vectors.
+
+    Parameters
+    ----------
+    anchors : array-like of float, shape (n, dim)
+        Unit vectors.
+    positives : array-like of float, shape (n, dim)
+        Unit vector of each anchor's positive.
+    candidates : array-like of float, shape (m, dim)
+        Unit vectors to choose from, one for each distinct text.
+    known_positives : (indptr, indices), optional
+        Candidates that are no negatives, as in a CSR matrix: those of anchor i are
+        ``indices[indptr[i] : indptr[i + 1]]``. The positives themselves belong here, if they are
+        candidates.
+    anchor_groups, candidate_groups : array-like of int, shape (n,) and (m,), optional
+        Classes. An anchor gets no candidate of its own class; -1 is of no class.
+    n_negatives : int, default=7
+        How many for each anchor.
+    strategy : {"perc_pos", "margin_pos"}, default="perc_pos"
+        Rule for the highest score that a negative may have; see Notes.
+    threshold : float, optional
+        The rule's p in (0, 1] or margin in [0, 2]. None is 0.95 or 0.05.
+    sampling : {"top", "random"}, default="top"
+        The best, or a draw without replacement from the best 2.5 times as many (rounded up).
+    random_state : int, RandomState or None, default=None
+        Seed of the draw.
+    block_bytes : int, default=67108864
+        Bound on the working memory in bytes; see `skembed.similarity.top_k_blocks`.
+
+    Returns
+    -------
+    indices : ndarray of int64, shape (n, n_negatives)
+        Rows of `candidates`, highest score first, equal scores by lower row; -1 where there are
+        not enough.
+    scores : ndarray of float32, shape (n, n_negatives)
+        Dot products of anchor and negative; NaN beside a -1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has the wrong type, shape or range.
+
+    Notes
+    -----
+    With s+ the score of anchor and positive, a candidate is kept if its score s holds
+
+    .. math::
+
+        s \le s_+ - (1 - p) |s_+| \quad \text{(perc_pos)}, \qquad
+        s \le s_+ - \text{margin} \quad \text{(margin_pos)}.
+
+    For s+ >= 0 the first is the paper's p * s+. For s+ < 0 the paper's bound would lie above the
+    positive; this one lies below it by the same share. So no negative is ever closer than the
+    positive.
+
+    References
+    ----------
+    G. Moreira et al., NV-Retriever, arXiv 2407.15831; C. Lee et al., NV-Embed, arXiv 2405.17428,
+    section 4.1.1.
+
+    Examples
+    --------
+    >>> from skembed.mining import select_negatives
+    >>> candidates = [[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]
+    >>> indices, _ = select_negatives([[1.0, 0.0]], [[0.8, 0.6]], candidates, n_negatives=2)
+    >>> indices
+    array([[ 2, -1]])
+    """
+    owner = "select_negatives"
+    anchors = check_vectors(anchors, name="anchors", owner=owner)
+    n, dim = anchors.shape
+    positives = check_vectors(positives, name="positives", owner=owner, dim=dim)
+    if len(positives) != n:
+        raise ValueError(
+            f"The `positives` parameter of `{owner}` must have {n} rows, one for each anchor; "
+            f"got {len(positives)}."
+        )
+    candidates = check_vectors(candidates, name="candidates", owner=owner, dim=dim)
+    m = len(candidates)
+    n_negatives, threshold = _check_rule(n_negatives, strategy, threshold, sampling, owner=owner)
+    groups = check_groups(
+        anchor_groups,
+        candidate_groups,
+        names=("anchor_groups", "candidate_groups"),
+        owner=owner,
+        n=n,
+        m=m,
+    )
+    excluded = check_index_pairs(
+        known_positives, name="known_positives", owner=owner, n_rows=n, n_columns=m
+    )
+    # No wider than there are candidates: k counts in the size of a block.
+    wanted = n_negatives if sampling == "top" else _pool_size(n_negatives)
+    found = top_k_blocks(
+        anchors,
+        candidates,
+        max(1, min(wanted, m)),
+        max_scores=_score_bounds(paired_dot(anchors, positives), strategy, threshold),
+        excluded=excluded,
+        query_groups=None if groups is None else groups[0],
+        corpus_groups=None if groups is None else groups[1],
+        block_bytes=block_bytes,
+    )
+    if sampling == "random":
+        found = _draw(found, n_negatives, random_state=random_state)
+    return _pad_columns(found, n_negatives)
+
+
+def _check_rule(
+    n_negatives: Any, strategy: Any, threshold: Any, sampling: Any, *, owner: str
+) -> tuple[int, float]:
+    """Check what says how to select; return the number and the threshold."""
+    n_negatives = check_int(n_negatives, name="n_negatives", owner=owner, low=1)
+    strategy = check_choice(strategy, name="strategy", owner=owner, allowed=tuple(STRATEGIES))
+    check_choice(sampling, name="sampling", owner=owner, allowed=SAMPLINGS)
+    if threshold is None:
+        return n_negatives, STRATEGIES[strategy]
+    if strategy == "perc_pos":
+        return n_negatives, check_real(
+            threshold, name="threshold", owner=owner, low=0, high=1, inclusive="right"
+        )
+    return n_negatives, check_real(threshold, name="threshold", owner=owner, low=0, high=2)
+
+
+def _score_bounds(positive_scores: Vectors, strategy: str, threshold: float) -> Vectors:
+    """Return the highest score that a negative of each anchor may have, (n,)."""
+    if strategy == "margin_pos":
+        return positive_scores - np.float32(threshold)
+    # s - (1 - p) |s|, written so that p = 1 gives s to the last bit.
+    share = np.where(positive_scores >= 0, threshold, 2 - threshold).astype(np.float32)
+    return share * positive_scores
+
+
+def _pool_size(n_negatives: int) -> int:
+    """Return how many of the best "random" draws from."""
+    return int(np.ceil(_POOL_FACTOR * n_negatives))
+
+
+def _draw(
+    found: TopK, n_negatives: int, *, random_state: int | np.random.RandomState | None
+) -> TopK:
+    """Draw `n_negatives` of the columns of each row without replacement, best first."""
+    # Row by row from one stream: mining in several calls draws as mining in one.
+    order = check_random_state(random_state).random_sample(found.indices.shape)
+    order[found.indices < 0] = 2  # behind every number that can be drawn
+    columns = np.argsort(order, axis=1, kind="stable")[:, :n_negatives]
+    columns.sort(axis=1)
+    return TopK(
+        np.take_along_axis(found.scores, columns, axis=1),
+        np.take_along_axis(found.indices, columns, axis=1),
+    )
+
+
+def _pad_columns(found: TopK, n_negatives: int) -> tuple[Indices, Vectors]:
+    """Return indices and scores with exactly `n_negatives` columns."""
+    missing = ((0, 0), (0, n_negatives - found.indices.shape[1]))
+    return (
+        np.pad(found.indices, missing, constant_values=-1),
+        np.pad(found.scores, missing, constant_values=np.nan),
+    )
+
+
+# Texts
+
+
+def mine_hard_negatives(
+    X: Any,
+    y: Any = None,
+    *,
+    vectorizer: Any,
+    corpus: Any = None,
+    n_negatives: int = 7,
+    strategy: str = "perc_pos",
+    threshold: float | None = None,
+    sampling: str = "top",
+    random_state: int | np.random.RandomState | None = None,
+    verbose: bool = False,
+) -> MinedNegatives:
+    """Find texts that a model takes for similar to an anchor although they are not its positives.
+
+    Rows with hard negatives teach more than rows without. The rules are positive-aware: what is
+    as close as the positive is probably a positive that nobody has marked, so it is left out.
+
+    Costs one embedding of every distinct text and n_anchors * n_corpus * dim multiplications.
+
+    Parameters
+    ----------
+    X : list, tuple, ndarray or frame of str, n_samples rows
+        Pairs (anchor, positive) in two columns; or, with `y`, single texts.
+    y : list, ndarray or Series of str, int or bool, shape (n_samples,), optional
+        Class labels. The positive of a text is then the next other text of its class, in the
+        order of first appearance; that of the last is the first.
+    vectorizer : object with `encode_query` and `encode_document`, or with `transform`
+        The model to train, or any other as teacher: fitted, or frozen. Anchors are embedded as
+        queries, positives and corpus as documents; labelled texts as queries all. A scikit-learn
+        transformer must return dense vectors. They may have any length.
+    corpus : list, tuple, ndarray, Series or one-column frame of str, optional
+        Where to look for negatives. None looks in the distinct positives, or in the labelled
+        texts. Not with `y`: the class of its texts would be unknown.
+    n_negatives : int, default=7
+        How many for each anchor.
+    strategy : {"perc_pos", "margin_pos"}, default="perc_pos"
+        A negative's score is at most p times, or a margin below, that of the positive.
+    threshold : float, optional
+        The p in (0, 1] or the margin in [0, 2]. None is 0.95 or 0.05.
+    sampling : {"top", "random"}, default="top"
+        The most similar; or a draw without replacement from 2.5 times as many.
+    random_state : int, RandomState or None, default=None
+        Seed of the draw.
+    verbose : bool, default=False
+        Show a progress bar of the search. The vectorizer has its own.
+
+    Returns
+    -------
+    MinedNegatives
+        Indices, scores and texts; `to_rows` makes them rows for `NVEmbedVectorizer.fit`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong type, or the vectorizer cannot embed or returns a sparse
+        matrix.
+    ValueError
+        If an argument is out of range or does not fit the others; if X and y are not what `fit`
+        would train on (fewer than two rows, one class only, a class with a single text, a
+        positive equal to its anchor, an empty text); if no anchor has a negative.
+
+    Warns
+    -----
+    SkembedWarning
+        If labelled texts are left out because they occur under several classes.
+
+    See Also
+    --------
+    NVEmbedVectorizer : Takes the rows to train on.
+
+    Notes
+    -----
+    A negative is never, by exact equality of texts: the anchor, one of its positives in any of
+    the pairs with this anchor on either side, a text of its class, or given twice.
+
+    A labelled text that occurs under several classes is left out altogether.
+
+    For a positive with a negative score, see `select_negatives`, which differs from the paper.
+
+    Every text is embedded by the vectorizer at the time of the call, so after training the new
+    weights decide. Its cache, if it has one, must tell models apart, as `EmbeddingCache` does.
+
+    Memory: the vectors of all distinct texts (twice, while they are scaled to unit length), the
+    result (12 bytes a negative), and about 128 MiB, whatever the number of anchors and
+    candidates.
+
+    References
+    ----------
+    G. Moreira et al., NV-Retriever, arXiv 2407.15831; C. Lee et al., NV-Embed, arXiv 2405.17428,
+    section 4.1.1.
+
+    Examples
+    --------
+    >>> from skembed import NVEmbedVectorizer
+    >>> from skembed.mining import mine_hard_negatives
+    >>> pairs = [
+    ...     ("my card was stolen", "report a stolen card"),
+    ...     ("I want an account", "open an account"),
+    ...     ("my card does not work", "replace a broken card"),
+    ... ]
+    >>> mined = mine_hard_negatives(pairs, vectorizer=NVEmbedVectorizer(), n_negatives=1)
+    >>> mined.to_rows()[0]
+    ('my card was stolen', 'report a stolen card', 'replace a broken card')
+    """
+    n_negatives, threshold = _check_rule(n_negatives, strategy, threshold, sampling, owner=OWNER)
+    check_bool(verbose, name="verbose", owner=OWNER)
+    random_state = check_random_state(random_state)
+    _check_vectorizer(vectorizer)
+    rule = {
+        "n_negatives": n_negatives,
+        "strategy": strategy,
+        "threshold": threshold,
+        "sampling": sampling,
+        "random_state": random_state,
+    }
+    task = read_task(X, y, corpus)
+    mined = _mine(task, vectorizer, rule=rule, verbose=verbose)
+    n_found = mined.n_found
+    if not n_found.any():
+        raise ValueError(_explain_none(task, strategy, threshold))
+    _logger.info("%d of %d anchors have a negative", np.count_nonzero(n_found), len(n_found))
+    return mined
+
+
+def _check_vectorizer(vectorizer: Any) -> None:
+    """Raise unless `vectorizer` is an object that embeds texts."""
+    can = hasattr(vectorizer, "transform") or _has_sides(vectorizer)
+    if isinstance(vectorizer, type) or not can:
+        got = vectorizer.__name__ if isinstance(vectorizer, type) else type(vectorizer).__name__
+        what = "the class" if isinstance(vectorizer, type) else "an object of type"
+        raise TypeError(
+            f"The `vectorizer` parameter of `{OWNER}` must be an object with `encode_query` and "
+            f"`encode_document`, or with `transform`; got {what} {got}. "
+            "Pass an instance such as NVEmbedVectorizer()."
+        )
+
+
+def _has_sides(vectorizer: Any) -> bool:
+    """Tell whether a vectorizer embeds queries and documents in different ways."""
+    return hasattr(vectorizer, "encode_query") and hasattr(vectorizer, "encode_document")
+
+
+def _embed_task(
+    task: MiningTask, vectorizer: Any
+) -> tuple[Vectors, Vectors, tuple[Indices, Indices]]:
+    """Embed each text once a side: queries, documents, and the row of each id in the two.
+
+    The first documents are the candidates, in their order, so that they need no copy.
+    """
+    others = np.setdiff1d(task.positives, task.candidates)
+    documents = np.concatenate([task.candidates, others])
+    queries = np.unique(task.anchors)
+    if task.groups is not None or not _has_sides(vectorizer):
+        name = "encode_query" if _has_sides(vectorizer) else "transform"
+        everything = np.concatenate([documents, np.setdiff1d(queries, documents)])
+        vectors = _embed(vectorizer, name, task, everything)
+        rows = _invert(everything, len(task.texts))
+        return vectors, vectors, (rows, rows)
+    found = [
+        _embed(vectorizer, "encode_query", task, queries),
+        _embed(vectorizer, "encode_document", task, documents),
+    ]
+    if found[0].shape[1] != found[1].shape[1]:
+        raise ValueError(
+            f"The `vectorizer` parameter of `{OWNER}` must give queries and documents of one "
+            f"width; got {found[0].shape[1]} and {found[1].shape[1]}."
+        )
+    n_texts = len(task.texts)
+    return found[0], found[1], (_invert(queries, n_texts), _invert(documents, n_texts))
+
+
+def _invert(ids: Indices, n_texts: int) -> Indices:
+    """Return the place of each id in `ids`, -1 where it is not, (n_texts,)."""
+    places = np.full(n_texts, -1)
+    places[ids] = np.arange(len(ids))
+    return places
+
+
+def _embed(vectorizer: Any, name: str, task: MiningTask, ids: Indices) -> Vectors:
+    """Embed texts by the method of that name and scale them to unit length, (n, dim)."""
+    subject = f"The `vectorizer` parameter of `{OWNER}` must return from `{name}`"
+    texts = [task.texts[i] for i in ids.tolist()]
+    found = getattr(vectorizer, name)(texts)
+    if sparse.issparse(found):
+        raise TypeError(
+            f"{subject} a dense array; got a sparse matrix. Reduce it in a Pipeline, for example "
+            "with TruncatedSVD."
+        )
+    vectors = np.asarray(found)
+    if vectors.ndim != 2 or len(vectors) != len(texts) or vectors.dtype.kind not in "fiu":
+        raise ValueError(
+            f"{subject} numbers of shape ({len(texts)}, dim), a row for each text; got dtype "
+            f"{vectors.dtype}, shape {vectors.shape}."
+        )
+    if not np.isfinite(vectors).all():
+        raise ValueError(
+            f"{subject} finite numbers; got {np.count_nonzero(~np.isfinite(vectors).all(axis=1))} "
+            "rows with NaN or infinity."
+        )
+    return normalize_rows(vectors)
+
+
+def _mine(
+    task: MiningTask, vectorizer: Any, *, rule: dict[str, Any], verbose: bool
+) -> MinedNegatives:
+    """Select negatives for some anchors at a time, so that no copy of all their vectors exists."""
+    queries, documents, (query_rows, document_rows) = _embed_task(task, vectorizer)
+    candidates = documents[: len(task.candidates)]
+    n, width = len(task.anchors), rule["n_negatives"]
+    indices = np.full((n, width), -1, dtype=np.int64)
+    scores = np.full((n, width), np.nan, dtype=np.float32)
+    positive_scores = np.empty(n, dtype=np.float32)
+    with tqdm(total=n, desc="Mining", unit="anchor", disable=not verbose) as bar:
+        for rows in _cut_anchors(task, dim=documents.shape[1]):
+            anchors = queries[query_rows[task.anchors[rows]]]
+            positives = documents[document_rows[task.positives[rows]]]
+            indices[rows], scores[rows] = select_negatives(
+                anchors, positives, candidates, **task.cut_rules(rows), **rule
+            )
+            positive_scores[rows] = paired_dot(anchors, positives)
+            bar.update(rows.stop - rows.start)
+    return MinedNegatives(
+        anchors=[task.texts[i] for i in task.anchors.tolist()],
+        positives=[task.texts[i] for i in task.positives.tolist()],
+        positions=task.positions,
+        indices=np.where(indices >= 0, task.first[indices], -1),
+        scores=scores,
+        positive_scores=positive_scores,
+        corpus=task.corpus,
+    )
+
+
+def _cut_anchors(task: MiningTask, *, dim: int) -> list[slice]:
+    """Cut the anchors into parts whose vectors and known positives take about BLOCK_BYTES."""
+    # Two float32 vectors; and each known positive as indices, then sorted with its row.
+    n_bytes = 8 * dim + 40 * task.count_known()
+    parts = np.cumsum(n_bytes) // BLOCK_BYTES
+    starts = np.flatnonzero(np.diff(parts, prepend=-1)).tolist()
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(parts)], strict=True)]
+
+
+def _explain_none(task: MiningTask, strategy: str, threshold: float) -> str:
+    """Say why no anchor has a negative: nothing else in the corpus, or all of it too similar."""
+    # With labels there always is another class; with pairs, each row lists what it cannot have.
+    if task.count_known().min() >= len(task.candidates):
+        return (
+            f"`{OWNER}` found no negatives: each of the {len(task.candidates)} distinct texts to "
+            "mine from is the anchor itself or one of its positives, for every anchor. Pass a "
+            "larger `corpus`."
+        )
+    return (
+        f"`{OWNER}` found no negatives: every candidate is more similar to its anchor than "
+        f"strategy={strategy!r} with threshold={threshold} allows. Pass a larger `corpus`, "
+        "a weaker `threshold`, or another `vectorizer`."
+    )

@@ -1,0 +1,251 @@
+"""An estimator's parameters -> which model, where, in which type, with which adapter.
+
+Reads config.json and hashes files; loads no weights but an adapter's.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skembed._validation import (
+    MISSING_POLICIES,
+    check_bool,
+    check_choice,
+    check_int,
+    check_string,
+)
+from skembed.adapters import Adapter
+from skembed.cache import resolve_cache
+from skembed.checkpoint import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    BUNDLED_MODELS,
+    POOLING_FILE,
+    ModelSource,
+    fingerprint_weights,
+    read_config,
+    resolve_source,
+    unpack_folder,
+)
+from skembed.exceptions import SkembedWarning
+from skembed.instructions import check_template, resolve_instruction
+from skembed.model import NVEmbedConfig
+from skembed.pooling import POOLINGS
+from skembed.registry import (
+    DTYPES,
+    Lease,
+    LoadedModel,
+    ModelKey,
+    choose_attention_path,
+    registry,
+    resolve_device,
+    resolve_dtype,
+)
+from skembed.trainer import ContrastiveTrainer, check_trainer
+
+OWNER = "NVEmbedVectorizer"
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """What runs.
+
+    Attributes
+    ----------
+    source : ModelSource
+        The folder.
+    config : NVEmbedConfig
+        Its configuration.
+    key : ModelKey
+        The base model's key in the registry.
+    dim : int
+        Width of an embedding after truncation.
+    adapter : Adapter or None
+        What is put on the base: learned by `fit`, or read from the model's folder.
+    """
+
+    source: ModelSource
+    config: NVEmbedConfig
+    key: ModelKey
+    dim: int
+    adapter: Adapter | None = None
+
+    @property
+    def full_key(self) -> ModelKey:
+        """The key with the adapter's fingerprint in it, for the cache."""
+        if self.adapter is None:
+            return self.key
+        fingerprint = f"{self.key.fingerprint}+{self.adapter.fingerprint}"
+        return replace(self.key, fingerprint=fingerprint)
+
+
+def resolve_model(
+    estimator: Any, lease: Lease, *, fitted: Adapter | None, trains: bool = False
+) -> ResolvedModel:
+    """Resolve the parameters of a vectorizer.
+
+    Parameters
+    ----------
+    estimator : NVEmbedVectorizer
+        Read for its parameters only.
+    lease : Lease
+        Keeps the adapter of a folder between calls.
+    fitted : Adapter or None
+        The adapter that `fit` learned; it goes before a folder's.
+    trains : bool, default=False
+        Leave the fitted adapter out: it is about to be replaced.
+
+    Raises
+    ------
+    ModelNotFoundError, CheckpointError, ValueError
+        When there is no such model, its files do not fit, or a parameter is beyond its sizes.
+    """
+    source = find_source(estimator)
+    config = read_config(source, estimator.pooling)
+    longest = config.backbone.get("max_position_embeddings")
+    if longest is not None:
+        check_int(estimator.max_length, name="max_length", owner=OWNER, low=2, high=int(longest))
+    width = config.hidden_size
+    check_int(
+        estimator.truncate_dim,
+        name="truncate_dim",
+        owner=OWNER,
+        low=1,
+        high=width,
+        allow_none=True,
+    )
+    device = _find_device(estimator)
+    if device.type != "cpu" and estimator.n_jobs not in (None, 1):
+        raise ValueError(
+            f"The `n_jobs` parameter of `{OWNER}` must be None or 1 on {str(device)!r}; got "
+            f"{estimator.n_jobs}. Every worker would put a copy of the model on the one device."
+        )
+    dtype = resolve_dtype(estimator.dtype, device)
+    key = ModelKey(
+        fingerprint=fingerprint_weights(source),
+        pooling=config.pooling,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        attention_path=choose_attention_path(device, dtype),
+    )
+    adapter = None if trains else fitted
+    if adapter is not None:
+        adapter.check_base(key.fingerprint)
+    elif source.adapter_folder is not None:
+        adapter = _read_adapter(source.adapter_folder, config, key.fingerprint, lease)
+    return ResolvedModel(source, config, key, estimator.truncate_dim or width, adapter)
+
+
+def _read_adapter(folder: Path, config: NVEmbedConfig, fingerprint: str, lease: Lease) -> Adapter:
+    """The adapter of a folder, read once while its files stay as they are."""
+    names = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, POOLING_FILE)
+    state: list[Any] = [str(folder), fingerprint, config.pooling]
+    for path in (folder / name for name in names):
+        if path.is_file():
+            stat = path.stat()
+            state += [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    return lease.hold_adapter(tuple(state), lambda: Adapter.load(folder, config, fingerprint))
+
+
+def find_source(estimator: Any) -> ModelSource:
+    """The model's folder; that of the pickle, before any download, when there is none here."""
+    files = stored_files(estimator)
+    name = os.fspath(estimator.model)
+    if files is None or name in BUNDLED_MODELS or Path(name).expanduser().is_dir():
+        return resolve_source(estimator.model, estimator.revision)
+    return replace(resolve_source(unpack_folder(files)), name=name)
+
+
+def stored_files(estimator: Any) -> Mapping[str, bytes] | None:
+    """The model's files that came with the pickle, unless `model` has changed since."""
+    model, revision, files = estimator.__dict__.get("_stored_files", (None, None, None))
+    wanted = (os.fspath(estimator.model), estimator.revision)
+    return files if (model, revision) == wanted else None
+
+
+def _find_device(estimator: Any) -> torch.device:
+    """The device; an unpickled estimator falls back from one this machine has not."""
+    try:
+        return resolve_device(estimator.device)
+    except ValueError:
+        kind = estimator.device.split(":")[0]
+        if not estimator.__dict__.get("_from_pickle") or kind not in ("cuda", "mps"):
+            raise
+    found = resolve_device("auto")
+    warnings.warn(
+        f"This {OWNER} was pickled with device={estimator.device!r}, which this machine has not; "
+        f"it runs on {str(found)!r}. Silence this with set_params(device='auto').",
+        SkembedWarning,
+        stacklevel=6,
+    )
+    return found
+
+
+def describe_model(resolved: ResolvedModel) -> dict[str, Any]:
+    """The `model_` attribute of an estimator."""
+    key, backbone = resolved.key, resolved.config.backbone
+    layers = backbone["num_hidden_layers"]
+    return {
+        "name": resolved.source.name,
+        "revision": resolved.source.revision,
+        "fingerprint": resolved.full_key.fingerprint,
+        "architecture": f"bidirectional Mistral, {layers} layers",
+        "pooling": key.pooling,
+        "hidden_size": resolved.config.hidden_size,
+        "dtype": key.dtype,
+        "device": key.device,
+        "attention_path": key.attention_path,
+    }
+
+
+def load_resolved(resolved: ResolvedModel, lease: Lease | None = None) -> LoadedModel:
+    """The loaded model, its adapter in place; the base is held by the lease if there is one.
+
+    Without a lease (in a worker process, which keeps its models) the argument pickles small.
+    """
+    loaded = registry.get(resolved.key, resolved.source, resolved.config)
+    if lease is not None:
+        lease.hold(loaded)
+    return loaded if resolved.adapter is None else resolved.adapter.bind(loaded)
+
+
+def check_parameters(estimator: Any) -> None:
+    """Types and values of all parameters, without touching files or devices."""
+    if not isinstance(estimator.model, (str, os.PathLike)) or not os.fspath(estimator.model):
+        raise TypeError(
+            f"The `model` parameter of `{OWNER}` must be a model name, a folder or a hub id; "
+            f"got {type(estimator.model).__name__}."
+        )
+    check_template(estimator.instruction_template, owner=OWNER)
+    resolve_instruction(estimator.instruction)
+    resolve_instruction(estimator.document_instruction, name="document_instruction")
+    check_choice(estimator.pooling, name="pooling", allowed=(None, *POOLINGS), owner=OWNER)
+    check_int(estimator.max_length, name="max_length", low=2, owner=OWNER)
+    check_int(estimator.truncate_dim, name="truncate_dim", low=1, allow_none=True, owner=OWNER)
+    check_bool(estimator.normalize, name="normalize", owner=OWNER)
+    check_choice(estimator.missing, name="missing", allowed=MISSING_POLICIES, owner=OWNER)
+    if not isinstance(estimator.trainer, ContrastiveTrainer):
+        check_choice(estimator.trainer, name="trainer", allowed=("auto", None), owner=OWNER)
+    else:
+        check_trainer(estimator.trainer)
+    check_string(estimator.device, name="device", owner=OWNER)
+    check_choice(estimator.dtype, name="dtype", allowed=("auto", *DTYPES), owner=OWNER)
+    if estimator.batch_tokens != "auto":
+        check_int(estimator.batch_tokens, name="batch_tokens", low=1, owner=OWNER)
+    check_string(estimator.revision, name="revision", allow_none=True, owner=OWNER)
+    check_bool(estimator.store_weights, name="store_weights", owner=OWNER)
+    check_int(estimator.n_jobs, name="n_jobs", allow_none=True, owner=OWNER)
+    if estimator.n_jobs == 0:
+        raise ValueError(
+            f"The `n_jobs` parameter of `{OWNER}` must be None, a positive int, or a negative "
+            "one that counts from all cores (-1); got 0."
+        )
+    check_bool(estimator.verbose, name="verbose", owner=OWNER)
+    resolve_cache(estimator.cache)  # touches no file
