@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         TrainingError,
         TruncationWarning,
     )
-    from skembed.mining import mine_hard_negatives
+    from skembed.mining import MinedNegatives, mine_hard_negatives
     from skembed.trainer import ContrastiveTrainer
     from skembed.vectorizer import NVEmbedVectorizer
 
@@ -35,6 +35,7 @@ __all__ = [
     "ContrastiveTrainer",
     "EmbeddingCache",
     "FreshPoolingWarning",
+    "MinedNegatives",
     "ModelNotFoundError",
     "NVEmbedVectorizer",
     "SkembedError",
@@ -54,6 +55,7 @@ _HOMES = {
     "ContrastiveTrainer": "skembed.trainer",
     "EmbeddingCache": "skembed.cache",
     "FreshPoolingWarning": "skembed.exceptions",
+    "MinedNegatives": "skembed.mining",
     "ModelNotFoundError": "skembed.exceptions",
     "NVEmbedVectorizer": "skembed.vectorizer",
     "SkembedError": "skembed.exceptions",

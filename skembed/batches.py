@@ -38,6 +38,36 @@ if TYPE_CHECKING:
 POSITIVES_PER_EPOCH = 8
 
 
+class ClassIndex:
+    """Labelled examples sorted by class.
+
+    Attributes
+    ----------
+    labels : ndarray of int64, shape (n,)
+        Class of each example.
+    order, place : ndarray of int64, shape (n,)
+        Examples class by class, and where each of them stands in that order.
+    starts : ndarray of int64, shape (n_classes + 1,)
+        Where each class begins.
+    of_text : ndarray of int64, shape (n_texts,)
+        Class of each text, the first one where it came with several; -1 for none.
+    """
+
+    def __init__(self, examples: Examples, labels: np.ndarray) -> None:
+        self.labels = labels
+        self.order = np.argsort(labels, kind="stable")
+        self.place = np.empty_like(self.order)
+        self.place[self.order] = np.arange(len(self.order))
+        self.starts = np.searchsorted(labels[self.order], np.arange(labels.max() + 2))
+        self.of_text = np.full(len(examples.texts), -1, dtype=np.int64)
+        self.of_text[examples.columns[::-1, 0]] = labels[::-1]
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes."""
+        return len(self.starts) - 1
+
+
 @dataclass(eq=False)
 class TaskPlan:
     """One task, ready for drawing.
@@ -65,19 +95,13 @@ class TaskPlan:
     queries: np.ndarray
     documents: np.ndarray
     mined: np.ndarray | None = None
-    _by_class: tuple[np.ndarray, np.ndarray, np.ndarray] | None = field(default=None, init=False)
+    classes: ClassIndex | None = field(default=None, init=False)
     _known: tuple[np.ndarray, np.ndarray] | None = field(default=None, init=False)
-    _labels: np.ndarray | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Sort labelled examples by class; find the known positives of rows."""
         if self.examples.labels is not None:
-            labels = self.examples.labels
-            order = np.argsort(labels, kind="stable")
-            place = np.empty_like(order)
-            place[order] = np.arange(len(order))
-            starts = np.searchsorted(labels[order], np.arange(labels.max() + 2))
-            self._by_class = order, place, starts
+            self.classes = ClassIndex(self.examples, self.examples.labels)
         elif self.loss == "infonce":
             self._known = self.examples.known_positives()
 
@@ -85,8 +109,8 @@ class TaskPlan:
         """Examples of one epoch, and for each the number of its repetition; any order."""
         n = len(self.examples)
         repeats = np.ones(n, dtype=np.int64)
-        if self._by_class is not None:
-            sizes = np.diff(self._by_class[2])[self.examples.labels]
+        if self.classes is not None:
+            sizes = np.diff(self.classes.starts)[self.classes.labels]
             repeats = np.minimum(sizes - 1, POSITIVES_PER_EPOCH)
         rows = np.repeat(np.arange(n), repeats)
         numbers = np.arange(len(rows)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
@@ -104,7 +128,7 @@ class TaskPlan:
         `numbers` counts the repetitions of an example within its epoch.
         """
         columns = self.examples.columns
-        if self._by_class is None:
+        if self.classes is None:
             given = columns[rows, 2:]
             if self.mined is not None:
                 given = np.hstack([given, self.mined[rows]])
@@ -113,15 +137,20 @@ class TaskPlan:
                 chosen = np.argsort(keys, axis=1)[:, :n_negatives]
                 given = np.take_along_axis(given, chosen, axis=1)
             return columns[rows, 0], columns[rows, 1], given
-        positive, negatives = self._draw_classes(rows, numbers, n_negatives, rng)
+        positive, negatives = self._draw_classes(self.classes, rows, numbers, n_negatives, rng)
         return columns[rows, 0], columns[positive, 0], negatives
 
     def _draw_classes(
-        self, rows: np.ndarray, numbers: np.ndarray, n_negatives: int, rng: np.random.Generator
+        self,
+        classes: ClassIndex,
+        rows: np.ndarray,
+        numbers: np.ndarray,
+        n_negatives: int,
+        rng: np.random.Generator,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Positive example (b,) and negative texts (b, k) of labelled examples."""
-        order, place, starts = self._by_class or ()
-        labels = self.examples.labels[rows]
+        order, place, starts = classes.order, classes.place, classes.starts
+        labels = classes.labels[rows]
         first, size = starts[labels], starts[labels + 1] - starts[labels]
         # One further in the circle of the class at each repetition, from a place that differs by
         # example: never the example itself, and no positive twice before all were met.
@@ -135,14 +164,6 @@ class TaskPlan:
         drawn = rng.integers(0, others[:, None], size=(len(rows), n_negatives))
         drawn += (drawn >= first[:, None]) * size[:, None]
         return positive, self.examples.columns[order[drawn], 0]
-
-    def label_of(self, texts: np.ndarray) -> np.ndarray:
-        """Class of texts; the first one where a text came with several."""
-        if self._labels is None:
-            labels = np.full(len(self.queries), -1, dtype=np.int64)
-            labels[self.examples.columns[::-1, 0]] = self.examples.labels[::-1]
-            self._labels = labels
-        return self._labels[texts]
 
     def forbidden_candidates(self, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For each example the candidates (sorted texts) no miner may return, as CSR arrays.
@@ -328,7 +349,7 @@ class BatchPlan:
         self.n_negatives = n_negatives
         self.seed = seed
         self.blend = blend
-        counts = [task.examples.labels.max() + 1 if task._by_class else 0 for task in self.tasks]
+        counts = [task.classes.n_classes if task.classes else 0 for task in self.tasks]
         self._first_group = np.cumsum([0, *counts])
         self.n_batches = len(self.list_epoch(0))
 
@@ -369,10 +390,10 @@ class BatchPlan:
             chosen = listed[listed[:, 0] == t]
             if not len(chosen):
                 continue
-            if task.loss == "cosent":
-                columns, scores = task.examples.columns[chosen[:, 1]], task.examples.scores
+            if task.examples.scores is not None:
+                columns = task.examples.columns[chosen[:, 1]]
                 left, right = task.queries[columns[:, 0]], task.documents[columns[:, 1]]
-                rankings.append((left, right, scores[chosen[:, 1]]))
+                rankings.append((left, right, task.examples.scores[chosen[:, 1]]))
                 rows += [left, right]
             else:
                 parts.append(self._draw_part(t, chosen, rng))
@@ -395,13 +416,13 @@ class BatchPlan:
     def _draw_part(self, t: int, chosen: np.ndarray, rng: np.random.Generator) -> _Part:
         """What the InfoNCE examples of one task bring into a batch."""
         task = self.tasks[t]
-        examples = task.examples
         anchor, positive, negatives = task.draw(chosen[:, 1], chosen[:, 2], self.n_negatives, rng)
         rows, columns = np.nonzero(negatives >= 0)
         groups = np.full(len(anchor), -1), np.full(len(rows), -1)
-        if task._by_class is not None:
-            group = self._first_group[t] + examples.labels[chosen[:, 1]]
-            groups = group, self._first_group[t] + task.label_of(negatives[rows, columns])
+        if task.classes is not None:
+            group = self._first_group[t] + task.classes.labels[chosen[:, 1]]
+            own = task.classes.of_text[negatives[rows, columns]]
+            groups = group, self._first_group[t] + own
         known_row, known = task.known_of(anchor)
         return _Part(
             anchors=task.queries[anchor],

@@ -306,7 +306,7 @@ def _prepare(
     if trainer.validation_fraction:
         training, held = split_validation(examples, trainer.validation_fraction, seed)
         validations = [_validation(examples, training, held, queries, documents, seed)]
-    part = _keep_rows(examples, training)
+    part = _keep_rows(examples, _drop_repeated(examples, training))
     task = TaskPlan(
         part,
         loss,
@@ -316,6 +316,15 @@ def _prepare(
         documents,
     )
     return task, validations
+
+
+def _drop_repeated(examples: Examples, rows: np.ndarray) -> np.ndarray:
+    """Without the second and later examples of one text and class: no text is its own positive."""
+    if examples.labels is None:
+        return rows
+    pairs = np.stack([examples.columns[rows, 0], examples.labels[rows]], axis=1)
+    _, first = np.unique(pairs, axis=0, return_index=True)
+    return rows[np.sort(first)]
 
 
 def _keep_rows(examples: Examples, rows: np.ndarray) -> Examples:
@@ -355,12 +364,18 @@ def _validation(
 
         return Validation("accuracy of the nearest centroid", score_classes)
     if examples.scores is not None:
+        scores = examples.scores[held]
+        if np.ptp(scores) == 0:
+            raise ValueError(
+                f"The `validation_fraction` parameter of `{OWNER}` holds out {len(held)} pairs "
+                "whose scores are all equal: there is no order to check. Raise it."
+            )
 
         def score_pairs(embed: Embed) -> float:
             left = embed(queries[columns[held, 0]])
             right = embed(documents[columns[held, 1]])
             cosines = np.einsum("nd,nd->n", left, right)
-            return float(spearmanr(cosines, examples.scores[held]).statistic)
+            return float(spearmanr(cosines, scores).statistic)
 
         return Validation("Spearman correlation", score_pairs)
     candidates = np.unique(columns[held, 1:])
@@ -368,13 +383,13 @@ def _validation(
 
     def score_ranks(embed: Embed) -> float:
         vectors = embed(documents[candidates])
-        scores = embed(queries[columns[held, 0]]) @ vectors.T  # (n_held, n_candidates)
+        cosines = embed(queries[columns[held, 0]]) @ vectors.T  # (n_held, n_candidates)
         own = np.searchsorted(candidates, columns[held, 1])
-        best = scores[np.arange(len(held)), own]
+        best = cosines[np.arange(len(held)), own]
         for row, anchor in enumerate(columns[held, 0]):  # other right answers are no mistakes
             other = known[starts[anchor] : starts[anchor + 1]]
-            scores[row, np.flatnonzero(np.isin(candidates, [*other, anchor]))] = -np.inf
-        rank = 1 + (scores > best[:, None]).sum(axis=1)
+            cosines[row, np.flatnonzero(np.isin(candidates, [*other, anchor]))] = -np.inf
+        rank = 1 + (cosines > best[:, None]).sum(axis=1)
         return float(np.where(rank <= MRR_DEPTH, 1.0 / rank, 0.0).mean())
 
     return Validation(f"mean reciprocal rank at {MRR_DEPTH}", score_ranks)
@@ -405,29 +420,22 @@ def _miner(plan: BatchPlan, trainer: ContrastiveTrainer) -> Callable[[int, Embed
 
 def _mine_task(task: TaskPlan, embed: Embed, trainer: ContrastiveTrainer) -> np.ndarray:
     """Negatives (n, k) of a task's examples as indices into its texts; -1 for none."""
-    examples = task.examples
-    columns = examples.columns
+    columns = task.examples.columns
     anchors = embed(task.queries[columns[:, 0]])
-    if examples.labels is not None:
+    rule: dict[str, Any] = {
+        "n_negatives": trainer.n_negatives,
+        "strategy": str(trainer.mine_negatives),
+    }
+    if task.classes is not None:
         candidates = np.unique(columns[:, 0])
-        groups, candidate_groups = examples.labels, task.label_of(candidates)
-        positives = _other_members(anchors, groups)
-        known = None
+        positives = _other_members(anchors, task.classes.labels)
+        rule["anchor_groups"] = task.classes.labels
+        rule["candidate_groups"] = task.classes.of_text[candidates]
     else:
         candidates = np.unique(columns[:, 1])
-        groups = candidate_groups = None
         positives = embed(task.documents[columns[:, 1]])
-        known = task.forbidden_candidates(candidates)
-    found, _ = select_negatives(
-        anchors,
-        positives,
-        embed(task.documents[candidates]),
-        known_positives=known,
-        anchor_groups=groups,
-        candidate_groups=candidate_groups,
-        n_negatives=trainer.n_negatives,
-        strategy=trainer.mine_negatives,
-    )
+        rule["known_positives"] = task.forbidden_candidates(candidates)
+    found, _ = select_negatives(anchors, positives, embed(task.documents[candidates]), **rule)
     return np.where(found >= 0, candidates[np.maximum(found, 0)], -1)
 
 

@@ -99,7 +99,7 @@ class TrainingTask:
 class Examples:
     """Training examples as arrays over a list of distinct texts.
 
-    Attributes
+    Parameters
     ----------
     kind : {"labels", "rows", "scores"}
         What the examples are; see the table at the head of the module.
@@ -167,14 +167,14 @@ class Examples:
         )
 
     def fingerprint(self) -> str:
-        """Return 32 hex digits that depend on the kind, texts, columns, labels and scores.
+        """Return 32 hex digits that depend on the texts, columns, labels and scores.
 
         Returns
         -------
         str
             BLAKE2b digest: equal for equal data on any machine, whatever the container.
         """
-        digest = hashlib.blake2b(self.kind.encode(), digest_size=16)
+        digest = hashlib.blake2b(digest_size=16)
         for text in self.texts:
             data = text.encode("utf-8")
             digest.update(len(data).to_bytes(8, "little"))  # so that no two lists run together
@@ -342,9 +342,7 @@ def _read_examples(X: Any, y: Any, *, owner: str, name: str, missing: str) -> Ex
 def _extract_rows(X: Any, *, subject: str, name: str) -> list[list[Any]]:
     """Return the columns of any supported container as fresh lists; items unchecked."""
     if isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] > 2:
-        # np.matrix would keep its slices 2-D.
-        array = X if isinstance(X, np.ma.MaskedArray) else np.asarray(X)
-        parts: list[Any] = [array[:, j] for j in range(array.shape[1])]
+        parts: list[Any] = [X[:, j] for j in range(X.shape[1])]
     elif _is_instance_of(X, "pandas", "DataFrame") and X.shape[1] > 2:
         parts = [X.iloc[:, j] for j in range(X.shape[1])]
     elif _is_instance_of(X, "polars", "DataFrame") and X.shape[1] > 2:
@@ -392,9 +390,8 @@ def _clean_texts(raw: list[list[Any]], *, subject: str, name: str, missing: str)
     suffixes = [""] if len(raw) == 1 else [f"[{j}]" for j in range(len(raw))]
     blank = np.zeros((len(raw[0]), len(raw)), dtype=np.bool_)  # (n, k)
     for j, (column, suffix) in enumerate(zip(raw, suffixes, strict=True)):
-        mask = _clean_column(column, subject=subject, name=name, suffix=suffix)
-        empty = np.fromiter((not text.strip() for text in column), np.bool_, count=len(column))
-        blank[:, j] = mask | empty  # (n,)
+        _clean_column(column, subject=subject, name=name, suffix=suffix)  # missing turn into ""
+        blank[:, j] = np.fromiter((not text.strip() for text in column), np.bool_, len(column))
     if blank.any():
         row, j = divmod(int(blank.argmax()), blank.shape[1])
         step = "Fill them, or drop their rows"
@@ -649,7 +646,7 @@ def _draw_anchors(examples: Examples, share: float, rng: np.random.Generator) ->
     anchors, counts = np.unique(examples.columns[:, 0], return_counts=True)
     if len(anchors) < 2:
         return anchors[:0]
-    room = min(max(1, round(share * n)), n - 1)
+    room = min(round(share * n), n - 1)
     order = rng.permutation(len(anchors))
     chosen = []
     for place, count in zip(order.tolist(), counts[order].tolist(), strict=True):

@@ -10,7 +10,7 @@ below exist where code outside would react in its own way::
         +-- CheckpointError      (also ValueError)    weights bad, missing, misshapen or pickled
         +-- CacheError           (also OSError)       cache file foreign, corrupt or unwritable
         +-- CausalLeakError      (also RuntimeError)  an attention path ignores later tokens
-        +-- TrainingError        (also RuntimeError)  the loss is not finite, or nothing is left of it
+        +-- TrainingError        (also RuntimeError)  loss not finite, or nothing to compare
     UserWarning
     +-- SkembedWarning
         +-- TruncationWarning                         texts longer than ``max_length``

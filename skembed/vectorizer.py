@@ -349,9 +349,8 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     def _set_fitted(self, resolved: ResolvedModel, X: Any, n_columns: int) -> None:
         """The attributes that every `fit` sets."""
         self.n_features_in_ = n_columns
-        names = getattr(X, "columns", None)
-        named = names is not None and all(isinstance(name, str) for name in names)
-        if named and len(names) == n_columns:
+        names: Any = getattr(X, "columns", ())
+        if len(names) == n_columns and all(isinstance(name, str) for name in names):
             self.feature_names_in_ = np.asarray(names, dtype=object)
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_

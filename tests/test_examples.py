@@ -1,0 +1,914 @@
+"""Training examples: every container reads the same; every bad one is refused, and clearly."""
+
+import decimal
+import enum
+import subprocess
+import sys
+import tracemalloc
+from collections import namedtuple
+from dataclasses import FrozenInstanceError, replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from skembed.examples import TrainingTask, check_examples, check_task, split_validation
+
+SECRET = "the patient's name"
+TEXTS = ["lost card", "stolen card", "open account", "new account"]
+LABELS = ["card", "card", "account", "account"]
+PAIRS = [("a cat", "a feline"), ("a dog", "a hound"), ("a cat", "a kitty")]
+ROWS = [
+    ("a cat", "a feline", "a cap"),
+    ("a dog", "a hound", "a log"),
+    ("a cat", "a kitty", "a log"),
+]
+SCORES = [0.5, 4.0, 2.5]
+Row = namedtuple("Row", ["anchor", "positive", "negative"])
+
+
+def object_array(items):
+    array = np.empty(len(items), dtype=object)
+    array[:] = items
+    return array
+
+
+def rows_of(examples):
+    """The texts of each example."""
+    return [tuple(examples.texts[i] for i in row) for row in examples.columns.tolist()]
+
+
+def labels_of(examples):
+    return [examples.classes[i] for i in examples.labels.tolist()]
+
+
+def assert_sound(examples):
+    """What holds of all examples: types, shapes, texts distinct, used and in order."""
+    columns = examples.columns
+    assert columns.dtype == np.int64
+    assert columns.ndim == 2
+    assert len(examples) == len(columns)
+    assert all(type(text) is str for text in examples.texts)
+    assert len(set(examples.texts)) == len(examples.texts)
+    assert list(dict.fromkeys(columns.ravel().tolist())) == list(range(len(examples.texts)))
+    for values, dtype in ((examples.labels, np.int64), (examples.scores, np.float64)):
+        if values is not None:
+            assert values.dtype == dtype
+            assert values.shape == (len(columns),)
+    assert (examples.labels is None) == (examples.classes is None)
+
+
+# ---------------------------------------------------------------- three kinds
+
+
+def test_labels():
+    examples = check_examples([*TEXTS, "lost card"], [*LABELS, "card"])
+    assert_sound(examples)
+    assert examples.kind == "labels"
+    assert examples.texts == TEXTS
+    assert examples.columns.tolist() == [[0], [1], [2], [3], [0]]
+    assert examples.classes.tolist() == ["account", "card"]
+    assert examples.labels.tolist() == [1, 1, 0, 0, 1]
+    assert examples.scores is None
+    assert examples.n_conflicts == 0
+
+
+def test_pairs():
+    examples = check_examples(PAIRS)
+    assert_sound(examples)
+    assert examples.kind == "rows"
+    assert examples.texts == ["a cat", "a feline", "a dog", "a hound", "a kitty"]
+    assert examples.columns.tolist() == [[0, 1], [2, 3], [0, 4]]
+    assert examples.labels is None and examples.scores is None
+    assert examples.n_conflicts == 0
+
+
+def test_rows_with_negatives():
+    examples = check_examples(ROWS)
+    assert_sound(examples)
+    assert examples.kind == "rows"
+    assert rows_of(examples) == ROWS
+    assert examples.columns.shape == (3, 3)
+
+
+def test_scores():
+    examples = check_examples(PAIRS, SCORES)
+    assert_sound(examples)
+    assert examples.kind == "scores"
+    assert rows_of(examples) == PAIRS
+    assert examples.scores.tolist() == SCORES
+    assert examples.labels is None
+
+
+def test_scored_pair_may_be_of_equal_texts():
+    assert check_examples([("a", "a"), ("a", "b")], [5, 1]).columns.tolist() == [[0, 0], [0, 1]]
+
+
+def test_lone_surrogates_are_replaced_and_then_one_text():
+    examples = check_examples(["caf\udce9", "caf\ufffd", "bar", "inn", "pub"], [0, 0, 0, 1, 1])
+    assert examples.texts == ["caf\ufffd", "bar", "inn", "pub"]
+    assert examples.columns.ravel().tolist() == [0, 0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"equal in 1 row, the first X\[1\]"):
+        check_examples([("a", "b"), ("caf\udce9", "caf\ufffd")])
+
+
+def test_input_is_left_alone():
+    X, y = [list(row) for row in ROWS], [1.0, 2.0, 3.0]
+    check_examples(X)
+    assert X == [list(row) for row in ROWS]
+    texts = ["caf\udce9", *TEXTS[1:]]
+    check_examples(texts, LABELS)
+    assert texts[0] == "caf\udce9"
+    check_examples(PAIRS, y)
+    assert y == [1.0, 2.0, 3.0]
+
+
+def test_len_and_repr_show_no_texts():
+    examples = check_examples([(SECRET, "a"), (SECRET, "b")])
+    task = TrainingTask([(SECRET, "a")], [SECRET], name="mine")
+    assert len(examples) == 2
+    assert SECRET not in repr(examples) + repr(task)
+    assert "n=2" in repr(examples) and "mine" in repr(task)
+
+
+@pytest.mark.parametrize("kind", ["labels", "rows", "scores"])
+def test_parsed_examples_are_frozen(kind):
+    examples = EXAMPLES[kind]
+    with pytest.raises(FrozenInstanceError):
+        examples.texts = []
+    assert examples == examples and examples != replace(examples)  # by identity, never by arrays
+
+
+EXAMPLES = {
+    "labels": check_examples(TEXTS, LABELS),
+    "rows": check_examples(ROWS),
+    "scores": check_examples(PAIRS, SCORES),
+}
+
+
+def test_conflicts_are_counted_and_kept():
+    texts = ["a", "b", "a", "c", "c", "d", "a"]
+    examples = check_examples(texts, [0, 0, 1, 1, 1, 2, 2])
+    assert rows_of(examples) == [(text,) for text in texts]
+    assert labels_of(examples) == [0, 0, 1, 1, 1, 2, 2]
+    assert examples.n_conflicts == 1
+    twice = check_examples(["a", "b", "a", "b"], [0, 0, 1, 1])
+    assert twice.n_conflicts == 2
+
+
+# ---------------------------------------------------------------- containers
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        list,
+        tuple,
+        object_array,
+        np.array,
+        lambda texts: np.array(texts, dtype=np.dtypes.StringDType()),
+        lambda texts: np.array(texts).reshape(-1, 1),
+        lambda texts: [np.str_(text) for text in texts],
+    ],
+    ids=["list", "tuple", "object", "U", "StringDType", "column", "str_ items"],
+)
+def test_single_texts_of_any_container(convert):
+    examples = check_examples(convert(TEXTS), LABELS)
+    assert_sound(examples)
+    assert rows_of(examples) == [(text,) for text in TEXTS]
+
+
+@pytest.mark.parametrize("rows", [PAIRS, ROWS], ids=["pairs", "triplets"])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        list,
+        tuple,
+        object_array,
+        np.array,
+        lambda rows: [list(row) for row in rows],
+        lambda rows: [list(row) if i % 2 else row for i, row in enumerate(rows)],
+        lambda rows: np.array(rows, dtype=object),
+        lambda rows: np.array(rows, dtype=np.dtypes.StringDType()),
+        lambda rows: np.asfortranarray(np.array(rows, dtype=object)),
+        lambda rows: np.ma.masked_array(np.array(rows, dtype=object)),
+    ],
+    ids=[
+        *("tuples", "tuple", "array of tuples", "U", "lists", "mixed", "object"),
+        *("StringDType", "Fortran", "masked"),
+    ],
+)
+def test_rows_of_any_container(convert, rows):
+    examples = check_examples(convert(rows))
+    assert_sound(examples)
+    assert rows_of(examples) == rows
+
+
+def test_named_tuples_and_wide_rows():
+    assert rows_of(check_examples([Row(*row) for row in ROWS])) == ROWS
+    wide = [tuple(f"{i} {j}" for j in range(9)) for i in range(4)]
+    assert rows_of(check_examples(wide)) == wide
+    assert rows_of(check_examples(np.array(wide))) == wide
+
+
+def test_matrix_of_rows():
+    with pytest.warns(PendingDeprecationWarning):  # numpy's own, for as long as it has np.matrix
+        matrix = np.matrix(ROWS)
+    assert rows_of(check_examples(matrix)) == ROWS
+
+
+@pytest.mark.parametrize("rows", [PAIRS, ROWS], ids=["pairs", "triplets"])
+@pytest.mark.parametrize("dtype", ["object", "string", "category", "str"])
+def test_pandas_frames(rows, dtype):
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame(rows, index=[7, 7, -1], columns=["text"] * len(rows[0])).astype(dtype)
+    assert rows_of(check_examples(frame)) == rows
+    assert rows_of(check_examples(pd.Series(rows, index=[7, 7, -1]))) == rows
+
+
+@pytest.mark.parametrize("rows", [PAIRS, ROWS], ids=["pairs", "triplets"])
+def test_polars_frames(rows):
+    pl = pytest.importorskip("polars")
+    frame = pl.DataFrame(rows, orient="row")
+    assert rows_of(check_examples(frame)) == rows
+    assert rows_of(check_examples(pl.Series([list(row) for row in rows]))) == rows
+
+
+LABEL_VALUES = [
+    LABELS,
+    [3, 3, -1, -1],
+    [True, True, False, False],
+    [2.0, 2.0, 0.0, 0.0],
+    [10**30, 10**30, 0, 0],
+    ["1\0", "1\0", "1", "1"],
+    [1, 1, False, False],
+]
+
+
+@pytest.mark.parametrize("y", LABEL_VALUES, ids=repr)
+@pytest.mark.parametrize(
+    "convert", [list, tuple, object_array, np.array], ids=["list", "tuple", "object", "array"]
+)
+def test_labels_of_any_container(convert, y):
+    if convert is np.array and "1\0" in y:
+        convert = object_array  # numpy's own str would drop the NUL before we see it
+    examples = check_examples(TEXTS, convert(y))
+    assert_sound(examples)
+    assert labels_of(examples) == y
+    assert examples.classes.tolist() == sorted(set(y))
+
+
+def test_classes_keep_their_type():
+    found = [
+        check_examples(TEXTS, y).classes.dtype
+        for y in (LABELS, [3, 3, -1, -1], [True, True, False, False], [2.0, 2.0, 0.0, 0.0])
+    ]
+    assert found == [object, np.int64, np.bool_, np.float64]
+
+
+def test_labels_of_frames():
+    pd, pl = pytest.importorskip("pandas"), pytest.importorskip("polars")
+    ints = [1, 1, 0, 0]
+    for y in (
+        pd.Series(LABELS, index=[9, 9, 1, 0]),
+        pd.Series(LABELS, dtype="category"),
+        pd.Series(LABELS, dtype="string"),
+        pd.Index(LABELS),
+        pl.Series(LABELS),
+        pl.Series(LABELS, dtype=pl.Categorical),
+    ):
+        assert labels_of(check_examples(TEXTS, y)) == LABELS
+    for y in (pd.Series(ints, dtype="Int64"), pl.Series(ints), np.array(ints, dtype=np.uint8)):
+        assert labels_of(check_examples(TEXTS, y)) == ints
+
+
+def test_labels_of_unusual_items():
+    class Kind(str, enum.Enum):
+        CARD = "card"
+        ACCOUNT = "account"
+
+    class Number(enum.IntEnum):
+        ONE = 1
+        TWO = 2
+
+    texts = [Kind.CARD, Kind.CARD, Kind.ACCOUNT, Kind.ACCOUNT]
+    assert labels_of(check_examples(TEXTS, texts)) == LABELS
+    assert labels_of(check_examples(TEXTS, [np.str_(label) for label in LABELS])) == LABELS
+    numbers = [Number.TWO, np.int8(2), np.float32(1), Number.ONE]
+    assert labels_of(check_examples(TEXTS, numbers)) == [2, 2, 1, 1]
+    flags = [np.True_, True, np.False_, False]
+    assert check_examples(TEXTS, flags).classes.dtype == np.bool_
+
+
+def test_long_label_does_not_widen_the_others():
+    long = "x" * 1000
+    examples = check_examples(TEXTS, [long, long, "a", "a"])
+    assert examples.classes.dtype == object
+    assert labels_of(examples) == [long, long, "a", "a"]
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        list,
+        tuple,
+        object_array,
+        lambda y: np.array(y, dtype=np.float32),
+        lambda y: [np.float16(score) for score in y],
+    ],
+    ids=["list", "tuple", "object", "float32", "float16 items"],
+)
+def test_scores_of_any_container(convert):
+    assert check_examples(PAIRS, convert(SCORES)).scores.tolist() == SCORES
+
+
+def test_scores_of_frames_ints_and_bools():
+    pd, pl = pytest.importorskip("pandas"), pytest.importorskip("polars")
+    for y in (pd.Series(SCORES, index=[5, 5, 0]), pl.Series(SCORES)):
+        assert check_examples(PAIRS, y).scores.tolist() == SCORES
+    assert check_examples(PAIRS, [0, 3, 5]).scores.tolist() == [0.0, 3.0, 5.0]
+    assert check_examples(PAIRS, np.array([True, False, True])).scores.tolist() == [1.0, 0.0, 1.0]
+    assert check_examples(PAIRS, [True, False, np.True_]).scores.tolist() == [1.0, 0.0, 1.0]
+
+
+# ---------------------------------------------------------------- subset and fingerprint
+
+
+def random_examples(rng, kind, n=60, n_texts=25):
+    """Random examples with many repeated texts, and the X and y that they were read from."""
+    words = [f"w{i}" for i in range(n_texts)]
+    if kind == "labels":
+        y = rng.permutation(np.arange(n) % 4).tolist()
+        return [words[i] for i in rng.integers(n_texts, size=n)], y
+    rows = [tuple(rng.choice(words, size=4, replace=False).tolist()) for _ in range(n)]
+    if kind == "rows":
+        return rows, None
+    return [row[:2] for row in rows], rng.random(n).tolist()
+
+
+every_kind = pytest.mark.parametrize("kind", ["labels", "rows", "scores"])
+
+
+@every_kind
+@pytest.mark.parametrize("seed", range(5))
+def test_subset_equals_a_fresh_reading(kind, seed):
+    rng = np.random.default_rng(seed)
+    X, y = random_examples(rng, kind)
+    examples = check_examples(X, y)
+    assert_sound(examples)
+    index = rng.permutation(len(X))[:40]
+    kept = examples.subset(index)
+    assert_sound(kept)
+    fresh = check_examples([X[i] for i in index], None if y is None else [y[i] for i in index])
+    assert kept.texts == fresh.texts
+    np.testing.assert_array_equal(kept.columns, fresh.columns)
+    assert kept.fingerprint() == fresh.fingerprint()
+    assert kept.n_conflicts == fresh.n_conflicts
+
+
+@every_kind
+def test_subset_by_mask_by_list_and_empty(kind):
+    examples = EXAMPLES[kind]
+    mask = np.zeros(len(examples), dtype=bool)
+    mask[[0, 2]] = True
+    assert examples.subset(mask).fingerprint() == examples.subset([0, 2]).fingerprint()
+    assert rows_of(examples.subset([2, 0])) == [rows_of(examples)[2], rows_of(examples)[0]]
+    empty = examples.subset([])
+    assert len(empty) == 0
+    assert empty.texts == []
+    assert empty.columns.shape == (0, examples.columns.shape[1])
+    assert empty.n_conflicts == 0
+    assert empty.known_positives()[0].tolist() == [0]
+
+
+def test_subset_keeps_the_numbers_of_labels():
+    kept = EXAMPLES["labels"].subset([0, 1])
+    assert kept.labels.tolist() == [1, 1]
+    assert kept.classes.tolist() == ["account", "card"]
+    assert kept.n_conflicts == 0
+
+
+def test_fingerprint_is_of_the_data_not_the_container():
+    pd = pytest.importorskip("pandas")
+    prints = {check_examples(X).fingerprint() for X in (ROWS, np.array(ROWS), pd.DataFrame(ROWS))}
+    assert len(prints) == 1
+    assert len(prints.pop()) == 32
+    assert (
+        check_examples(PAIRS, [0, 1, 2]).fingerprint()
+        == check_examples(PAIRS, np.array([-0.0, 1, 2], dtype=np.float32)).fingerprint()
+    )
+
+
+def test_fingerprint_is_the_same_in_another_process():
+    code = (
+        "from skembed.examples import check_examples;"
+        f"print(check_examples({TEXTS!r}, {LABELS!r}).fingerprint())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == EXAMPLES["labels"].fingerprint()
+
+
+def test_fingerprint_tells_any_change():
+    changed = [
+        (TEXTS, LABELS),
+        (TEXTS, ["card", "account", "card", "account"]),
+        ([*TEXTS[:3], "new accounts"], LABELS),
+        (TEXTS[::-1], LABELS),
+        ([*TEXTS, TEXTS[0]], [*LABELS, "card"]),
+        (["a", "bc", "ab", "c"], LABELS),
+        (["a", "b", "cab", "c"], LABELS),
+        (PAIRS, None),
+        (PAIRS[::-1], None),
+        ([row[::-1] for row in PAIRS], None),
+        (ROWS, None),
+        ([("a", "b", "c"), ("d", "e", "f")], None),
+        ([("a", "b"), ("c", "d"), ("e", "f")], None),
+        (PAIRS, [1, 2, 3]),
+        (PAIRS, [1, 2, 3.5]),
+    ]
+    prints = [check_examples(X, y).fingerprint() for X, y in changed]
+    assert len(set(prints)) == len(prints)
+
+
+# ---------------------------------------------------------------- known positives
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_known_positives_against_brute_force(seed):
+    rng = np.random.default_rng(seed)
+    X, _ = random_examples(rng, "rows", n=int(rng.integers(2, 80)), n_texts=12)
+    examples = check_examples(X)
+    starts, found = examples.known_positives()
+    assert starts.dtype == found.dtype == np.int64
+    assert starts.shape == (len(examples.texts) + 1,)
+    assert starts[0] == 0 and starts[-1] == len(found)
+    for t, text in enumerate(examples.texts):
+        expected = {row[1] for row in X if row[0] == text} | {row[0] for row in X if row[1] == text}
+        got = found[starts[t] : starts[t + 1]].tolist()
+        assert got == sorted(examples.texts.index(other) for other in expected)
+
+
+def test_known_positives_leave_negatives_out():
+    starts, found = check_examples([("a", "b", "c"), ("d", "b", "a")]).known_positives()
+    # a: b; b: a and d; c: none; d: b
+    assert starts.tolist() == [0, 1, 3, 3, 4]
+    assert found.tolist() == [1, 0, 3, 1]
+
+
+@pytest.mark.parametrize("kind", ["labels", "scores"])
+def test_only_rows_have_known_positives(kind):
+    starts, found = EXAMPLES[kind].known_positives()
+    assert starts.tolist() == [0] * (len(EXAMPLES[kind].texts) + 1)
+    assert found.shape == (0,) and found.dtype == np.int64
+
+
+# ---------------------------------------------------------------- validation part
+
+
+def assert_parts(examples, train, validation):
+    """Two ascending parts of everything, with no first text in common."""
+    assert train.dtype == validation.dtype == np.int64
+    assert sorted([*train, *validation]) == list(range(len(examples)))
+    assert (np.diff(train) > 0).all() and (np.diff(validation) > 0).all()
+    assert len(train) and len(validation)
+    first = examples.columns[:, 0]
+    assert not set(first[train]) & set(first[validation])
+
+
+@every_kind
+@pytest.mark.parametrize("fraction", [0.001, 0.02, 0.1, 0.5, 0.98, 0.999])
+@pytest.mark.parametrize("seed", range(4))
+def test_split_is_a_partition_by_text(kind, fraction, seed):
+    rng = np.random.default_rng(seed)
+    X, y = random_examples(rng, kind)
+    if kind == "labels":  # most texts there have several labels, and would all stay for training
+        drawn = rng.integers(200, size=90)
+        X, y = [f"w{i}" for i in drawn], drawn % 4
+    examples = check_examples(X, y)
+    train, validation = split_validation(examples, fraction, seed)
+    assert_parts(examples, train, validation)
+    again = split_validation(examples, fraction, seed)
+    np.testing.assert_array_equal(train, again[0])
+    np.testing.assert_array_equal(validation, again[1])
+
+
+@every_kind
+def test_split_differs_by_seed_and_without_one(kind):
+    n = 400
+    X = {
+        "labels": ([f"w{i}" for i in range(n)], [i % 5 for i in range(n)]),
+        "rows": ([(f"w{i}", f"p{i}") for i in range(n)], None),
+        "scores": ([(f"w{i}", f"p{i}") for i in range(n)], list(range(n))),
+    }[kind]
+    examples = check_examples(*X)
+    parts = [split_validation(examples, 0.1, seed)[1] for seed in (0, 1, None, None)]
+    assert [len(part) for part in parts] == [40] * 4
+    assert len({tuple(part) for part in parts}) == 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_split_of_labels_is_stratified(seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, 60, size=12)
+    y = np.repeat(np.arange(12), sizes)
+    examples = check_examples([f"text {i}" for i in range(len(y))], y)
+    train, validation = split_validation(examples, 0.2, seed)
+    taken = np.bincount(y[validation], minlength=12)
+    assert (sizes - taken >= 2).all()
+    assert len(validation) == round(0.2 * len(y))
+    assert (np.abs(taken - 0.2 * sizes) < 1).all() or (sizes < 4).any()
+    assert (taken[sizes == 2] == 0).all()
+
+
+def test_split_of_few_examples_per_class_takes_from_some_classes():
+    y = np.repeat(np.arange(77), 4)
+    examples = check_examples([f"text {i}" for i in range(len(y))], y)
+    validation = split_validation(examples, 0.1, 0)[1]
+    taken = np.bincount(y[validation], minlength=77)
+    assert taken.sum() == 31
+    assert taken.max() == 1
+    other = np.bincount(y[split_validation(examples, 0.1, 1)[1]], minlength=77)
+    assert (taken != other).any()  # ties are broken by lot, not by class number
+
+
+def test_split_leaves_two_different_texts_to_each_class():
+    # Of class 0 only "c" and "d" could go: its other examples are one text.
+    X = ["a"] * 6 + ["b", "c", "d", "p", "q"]
+    examples = check_examples(X, [0] * 9 + [1] * 2)
+    for seed in range(20):
+        train, validation = split_validation(examples, 0.9, seed)
+        assert_parts(examples, train, validation)
+        assert len({X[i] for i in train if i < 9}) == 2
+        assert {9, 10} <= set(train.tolist())
+
+
+def test_split_keeps_texts_of_several_labels_for_training():
+    X = [f"both {i}" for i in range(10)] * 2 + [f"one {i}" for i in range(8)]
+    y = [0] * 10 + [1] * 10 + [0] * 8
+    train, validation = split_validation(check_examples(X, y), 0.4, 0)
+    assert len(validation) == 8 and min(validation) >= 20
+    assert len(train) == 20
+
+
+def test_split_of_rows_fills_the_share_around_a_large_group():
+    X = [("hub", f"p{i}") for i in range(80)] + [(f"a{i}", f"q{i}") for i in range(20)]
+    examples = check_examples(X)
+    for seed in range(10):
+        validation = split_validation(examples, 0.1, seed)[1]
+        assert len(validation) == 10
+        assert min(validation) >= 80
+
+
+def test_split_of_two_anchors_holds_out_the_rarer():
+    examples = check_examples([("a", "b"), ("a", "c"), ("a", "d"), ("e", "f"), ("e", "g")])
+    for seed in range(5):
+        assert split_validation(examples, 0.2, seed)[1].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("X", "y"),
+    [
+        (TEXTS, LABELS),
+        ([("a", "b"), ("a", "c")], None),
+        ([("a", "b"), ("a", "c")], [1, 2]),
+        (["a", "b", "a", "b"], [0, 0, 1, 1]),
+    ],
+    ids=["two of each class", "one anchor", "one anchor, scored", "conflicts only"],
+)
+def test_split_that_would_leave_a_part_empty(X, y):
+    examples = check_examples(X, y)
+    with pytest.raises(
+        ValueError,
+        match=r"`validation_fraction` parameter of `ContrastiveTrainer` must leave examples.*"
+        r"got 0\.5.*Set validation_fraction=0",
+    ):
+        split_validation(examples, 0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "seed", "error", "name"),
+    [
+        (0.0, 0, ValueError, "validation_fraction"),
+        (1.0, 0, ValueError, "validation_fraction"),
+        (float("nan"), 0, ValueError, "validation_fraction"),
+        ("0.1", 0, TypeError, "validation_fraction"),
+        (True, 0, TypeError, "validation_fraction"),
+        (0.1, -1, ValueError, "random_state"),
+        (0.1, 0.5, TypeError, "random_state"),
+    ],
+)
+def test_split_checks_its_parameters(fraction, seed, error, name):
+    with pytest.raises(error, match=f"`{name}` parameter of `ContrastiveTrainer` must be"):
+        split_validation(EXAMPLES["rows"], fraction, seed)
+
+
+# ---------------------------------------------------------------- errors
+
+NAN = float("nan")
+SIX = ["a", "b", "c", "d", "e", "f"]
+
+BAD_X = {
+    "bare str": ("a text", None, TypeError, r"a bare str\. Wrap it: \[text\]"),
+    "bytes": (b"a text", None, TypeError, r"got a bytes\. Decode and wrap it"),
+    "bytes item": (["a", b"b"], [0, 1], TypeError, r"X\[1\] is a bytes\. Decode it"),
+    "bytes in a row": ([("a", "b"), ("c", b"d")], None, TypeError, r"X\[1\]\[1\] is a bytes"),
+    "bytes array": (np.array([[b"a", b"b", b"c"]]), None, TypeError, "Decode it"),
+    "None": (None, None, TypeError, "array or column of texts; got None"),
+    "number": (7, None, TypeError, "got an int"),
+    "dict": ({"a": "b"}, None, TypeError, r"got a dict\. Pass its texts"),
+    "set": ({"a", "b"}, None, TypeError, "It has no order"),
+    "iterator": (iter(PAIRS), None, TypeError, "Make it a list first"),
+    "int item": (["a", 7], [0, 1], TypeError, r"X\[1\] is an int"),
+    "int array": (np.arange(6).reshape(2, 3), None, TypeError, "dtype int64"),
+    "int in a row": ([("a", "b", "c"), ("d", 7, "e")], None, TypeError, r"X\[1\]\[1\] is an int"),
+    "dict items": ([{"anchor": "a"}] * 2, None, TypeError, r"X\[0\] is a dict"),
+    "labels in X": ([("a", 0), ("b", 1)], None, TypeError, r"X\[0\]\[1\] is an int\. .*as `y`"),
+    "scores in X": ([("a", "b", 0.5)] * 2, None, TypeError, r"X\[0\]\[2\] is a float\. .*as `y`"),
+    "empty": ([], None, ValueError, "at least 2 training examples; got 0"),
+    "empty with y": ([], [], ValueError, "at least 2 training examples; got 0"),
+    "empty array": (np.empty((0, 3), dtype=object), None, ValueError, "got 0"),
+    "one row": ([("a", "b")], None, ValueError, "at least 2 training examples; got 1"),
+    "one text": (["a"], [0], ValueError, "at least 2 training examples; got 1"),
+    "3-D": (np.array([[["a"]]]), None, ValueError, "got 3 dimensions"),
+    "no columns": (np.empty((2, 0), dtype=object), None, ValueError, "got 0 columns"),
+    "nested column": ([["a"], ["b"]], [0, 1], ValueError, r"X\[0\] is a list of 1\. .*flat list"),
+    "empty row": ([()] * 2, None, ValueError, r"X\[0\] is a tuple of 0"),
+    "longer row": ([("a", "b"), ("c", "d", "e")], None, ValueError, r"2 texts, but X\[1\] has 3"),
+    "shorter row": ([*ROWS, ("c", "d")], None, ValueError, r"3 texts, but X\[3\] has 2"),
+    "text among rows": ([("a", "b"), "c"], None, TypeError, r"a tuple, but X\[1\] is a str"),
+    "row among texts": (["c", ("a", "b")], None, TypeError, r"X\[1\] is a tuple"),
+    "nested rows": ([(("a", "b"), "c")] * 2, None, TypeError, r"X\[0\]\[0\] is a tuple"),
+    "None text": (["a", None, NAN], [0] * 3, ValueError, r"got 2, the first at X\[1\]\."),
+    "empty text": (["a", "b", ""], [0] * 3, ValueError, r"got 1, the first at X\[2\]\."),
+    "blank text": (["a", " \t\n\u3000", "b"], [0] * 3, ValueError, r"got 1, the first at X\[1\]\."),
+    "empty member": ([("a", "b"), ("c", "")], None, ValueError, r"at X\[1\]\[1\]"),
+    "None member": ([("a", "b"), (None, "c")], None, ValueError, r"at X\[1\]\[0\]"),
+    "None negative": ([*ROWS, ("a", "b", None)], None, ValueError, r"at X\[3\]\[2\]"),
+    "NaN negative": (
+        [("a", "b", NAN), *ROWS],
+        None,
+        ValueError,
+        r"got 1, the first at X\[0\]\[2\]",
+    ),
+    "blank in a scored pair": ([("a", "b"), ("c", " ")], [1, 2], ValueError, r"at X\[1\]\[1\]"),
+    "first by row": ([("a", "b"), ("c", None), ("", "")], None, ValueError, r"got 3.*X\[1\]\[1\]"),
+    "row of one text": ([*PAIRS, ("a", "a")], None, ValueError, r"in 1 row, the first X\[3\]"),
+    "two of them": ([("a", "a"), ("a", "b"), ("c", "c")], None, ValueError, r"2 rows.*X\[0\]"),
+    "twins only": ([("a", "a"), ("b", "b")], None, ValueError, r"equal in every row.*itself"),
+    "negative = positive": (
+        [*ROWS, ("a", "b", "b")],
+        None,
+        ValueError,
+        r"\[3\]\[2\] equals the pos",
+    ),
+    "negative = anchor": (
+        [("a", "b", "c", "a")] * 2,
+        None,
+        ValueError,
+        r"\[0\]\[3\] equals the anc",
+    ),
+}
+
+
+@pytest.mark.parametrize(("X", "y", "error", "message"), BAD_X.values(), ids=BAD_X)
+def test_bad_examples(X, y, error, message):
+    with pytest.raises(error, match=message) as caught:
+        check_examples(X, y, owner="Owner")
+    assert str(caught.value).startswith("The `X` parameter of `Owner` must ")
+
+
+BAD_Y = {
+    "texts without": (TEXTS, None, ValueError, "a class label for each text.*got None.*or pairs"),
+    "rows with": (ROWS, [1, 2, 3], ValueError, "must be None for rows.*rows of 3 texts"),
+    "too short": (TEXTS, LABELS[:3], ValueError, "as there are examples, 4; got 3"),
+    "too long": (PAIRS, [*SCORES, 1.0], ValueError, "as there are examples, 3; got 4"),
+    "bare str": (TEXTS, "card", TypeError, "got a str"),
+    "bytes": (TEXTS, b"card", TypeError, "got a bytes"),
+    "number": (TEXTS, 1, TypeError, "got an int"),
+    "dict": (TEXTS, dict(zip(TEXTS, LABELS, strict=True)), TypeError, "got a dict"),
+    "set": (TEXTS, set(LABELS), TypeError, "got a set"),
+    "iterator": (TEXTS, iter(LABELS), TypeError, "Make it a list"),
+    "2-D": (TEXTS, np.zeros((4, 2), dtype=int), ValueError, r"one dimension; .*shape \(4, 2\)"),
+    "column": (TEXTS, np.array([[0], [0], [1], [1]]), ValueError, r"shape \(4, 1\)"),
+    "0-D": (TEXTS, np.array(1), ValueError, r"shape \(\)"),
+    "None label": (TEXTS, ["a", None, "b", None], ValueError, r"got 2, the first at y\[1\]"),
+    "NaN label": (TEXTS, ["a", "a", "b", NAN], ValueError, r"got 1, the first at y\[3\]"),
+    "NaN in floats": (TEXTS, np.array([NAN, 0, 1, 1]), ValueError, r"the first at y\[0\]"),
+    "NaN score": (PAIRS, [0.5, NAN, 1], ValueError, r"no missing.*the first at y\[1\]"),
+    "None score": (PAIRS, [0.5, 1, None], ValueError, r"no missing.*the first at y\[2\]"),
+    "inf score": (PAIRS, [0.5, float("inf"), -float("inf")], ValueError, r"got 2.*at y\[1\]"),
+    "huge score": (PAIRS, [0, 1, 10**400], ValueError, r"finite scores; got 1.*at y\[2\]"),
+    "equal scores": (PAIRS, [2.5] * 3, ValueError, r"all 3 are 2\.5.*Leave out `y`"),
+    "labels on pairs": (PAIRS, list("abc"), TypeError, r"y\[0\] is a str.*go with single texts"),
+    "digits on pairs": (PAIRS, [1, 2, "3"], TypeError, r"y\[2\] is a str"),
+    "complex on pairs": (PAIRS, [1, 2, 3j], TypeError, r"y\[2\] is a complex"),
+    "fraction": (TEXTS, [1.0, 1.0, 0.5, 0.5], ValueError, r"y\[2\] is 0\.5.*scores go with pairs"),
+    "infinite label": (TEXTS, [1.0, 1.0, 0, float("inf")], ValueError, r"y\[3\] is inf"),
+    "huge fraction": (TEXTS, [1, 1, 0, Fraction(10**400, 3)], ValueError, r"y\[3\] is inf"),
+    "tuple label": (TEXTS, [("a",)] * 4, TypeError, r"labels.*y\[0\] is a tuple"),
+    "bytes label": (TEXTS, np.array([b"a", b"a", b"b", b"b"]), TypeError, r"y\[0\] is a bytes"),
+    "date": (TEXTS, np.arange(4).astype("M8[ns]"), TypeError, r"y\[0\] is a datetime64"),
+    "decimal": (TEXTS, [decimal.Decimal(1)] * 4, TypeError, r"y\[0\] is a Decimal"),
+    "mixed": (TEXTS, ["a", "a", 1, 1], TypeError, r"y\[0\] is a str, but y\[2\] is an int"),
+    "mixed, number first": (TEXTS, [0, 0, 1, "1"], TypeError, r"an int, but y\[3\] is a str"),
+    "one class": (TEXTS, ["card"] * 4, ValueError, r"at least 2 classes.*got 1, 'card'"),
+    "one class of ints": (TEXTS, np.ones(4, int), ValueError, "at least 2 classes.*got 1, 1"),
+    "class of one": (SIX, list("xxyzzw"), ValueError, r"got 2 of 4 classes.*'w' \(y\[5\]\)"),
+    "all of one": (SIX, range(6), ValueError, r"got 6 of 6 classes.*such as 0 \(y\[0\]\)"),
+    "class of one text": (
+        ["a", "a", "b", "c"],
+        [0, 0, 1, 1],
+        ValueError,
+        r"got 1 of 2.*0 \(y\[0\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("X", "y", "error", "message"), BAD_Y.values(), ids=BAD_Y)
+def test_bad_targets(X, y, error, message):
+    with pytest.raises(error, match=message) as caught:
+        check_examples(X, y, owner="Owner")
+    assert str(caught.value).startswith("The `y` parameter of `Owner` must ")
+
+
+def test_missing_of_frames_is_found():
+    pd, pl = pytest.importorskip("pandas"), pytest.importorskip("polars")
+    for frame in (
+        pd.DataFrame({"a": ["x", "y"], "b": ["p", "q"], "c": ["s", None]}),
+        pd.DataFrame({"a": ["x", "y"], "b": ["p", "q"], "c": ["s", pd.NA]}, dtype="string"),
+        pl.DataFrame({"a": ["x", "y"], "b": ["p", "q"], "c": ["s", None]}),
+        np.ma.masked_array([["x", "p", "s"], ["y", "q", "t"]], [[0, 0, 0], [0, 0, 1]], object),
+    ):
+        with pytest.raises(ValueError, match=r"the first at X\[1\]\[2\]"):
+            check_examples(frame)
+    for y in (
+        pd.Series([1, 1, 0, None], dtype="Int64"),
+        pl.Series(["a", "a", "b", None]),
+        np.array(["2020", "2020", "2021", "NaT"], dtype="M8[D]"),
+        np.ma.masked_array([1, 1, 0, 0], [0, 0, 0, 1]),
+    ):
+        with pytest.raises(ValueError, match=r"got 1, the first at y\[3\]"):
+            check_examples(TEXTS, y)
+
+
+def test_unknown_missing_policy_is_refused():
+    with pytest.raises(ValueError, match="`missing` parameter of `NVEmbedVectorizer` must be one"):
+        check_examples(PAIRS, missing="drop")
+
+
+@pytest.mark.parametrize("missing", ["empty", "zero", "nan"])
+def test_no_policy_lets_missing_texts_be_trained_on(missing):
+    assert rows_of(check_examples(PAIRS, missing=missing)) == PAIRS
+    with pytest.raises(ValueError, match=f"missing='{missing}' is for `transform` only"):
+        check_examples([*PAIRS, ("a", None)], missing=missing)
+
+
+def test_errors_never_quote_texts():
+    s = SECRET
+    for X, y in [
+        (s, None),
+        ([s, 7], [0, 1]),
+        ([s, None], [0, 1]),
+        ([s, ""], [0, 1]),
+        ([s, s + "!"], None),
+        ([s, s + "!"], [0.5, 1.5]),
+        ([s, s + "!"], [0, 0]),
+        ([s, s + "!"], [0, 1]),
+        ([[s], [s]], None),
+        ([(s, s), (s, s)], None),
+        ([(s, "a", s), (s, "b", "c")], None),
+        ([(s, "a"), (s, "b", "c")], None),
+        ([(s, "a"), s], None),
+        ([(s, "a"), (s, "b")], [s, s]),
+        ([(s, "a", "b"), (s, "b", "c")], [s, s]),
+    ]:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            check_examples(X, y)
+        assert s not in str(caught.value)
+
+
+def test_a_long_label_is_not_quoted():
+    with pytest.raises(ValueError, match=r"such as a str of 500 characters \(y\[0\]\)"):
+        check_examples(["a", "b", "c"], ["x" * 500, "b", "b"])
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def test_task_is_read_and_frozen():
+    task = TrainingTask(TEXTS, LABELS, instruction="Banking77Classification", weight=np.float32(2))
+    assert check_task(task, 0).fingerprint() == check_examples(TEXTS, LABELS).fingerprint()
+    assert check_task(TrainingTask(ROWS, in_batch_negatives=False), 0).kind == "rows"
+    assert check_task(TrainingTask(PAIRS, y=np.array(SCORES)), 0).kind == "scores"
+    with pytest.raises(FrozenInstanceError):
+        task.weight = 1.0
+    with pytest.raises(TypeError, match="positional"):
+        TrainingTask(TEXTS, LABELS, "an instruction")
+
+
+def test_tasks_of_arrays_compare_by_identity():
+    task = TrainingTask(np.array(TEXTS), np.array(LABELS))
+    assert task == task
+    assert task != TrainingTask(np.array(TEXTS), np.array(LABELS))
+    assert len({task, task}) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "message"),
+    [
+        ("weight", 0, ValueError, r"a finite number in \(0, inf\); got 0"),
+        ("weight", -1.5, ValueError, r"got -1\.5"),
+        ("weight", NAN, ValueError, "got nan"),
+        ("weight", float("inf"), ValueError, "got inf"),
+        ("weight", True, TypeError, "got True"),
+        ("weight", "2", TypeError, "got '2'"),
+        ("weight", None, TypeError, "got None"),
+        ("in_batch_negatives", 1, TypeError, "True or False; got 1"),
+        ("in_batch_negatives", "no", TypeError, "True or False; got 'no'"),
+        ("instruction", 7, TypeError, "a str or None; got 7"),
+        ("document_instruction", ["a"], TypeError, "a str or None; got a list"),
+    ],
+)
+def test_bad_fields_of_a_task(field, value, error, message):
+    task = TrainingTask(PAIRS, **{field: value})
+    with pytest.raises(error, match=message) as caught:
+        check_task(task, 2)
+    assert str(caught.value).startswith(f"The `{field}` parameter of `tasks[2]` must be ")
+    named = replace(task, name="nli")
+    with pytest.raises(error) as caught:
+        check_task(named, 2)
+    assert str(caught.value).startswith(f"The `{field}` parameter of `tasks[2] (nli)` must be ")
+
+
+def test_bad_name_of_a_task():
+    for name, error in ((7, TypeError), ("", ValueError)):
+        with pytest.raises(
+            error, match=r"`name` parameter of `tasks\[1\]` must be a non-empty str"
+        ):
+            check_task(TrainingTask(PAIRS, name=name), 1)
+
+
+@pytest.mark.parametrize(
+    ("X", "y", "message"),
+    [
+        ([], None, r"`examples` parameter of `tasks\[2\]` must hold at least 2.*got 0"),
+        ([("a", "b"), ("c", "")], None, r"`examples` parameter of.*at examples\[1\]\[1\]"),
+        ([("a", "b"), ("c", "c")], None, r"`examples` parameter of.*first examples\[1\]"),
+        (TEXTS, None, r"`y` parameter of `tasks\[2\]`.*as `examples`"),
+        (TEXTS, [0, 0, 0, 1], r"`y` parameter of `tasks\[2\]`.*1 of 2 classes"),
+        (PAIRS, [1, 1, 1], r"`y` parameter of `tasks\[2\]`.*all 3 are 1"),
+    ],
+)
+def test_bad_examples_of_a_task(X, y, message):
+    with pytest.raises(ValueError, match=f"^The {message}"):
+        check_task(TrainingTask(X, y), 2)
+    with pytest.raises(ValueError, match=r"^The `\w+` parameter of `tasks\[2\] \(nli\)` must"):
+        check_task(TrainingTask(X, y, name="nli"), 2)
+
+
+def test_what_is_no_task():
+    with pytest.raises(
+        TypeError,
+        match=r"`tasks` parameter of `Owner` must hold.*; tasks\[1\] is a tuple\. Wrap it: Tr",
+    ):
+        check_task((TEXTS, LABELS), 1, owner="Owner")
+
+
+# ---------------------------------------------------------------- cost
+
+
+def measure_peak(X, y):
+    """Bytes that reading takes at its peak, beyond its input."""
+    tracemalloc.start()
+    try:
+        examples = check_examples(X, y)
+        return tracemalloc.get_traced_memory()[1], examples
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_is_linear_in_labelled_texts():
+    # Two classes of 10,000 hold 100 million pairs: even one byte for each would be 100 MB.
+    X = [f"text {i}" for i in range(20_000)]
+    y = [i % 2 for i in range(20_000)]
+    peak, examples = measure_peak(X, y)
+    tenth, _ = measure_peak(X[:2_000], y[:2_000])
+    assert len(examples) == 20_000
+    assert peak < 20_000 * 250  # bytes for each example: lists, a dict's entry, two int64
+    assert peak < 15 * tenth
+
+
+def test_memory_of_known_positives_is_linear_in_rows():
+    # One anchor with 5,000 positives: its positives are not each other's.
+    examples = check_examples([("hub", f"p{i}") for i in range(5_000)])
+    tracemalloc.start()
+    try:
+        _, found = examples.known_positives()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found) == 10_000
+    assert peak < 5_000 * 400
