@@ -20,15 +20,16 @@ import json
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -47,7 +48,7 @@ from skembed.checkpoint import (
 )
 from skembed.exceptions import CheckpointError
 from skembed.model import NVEmbedConfig, NVEmbedModel, build_pooling
-from skembed.pooling import FoldedLatentAttention, LatentAttention
+from skembed.pooling import POOLINGS, FoldedLatentAttention, LatentAttention
 from skembed.registry import LoadedModel
 
 if TYPE_CHECKING:
@@ -55,20 +56,20 @@ if TYPE_CHECKING:
 
 PEFT_PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
-# Settings of peft that change the function and that this module does not compute.
-_REFUSED = {
-    "use_dora": False,
-    "use_rslora": False,
-    "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layers_to_transform": None,
-    "modules_to_save": None,
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "trainable_token_indices": None,
-    "exclude_modules": None,
-}
+# Settings of peft that change the function and that this module does not compute, where they are
+# neither null, false, "none" nor empty.
+_REFUSED = (
+    *("use_dora", "use_rslora", "bias", "lora_bias", "rank_pattern", "alpha_pattern"),
+    *("layers_to_transform", "modules_to_save", "fan_in_fan_out", "exclude_modules"),
+    *("trainable_token_indices", "target_parameters", "layer_replication", "use_qalora"),
+    *("alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
+)
+# Starts that leave the base weights as they are; others ("pissa", "olora") move a part of them into
+# the adapter, which then fits no base on disk.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# In the header of the weights stands as JSON what peft's configuration has no place for: peft
+# warns about names it does not know.
+_HEADER_KEY = "skembed"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class DropoutMasks:
         # torch's own masks take on a CPU.
         n = like.numel()
         raw = np.random.SFC64(seed).random_raw(-(-n // 4)).view(np.uint16)[:n]
-        kept = raw >= np.uint16(round(self.p * 65536))
+        kept = raw >= np.uint16(min(round(self.p * 65536), 65535))
         if like.dtype == torch.bfloat16:
             bits = np.multiply(kept, np.uint16(0x3F80), dtype=np.uint16)
             return torch.from_numpy(bits).view(torch.bfloat16).view(like.shape)
@@ -262,6 +263,7 @@ class Adapter:
     base_fingerprint: str
     _view: LoadedModel | None = field(default=None, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False)
+    _fits: NVEmbedConfig | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Sizes and weights; no view, no base weights."""
@@ -274,15 +276,18 @@ class Adapter:
         """Restore; arrays become tensors again."""
         self.settings, self.base_fingerprint = state["settings"], state["base_fingerprint"]
         for name in ("lora", "pooling"):
-            tensors = {key: torch.from_numpy(value) for key, value in state[name].items()}
+            # Copied: joblib's arrays are read-only maps, and memory of torch's own alignment gives
+            # the same vectors to the last bit.
+            tensors = {key: torch.tensor(value) for key, value in state[name].items()}
             setattr(self, name, tensors)
-        self._view, self._lock = None, threading.Lock()
+        self._view, self._lock, self._fits = None, threading.Lock(), None
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the base model, the sizes and all weights; 32 hexadecimal digits."""
+        """Hash of what vectors depend on: base model, scale, weights; 32 hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps([self.base_fingerprint, asdict(self.settings)]).encode())
+        scale = [self.settings.r, float(self.settings.lora_alpha)]
+        digest.update(json.dumps([self.base_fingerprint, *scale]).encode())
         for group in (self.lora, self.pooling):
             for name in sorted(group):
                 digest.update(name.encode())
@@ -324,6 +329,19 @@ class Adapter:
                 "again."
             )
 
+    def check_pooling(self, config: NVEmbedConfig) -> None:
+        """Refuse a model with another pooling than the one that was trained."""
+        found = {name: tuple(tensor.shape) for name, tensor in self.pooling.items()}
+        if not found or self._fits == config:  # once: at each use it would take a millisecond
+            return
+        if found != pooling_shapes(config):
+            raise CheckpointError(
+                "The adapter brings a trained pooling layer that is not of the kind "
+                f"{config.pooling!r}. Leave the `pooling` parameter of `NVEmbedVectorizer` as it "
+                "was in training, or train again."
+            )
+        self._fits = config
+
     def _build_view(self, base: LoadedModel) -> LoadedModel:
         """The base's module tree, its tensors shared, the adapted layers and pooling replaced."""
         model = share_weights(base.model)
@@ -348,12 +366,24 @@ class Adapter:
 
     # Files
 
-    def save(self, folder: Path, *, base_name: str, base_revision: str | None) -> None:
+    def save(
+        self,
+        folder: Path,
+        *,
+        base_name: str,
+        base_revision: str | None,
+        pooling_kind: str | None = None,
+    ) -> None:
         """Write peft's two files, and the pooling's beside them; the configuration last."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
         lora = {PEFT_PREFIX + name: tensor for name, tensor in self.lora.items()}
-        write_tensors(folder / ADAPTER_WEIGHTS_FILE, lora)
+        header = {
+            "base_fingerprint": self.base_fingerprint,
+            "pooling": pooling_kind,
+            "trained_pooling": bool(self.pooling),
+        }
+        write_tensors(folder / ADAPTER_WEIGHTS_FILE, lora, {_HEADER_KEY: json.dumps(header)})
         if self.pooling:
             pooling = {POOLING_PREFIX + name: tensor for name, tensor in self.pooling.items()}
             write_tensors(folder / POOLING_FILE, pooling)
@@ -376,7 +406,6 @@ class Adapter:
             "lora_dropout": settings.lora_dropout,
             "target_modules": targets if isinstance(targets, str) else list(targets),
             "bias": "none",
-            "skembed_base_fingerprint": self.base_fingerprint,
         }
 
     @classmethod
@@ -391,22 +420,22 @@ class Adapter:
         """
         values = read_json(folder / ADAPTER_CONFIG_FILE)
         settings = _read_settings(values, folder)
-        trained_on = values.get("skembed_base_fingerprint", base_fingerprint)
+        header = _read_header(folder / ADAPTER_WEIGHTS_FILE)
         lora = {
             _model_layer(name): tensor
             for name, tensor in read_tensors(folder / ADAPTER_WEIGHTS_FILE).items()
         }
         _check_keys(lora, _expected_shapes(config, settings), folder / ADAPTER_WEIGHTS_FILE)
         pooling = {}
-        if (folder / POOLING_FILE).is_file():
+        # Without its file a trained pooling must not fall back to the base model's in silence.
+        if header.get("trained_pooling") or (folder / POOLING_FILE).is_file():
             stored = read_tensors(folder / POOLING_FILE)
             pooling = {n.removeprefix(POOLING_PREFIX): t for n, t in stored.items()}
-            with torch.device("meta"):
-                expected = build_pooling(config).state_dict()
-            _check_keys(
-                pooling, {n: tuple(t.shape) for n, t in expected.items()}, folder / POOLING_FILE
-            )
-        return cls(settings, lora, pooling, trained_on)
+            _check_keys(pooling, pooling_shapes(config), folder / POOLING_FILE)
+        trained_on = header.get("base_fingerprint", base_fingerprint)
+        adapter = cls(settings, lora, pooling, trained_on)
+        adapter.check_base(base_fingerprint)
+        return adapter
 
 
 def share_weights(model: NVEmbedModel) -> NVEmbedModel:
@@ -465,28 +494,25 @@ def find_targets(config: NVEmbedConfig, settings: LoraSettings) -> list[str]:
     lora_config = peft.LoraConfig(
         r=1, target_modules=targets if isinstance(targets, str) else list(targets)
     )
-    names = sorted(name for name, layer in backbone.named_modules() if _is_linear(layer))
+    names = {name for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear)}
     kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
+    refusal = (
+        "The `target_modules` parameter of `ContrastiveTrainer` must name linear layers of the "
+        f"backbone, of {kinds}, or be 'all-linear'; got {targets!r}"
+    )
     try:
         with torch.device("meta"):
             peft.inject_adapter_in_model(lora_config, backbone)
-    except ValueError as error:
-        raise ValueError(
-            "The `target_modules` parameter of `ContrastiveTrainer` must name linear layers of "
-            f"the backbone, of {kinds}, or be 'all-linear'; got {targets!r}, which peft refuses: "
-            f"{error}"
-        ) from error
-    found = [name for name in names if hasattr(backbone.get_submodule(name), "lora_A")]
-    if not found:
-        raise ValueError(
-            "The `target_modules` parameter of `ContrastiveTrainer` must name linear layers of "
-            f"the backbone, of {kinds}, or be 'all-linear'; got {targets!r}, which matches none."
-        )
-    return found
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear)
+    except (ValueError, re.error) as error:
+        raise ValueError(f"{refusal}, which peft refuses: {error}") from error
+    found = [name for name, layer in backbone.named_modules() if hasattr(layer, "lora_A")]
+    # peft passes over a name that matches nothing, and adapts embeddings, too.
+    bad = sorted(set(found) - names)
+    if not isinstance(targets, str):
+        bad += [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
+    if bad:
+        raise ValueError(f"{refusal}, of which {bad[0]!r} is none.")
+    return sorted(found)
 
 
 def _backbone_on_meta(config: NVEmbedConfig) -> nn.Module:
@@ -502,6 +528,12 @@ def read_pooling(source: ModelSource, config: NVEmbedConfig) -> dict[str, Tensor
         for name, tensor in iterate_tensors(source, config)
         if name.startswith(POOLING_PREFIX)
     }
+
+
+def pooling_shapes(config: NVEmbedConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of a configuration's pooling in its published form."""
+    with torch.device("meta"):
+        return {n: tuple(tensor.shape) for n, tensor in build_pooling(config).state_dict().items()}
 
 
 def load_pooling(config: NVEmbedConfig, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -539,21 +571,30 @@ def _read_settings(values: Mapping[str, Any], folder: Path) -> LoraSettings:
     kind = values.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"The peft_type in {path} must be 'LORA'; got {kind!r}.")
-    for name, plain in _REFUSED.items():
-        value = values.get(name, plain)
-        if value not in (plain, None, [], {}):
+    for name in _REFUSED:
+        value = values.get(name)
+        if value is not None and value is not False and value not in ("none", [], {}):
             raise CheckpointError(
                 f"The {name} in {path} is {value!r}, which skembed does not compute. Merge the "
                 "adapter into its base with peft (`merge_and_unload`), and load the result."
             )
+    if values.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        raise CheckpointError(
+            f"The init_lora_weights in {path} is {values['init_lora_weights']!r}, which changes "
+            "the base weights. Convert the adapter with peft (`path_initial_model_for_weight_"
+            "conversion` of its `save_pretrained`), and load the result."
+        )
     targets = values.get("target_modules")
     try:
+        re.compile(targets if isinstance(targets, str) else "")
         targets = targets if isinstance(targets, str) else tuple(sorted(targets or ()))
         settings = LoraSettings(
             int(values["r"]), float(values["lora_alpha"]), float(values["lora_dropout"]), targets
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} lacks or misstates r, lora_alpha: {error!r}.") from error
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        raise CheckpointError(
+            f"{path} lacks or misstates r, lora_alpha, lora_dropout or target_modules: {error!r}."
+        ) from error
     if settings.r < 1 or not targets:
         raise CheckpointError(f"{path} must have r above 0 and target_modules; got {values!r}.")
     return settings
@@ -567,7 +608,7 @@ def _expected_shapes(config: NVEmbedConfig, settings: LoraSettings) -> dict[str,
         if not isinstance(layer, nn.Linear):
             continue
         if isinstance(targets, str):
-            wanted = targets == ALL_LINEAR or re.fullmatch(targets, name) is not None
+            wanted = targets.lower() == ALL_LINEAR or re.fullmatch(targets, name) is not None
         else:
             wanted = any(name == target or name.endswith(f".{target}") for target in targets)
         if wanted:
@@ -609,8 +650,35 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     CheckpointError
         When the file is missing or damaged.
     """
+    with _open_tensors(path) as file:
+        # Copied, as the base weights are: nothing hangs on the file, which may be replaced, and
+        # memory of torch's own alignment gives the same vectors to the last bit.
+        return {name: file.get_tensor(name).to(torch.float32, copy=True) for name in file.keys()}
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """What `Adapter.save` noted in the header of the weights; empty in a file of peft's."""
+    with _open_tensors(path) as file:
+        return dict(json.loads((file.metadata() or {}).get(_HEADER_KEY, "{}")))
+
+
+def read_pooling_kind(folder: Path) -> str | None:
+    """The pooling that an adapter was trained with; None in a folder of peft's."""
+    path = folder / ADAPTER_WEIGHTS_FILE
+    kind = _read_header(path).get("pooling")
+    if kind not in (None, *POOLINGS):
+        raise CheckpointError(
+            f"The pooling in the header of {path} must be one of {list(POOLINGS)}; got {kind!r}."
+        )
+    return kind
+
+
+@contextmanager
+def _open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file of an adapter, with the library's errors translated."""
     try:
-        return {name: tensor.float() for name, tensor in load_file(path).items()}
+        with safe_open(path, framework="pt") as file:
+            yield file
     except FileNotFoundError as error:
         raise CheckpointError(f"The adapter folder lacks {path.name} ({path}).") from error
     except (SafetensorError, OSError) as error:

@@ -12,8 +12,8 @@ in-batch negatives every other positive and negative of the batch, of any task
 (stage 1)
 its own negatives  those given, mined, or (class labels) drawn from other classes
 (stage 2: only)
-never              a text of the anchor's class, a known positive of the anchor's text, and any text
-                   that equals the anchor or its positive
+never              a text of a class that the anchor's text has, a known positive of that text,
+                   and one that equals the anchor or its positive; whichever task it comes from
 ================== ================================================================================
 
 Source: NV-Embed, arXiv 2405.17428, sections 4.1 and 4.2 (blended batches; example-based classes).
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -83,7 +83,7 @@ class TaskPlan:
     weight : float
         Draws in one epoch, relative to the number of examples.
     queries, documents : ndarray of int64, shape (n_texts,)
-        Row of the `TextTable` of each text as a query and as a document.
+        Row of the `TextTable` of each text as a query and as a document; -1 where it is none.
     mined : ndarray of int64, shape (n, k), optional
         Mined negatives of each example as indices into its texts; -1 for none.
     """
@@ -115,10 +115,13 @@ class TaskPlan:
         rows = np.repeat(np.arange(n), repeats)
         numbers = np.arange(len(rows)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
         numbers += rng.integers(0, 1 << 20, size=n)[rows]  # other positives in each epoch
-        whole, part = divmod(self.weight, 1)
-        some = rng.permutation(len(rows))[: round(part * len(rows))]
-        picked = np.concatenate([np.tile(np.arange(len(rows)), int(whole)), some])
-        return rows[picked], numbers[picked]
+        # Two at the least: a light task never vanishes, nor has nothing to compare.
+        n_drawn = max(min(2, len(rows)), round(self.weight * len(rows)))
+        whole, rest = divmod(n_drawn, len(rows))
+        some = rng.permutation(len(rows))[:rest]
+        picked = np.concatenate([np.tile(np.arange(len(rows)), whole), some])
+        copy = np.arange(n_drawn) // len(rows)  # goes on where the copy before it ended
+        return rows[picked], numbers[picked] + copy * repeats[rows[picked]]
 
     def draw(
         self, rows: np.ndarray, numbers: np.ndarray, n_negatives: int, rng: np.random.Generator
@@ -158,12 +161,24 @@ class TaskPlan:
         positive = order[first + (place[rows] - first + step) % size]
         if self.mined is not None:
             return positive, self.mined[rows][:, :n_negatives]
-        if self.in_batch_negatives:  # the batch itself holds examples of other classes
-            return positive, np.empty((len(rows), 0), dtype=np.int64)
+        if self.in_batch_negatives:
+            if len(np.unique(labels)) > 1:  # the batch itself holds examples of other classes
+                return positive, np.empty((len(rows), 0), dtype=np.int64)
+            n_negatives = max(1, n_negatives)
         others = len(order) - size
         drawn = rng.integers(0, others[:, None], size=(len(rows), n_negatives))
         drawn += (drawn >= first[:, None]) * size[:, None]
         return positive, self.examples.columns[order[drawn], 0]
+
+    def draw_scored(
+        self, rows: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Columns (b, 2) and scores (b,) of examples; one more where all their scores are equal."""
+        scores: Any = self.examples.scores
+        if np.ptp(scores[rows]) == 0:
+            other = np.flatnonzero(scores != scores[rows[0]])
+            rows = np.append(rows, rng.permutation(other)[:1])
+        return self.examples.columns[rows], scores[rows]
 
     def forbidden_candidates(self, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For each example the candidates (sorted texts) no miner may return, as CSR arrays.
@@ -349,8 +364,7 @@ class BatchPlan:
         self.n_negatives = n_negatives
         self.seed = seed
         self.blend = blend
-        counts = [task.classes.n_classes if task.classes else 0 for task in self.tasks]
-        self._first_group = np.cumsum([0, *counts])
+        self.groups = _GroupIndex(self.tasks, table)
         self.n_batches = len(self.list_epoch(0))
 
     def list_epoch(self, epoch: int) -> list[np.ndarray]:
@@ -363,7 +377,9 @@ class BatchPlan:
         groups = [np.concatenate(drawn)] if self.blend else [part for part in drawn if len(part)]
         batches = []
         for group in groups:
-            n = max(1, round(len(group) / self.batch_size))
+            # No example is left alone with nothing to be told from.
+            most = len(group) // min(2, self.batch_size)
+            n = max(1, min(most, round(len(group) / self.batch_size)))
             batches.extend(np.array_split(rng.permutation(group), n))
         if not self.blend:
             rng.shuffle(batches)
@@ -391,13 +407,13 @@ class BatchPlan:
             if not len(chosen):
                 continue
             if task.examples.scores is not None:
-                columns = task.examples.columns[chosen[:, 1]]
+                columns, scores = task.draw_scored(chosen[:, 1], rng)
                 left, right = task.queries[columns[:, 0]], task.documents[columns[:, 1]]
-                rankings.append((left, right, task.examples.scores[chosen[:, 1]]))
+                rankings.append((left, right, scores))
                 rows += [left, right]
             else:
                 parts.append(self._draw_part(t, chosen, rng))
-        drawn = _join(parts, self.table) if parts else None
+        drawn = _join(parts, self.table, self.groups) if parts else None
         if drawn is not None:
             rows += [drawn.anchors, drawn.candidates]
         texts = np.unique(np.concatenate(rows))
@@ -418,41 +434,66 @@ class BatchPlan:
         task = self.tasks[t]
         anchor, positive, negatives = task.draw(chosen[:, 1], chosen[:, 2], self.n_negatives, rng)
         rows, columns = np.nonzero(negatives >= 0)
-        groups = np.full(len(anchor), -1), np.full(len(rows), -1)
-        if task.classes is not None:
-            group = self._first_group[t] + task.classes.labels[chosen[:, 1]]
-            own = task.classes.of_text[negatives[rows, columns]]
-            groups = group, self._first_group[t] + own
         known_row, known = task.known_of(anchor)
         return _Part(
+            tasks=np.full(len(anchor), t),
             anchors=task.queries[anchor],
-            anchor_groups=groups[0],
             positives=task.documents[positive],
             negatives=task.documents[negatives[rows, columns]],
             negative_rows=rows,
-            negative_groups=groups[1],
             known_rows=known_row,
-            known=task.documents[known],
+            known=np.where(task.documents[known] < 0, task.queries[known], task.documents[known]),
             in_batch=np.full(len(anchor), task.in_batch_negatives),
         )
+
+
+class _GroupIndex:
+    """Which classes each labelled text has, sorted by text; classes counted over all tasks."""
+
+    def __init__(self, tasks: Sequence[TaskPlan], table: TextTable) -> None:
+        counts = [task.classes.n_classes if task.classes else 0 for task in tasks]
+        self.first = np.cumsum([0, *counts])
+        pairs = [np.empty((2, 0), dtype=np.int64)]
+        for first, task in zip(self.first, tasks, strict=False):
+            if task.classes is not None:
+                rows = task.queries[task.examples.columns[:, 0]]
+                pairs.append(np.stack([table.string_of[rows], first + task.classes.labels]))
+        strings, groups = np.concatenate(pairs, axis=1)
+        order = np.argsort(strings, kind="stable")
+        self.strings, self.groups = strings[order], groups[order]
+
+    def forbid(
+        self,
+        allowed: np.ndarray,
+        anchors: np.ndarray,
+        tasks: np.ndarray,
+        candidates: np.ndarray,
+    ) -> None:
+        """Take from `allowed` (b, c) the texts that share a class of the anchor's task with it."""
+        i, at = _match(anchors, self.strings)
+        groups, task = self.groups[at], tasks[i]
+        own = (groups >= self.first[task]) & (groups < self.first[task + 1])
+        i, groups = i[own], groups[own]
+        j, at = _match(candidates, self.strings)
+        for group in np.unique(groups):
+            allowed[np.ix_(i[groups == group], j[self.groups[at] == group])] = False
 
 
 @dataclass(frozen=True)
 class _Part:
     """InfoNCE examples of one task in one batch; texts as rows of the table."""
 
+    tasks: np.ndarray
     anchors: np.ndarray
-    anchor_groups: np.ndarray  # class, counted over all tasks; -1 for none
     positives: np.ndarray
     negatives: np.ndarray  # of all anchors, one after the other
     negative_rows: np.ndarray
-    negative_groups: np.ndarray
     known_rows: np.ndarray
     known: np.ndarray
     in_batch: np.ndarray
 
 
-def _join(parts: Sequence[_Part], table: TextTable) -> Contrast:
+def _join(parts: Sequence[_Part], table: TextTable, index: _GroupIndex) -> Contrast:
     """The parts of a batch as one contrast, texts still as rows of the table."""
     offsets = np.cumsum([0, *(len(part.anchors) for part in parts)])
 
@@ -463,37 +504,26 @@ def _join(parts: Sequence[_Part], table: TextTable) -> Contrast:
         pairs = zip(offsets, parts, strict=False)
         return np.concatenate([offset + getattr(part, name) for offset, part in pairs])
 
-    anchors, groups, positives = join("anchors"), join("anchor_groups"), join("positives")
-    negatives, negative_rows = join("negatives"), join_rows("negative_rows")
-    # One column for each text and class: a text that came with two classes stands twice.
-    pairs = np.stack(
-        [
-            np.concatenate([positives, negatives]),
-            np.concatenate([groups, join("negative_groups")]),
-        ],
-        axis=1,
-    )
-    columns, place = np.unique(pairs, axis=0, return_inverse=True)
-    place = place.reshape(-1)
+    anchors, positives = join("anchors"), join("positives")
+    columns, place = np.unique(np.concatenate([positives, join("negatives")]), return_inverse=True)
     positive, own = place[: len(positives)], place[len(positives) :]
     allowed = np.repeat(join("in_batch")[:, None], len(columns), axis=1)
-    allowed[negative_rows, own] = True
-    # False negatives: the anchor's class, its text and its positive's text, its known positives.
-    strings = table.string_of[columns[:, 0]]
-    allowed &= (groups[:, None] != columns[None, :, 1]) | (groups[:, None] < 0)
-    allowed &= strings[None] != table.string_of[anchors][:, None]
+    allowed[join_rows("negative_rows"), own] = True
+    # False negatives: the anchor's text and its positive's, its known positives, its classes.
+    strings, anchor_strings = table.string_of[columns], table.string_of[anchors]
+    allowed &= strings[None] != anchor_strings[:, None]
     allowed &= strings[None] != table.string_of[positives][:, None]
-    rows, hits = _match(table.string_of[join("known")], strings)
-    allowed[join_rows("known_rows")[rows], hits] = False
+    order = np.argsort(strings)
+    rows, hits = _match(table.string_of[join("known")], strings[order])
+    allowed[join_rows("known_rows")[rows], order[hits]] = False
+    index.forbid(allowed, anchor_strings, join("tasks"), strings)
     allowed[np.arange(len(anchors)), positive] = True
-    return Contrast(anchors, columns[:, 0], positive, allowed)
+    return Contrast(anchors, columns, positive, allowed)
 
 
-def _match(wanted: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All (i, j) with wanted[i] == values[j]."""
-    order = np.argsort(values, kind="stable")
-    first = np.searchsorted(values[order], wanted, side="left")
-    counts = np.searchsorted(values[order], wanted, side="right") - first
+def _match(wanted: np.ndarray, ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All (i, j) with wanted[i] == ordered[j], by i."""
+    first = np.searchsorted(ordered, wanted, side="left")
+    counts = np.searchsorted(ordered, wanted, side="right") - first
     i = np.repeat(np.arange(len(wanted)), counts)
-    inside = np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return i, order[first[i] + inside]
+    return i, first[i] + np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts)

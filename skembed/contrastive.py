@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from skembed.adapters import Adapter, LoraSettings, read_pooling, start_lora
-from skembed.batches import BatchPlan, TaskPlan, TextTable
+from skembed.batches import BatchPlan, ClassIndex, TaskPlan, TextTable
 from skembed.checkpoint import ModelSource
 from skembed.examples import Examples, split_validation
 from skembed.history import TrainingHistory
@@ -25,7 +25,7 @@ from skembed.mining import select_negatives
 from skembed.registry import LoadedModel
 from skembed.trainer import OWNER, ContrastiveTrainer
 from skembed.training import TrainingSettings, Validation, run_training
-from skembed.training_state import Checkpoints
+from skembed.training_state import Checkpoints, check_folder
 
 Embed = Callable[[np.ndarray], np.ndarray]
 CENTROID_TEXTS = 4_096  # of the training part, for the validation of classes
@@ -70,7 +70,13 @@ class FitResult:
 
 def check_requests(requests: Sequence[TaskRequest], trainer: ContrastiveTrainer) -> list[str]:
     """Refuse what cannot be learned from, before a model is loaded; the loss of each task."""
-    return [_check_request(request, trainer) for request in requests]
+    losses = [_check_request(request, trainer) for request in requests]
+    if trainer.validation_fraction:
+        for request in requests:
+            split_validation(request.examples, trainer.validation_fraction, trainer.random_state)
+    if trainer.checkpoint_dir is not None:
+        check_folder(trainer.checkpoint_dir, _identify_data(requests, trainer))
+    return losses
 
 
 def _check_request(request: TaskRequest, trainer: ContrastiveTrainer) -> str:
@@ -150,7 +156,7 @@ def fit_adapter(
     TrainingError
         When training cannot go on.
     """
-    losses = check_requests(requests, trainer)
+    losses = [_check_request(request, trainer) for request in requests]
     targets = trainer.target_modules
     lora_settings = LoraSettings(
         trainer.r,
@@ -261,6 +267,21 @@ def _open_checkpoints(
     entropy = int(np.random.SeedSequence().generate_state(1, np.uint32)[0])
     if trainer.checkpoint_dir is None:
         return None, entropy if seed is None else seed
+    identity = {
+        "model": base.key.fingerprint + (f"+{start.fingerprint}" if start else ""),
+        "data type or device": f"{base.key.dtype} on {base.key.device.split(':')[0]}",
+        "max_length": str(max_length),
+        **_identify_data(requests, trainer),
+    }
+    checkpoints = Checkpoints(trainer.checkpoint_dir, identity, every=trainer.checkpoint_steps)
+    if seed is None:
+        seed = entropy if checkpoints.seed is None else checkpoints.seed
+    checkpoints.new_seed = seed
+    return checkpoints, seed
+
+
+def _identify_data(requests: Sequence[TaskRequest], trainer: ContrastiveTrainer) -> dict[str, str]:
+    """What tells a run from others without its model."""
     ignored = {"checkpoint_dir", "checkpoint_steps", "verbose"}
     values = {n: v for n, v in trainer.get_params(deep=False).items() if n not in ignored}
     data = [
@@ -273,22 +294,16 @@ def _open_checkpoints(
         ]
         for r in requests
     ]
-    identity = {
-        "model": base.key.fingerprint + (f"+{start.fingerprint}" if start else ""),
-        "data type or device": f"{base.key.dtype} on {base.key.device.split(':')[0]}",
-        "trainer": _digest(values),
-        "set of examples or instruction": _digest([data, max_length]),
-    }
-    checkpoints = Checkpoints(trainer.checkpoint_dir, identity, every=trainer.checkpoint_steps)
-    if seed is None:
-        seed = entropy if checkpoints.seed is None else checkpoints.seed
-    checkpoints.new_seed = seed
-    return checkpoints, seed
+    return {"trainer": _digest(values), "set of examples or instruction": _digest(data)}
 
 
 def _digest(values: Any) -> str:
     """Hash of plain values."""
-    text = json.dumps(values, sort_keys=True, default=str)
+
+    def plain(value: Any) -> Any:  # numpy's numbers, from a grid of parameters
+        return value.item() if isinstance(value, np.generic) else str(value)
+
+    text = json.dumps(values, sort_keys=True, default=plain)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -297,10 +312,12 @@ def _prepare(
 ) -> tuple[TaskPlan, list[Validation]]:
     """A task ready for drawing, and its validation where there is one."""
     examples = request.examples
-    queries = table.add(examples.texts, request.query_prefix)
     # Texts of a class are all queries: that is how `transform` embeds them.
-    symmetric = examples.kind == "labels" or request.document_prefix == request.query_prefix
-    documents = queries if symmetric else table.add(examples.texts, request.document_prefix)
+    if examples.kind == "labels" or request.document_prefix == request.query_prefix:
+        queries = documents = table.add(examples.texts, request.query_prefix)
+    else:
+        queries = _add_side(table, examples, examples.columns[:, :1], request.query_prefix)
+        documents = _add_side(table, examples, examples.columns[:, 1:], request.document_prefix)
     training = np.arange(len(examples))
     validations = []
     if trainer.validation_fraction:
@@ -316,6 +333,14 @@ def _prepare(
         documents,
     )
     return task, validations
+
+
+def _add_side(table: TextTable, examples: Examples, columns: np.ndarray, prefix: str) -> np.ndarray:
+    """Rows of the table of the texts in some columns, (n_texts,); -1 for texts of none."""
+    used = np.unique(columns)
+    rows = np.full(len(examples.texts), -1, dtype=np.int64)
+    rows[used] = table.add([examples.texts[i] for i in used.tolist()], prefix)
+    return rows
 
 
 def _drop_repeated(examples: Examples, rows: np.ndarray) -> np.ndarray:
@@ -427,7 +452,10 @@ def _mine_task(task: TaskPlan, embed: Embed, trainer: ContrastiveTrainer) -> np.
         "strategy": str(trainer.mine_negatives),
     }
     if task.classes is not None:
-        candidates = np.unique(columns[:, 0])
+        texts, counts = np.unique(columns[:, 0], return_counts=True)
+        candidates = texts[counts == 1]  # a text of two classes is nobody's negative
+        if not len(candidates):
+            return np.full((len(columns), trainer.n_negatives), -1)
         positives = _other_members(anchors, task.classes.labels)
         rule["anchor_groups"] = task.classes.labels
         rule["candidate_groups"] = task.classes.of_text[candidates]
@@ -436,7 +464,15 @@ def _mine_task(task: TaskPlan, embed: Embed, trainer: ContrastiveTrainer) -> np.
         positives = embed(task.documents[columns[:, 1]])
         rule["known_positives"] = task.forbidden_candidates(candidates)
     found, _ = select_negatives(anchors, positives, embed(task.documents[candidates]), **rule)
-    return np.where(found >= 0, candidates[np.maximum(found, 0)], -1)
+    mined = np.where(found >= 0, candidates[np.maximum(found, 0)], -1)
+    return mined if task.classes is None else _drop_shared(mined, columns[:, 0], task.classes)
+
+
+def _drop_shared(mined: np.ndarray, anchors: np.ndarray, classes: ClassIndex) -> np.ndarray:
+    """Without the negatives (n, k) of a class that an anchor's text has in another example."""
+    pairs = anchors * classes.n_classes + classes.labels
+    wanted = anchors[:, None] * classes.n_classes + classes.of_text[mined]
+    return np.where(np.isin(wanted, pairs), -1, mined)
 
 
 def _other_members(vectors: np.ndarray, groups: np.ndarray) -> np.ndarray:

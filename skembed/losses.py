@@ -91,6 +91,7 @@ def backward_in_chunks(
     compute_loss: Callable[[Tensor], Tensor],
     *,
     n_kept: int,
+    prepare: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Gradient of a loss over all rows, never holding more than `n_kept` chunks' activations.
 
@@ -109,6 +110,11 @@ def backward_in_chunks(
         Embeddings of all rows (sum of sizes, D), in the chunks' order -> scalar.
     n_kept : int
         Chunks whose activations fit into memory together; 1 at the least.
+    prepare : callable, optional
+        Called with a chunk's number before each of its forward and backward passes. A backward
+        pass under gradient checkpointing runs the chunk forward once more, after other chunks
+        have been embedded: what `embed` depends on, such as the key of the dropout masks, must be
+        that of the chunk again.
 
     Returns
     -------
@@ -125,6 +131,8 @@ def backward_in_chunks(
     # The chunks kept are the last ones embedded: what comes before is gone by then.
     first_kept = max(0, len(sizes) - max(1, n_kept))
     for k in range(len(sizes)):
+        if prepare is not None:
+            prepare(k)
         with torch.set_grad_enabled(k >= first_kept):
             vectors = embed(k)
         if k >= first_kept:
@@ -138,6 +146,8 @@ def backward_in_chunks(
     (gradient,) = torch.autograd.grad(loss, leaf)
     pieces = gradient.split(list(sizes))
     for k in reversed(range(len(sizes))):
+        if prepare is not None:
+            prepare(k)
         with torch.enable_grad():
             vectors = kept.pop(k) if k in kept else embed(k)
             vectors.backward(pieces[k])

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, MistralConfig, MistralModel
 
 from skembed.exceptions import CheckpointError
+from skembed.lean import GatedSiluFunction, ProductAttention, RMSNormFunction
 from skembed.pooling import (
     EosPooling,
     FoldedLatentAttention,
@@ -296,7 +297,8 @@ def _grouped(
 ) -> Tensor:
     """(H, T, d_h) -> (T, H, d_h), one call for each run of texts of equal length."""
     if q.device.type == "cpu" and q.requires_grad and max(packed.lengths) <= LONGEST_PRODUCT:
-        return _grouped_products(q, k, v, packed, scaling)
+        attended: Tensor = ProductAttention.apply(q, k, v, packed.lengths, scaling)
+        return attended
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and not q.requires_grad:
         return _grouped_on_tiles(q, k, v, packed, scaling)
     heads, _, width = q.shape
@@ -314,34 +316,6 @@ def _grouped(
             q_run, k_run, v_run, dropout_p=dropout, scale=scaling
         )  # (count, H, length, d_h)
         parts.append(out.transpose(1, 2).reshape(length * count, heads, width))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _grouped_products(
-    q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float
-) -> Tensor:
-    """As `_grouped`, from plain matrix products, for gradients on the CPU.
-
-    The backward pass of the fused kernel takes four to twelve times as long in bfloat16 on texts
-    of up to a few hundred tokens. Heads that share keys stand in one product's rows.
-    """
-    heads, _, width = q.shape
-    shared = k.shape[0]
-    groups = heads // shared
-    runs = _runs(packed.lengths)
-    sizes = [length * count for length, count in runs]
-    pieces = zip(*(x.split(sizes, dim=1) for x in (q * scaling, k, v)), strict=True)
-    parts = []
-    for (length, count), (q_run, k_run, v_run) in zip(runs, pieces, strict=True):
-        rows = q_run.unflatten(1, (count, length)).unflatten(0, (shared, groups))
-        rows = rows.permute(2, 0, 1, 3, 4).reshape(count * shared, groups * length, width)
-        keys, values = (
-            x.unflatten(1, (count, length)).transpose(0, 1).reshape(count * shared, length, width)
-            for x in (k_run, v_run)
-        )
-        attended = torch.bmm(torch.bmm(rows, keys.transpose(1, 2)).softmax(-1), values)
-        attended = attended.view(count, shared, groups, length, width).permute(0, 3, 1, 2, 4)
-        parts.append(attended.reshape(count * length, heads, width))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -445,27 +419,27 @@ class LeanRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (norm.square() / hidden_states.shape[-1] + self.eps).rsqrt()
-        scaled = hidden_states * scale.to(hidden_states.dtype)
-        return scaled * self.weight if scaled.requires_grad else scaled.mul_(self.weight)
+        normed: Tensor = RMSNormFunction.apply(hidden_states, self.weight, self.eps)
+        return normed
 
 
 class LeanActivation(nn.Module):
-    """The stock MLP's activation, whose product with the other branch is written in place.
+    """The stock MLP's activation, fused with the product with the other branch.
 
     On CPUs writing into newly allocated memory costs more than the arithmetic on it. The stock
     MLP's own forward stays; it multiplies what this returns.
     """
 
-    def __init__(self, stock: nn.Module) -> None:
+    def __init__(self, stock: nn.Module, *, is_silu: bool = False) -> None:
         super().__init__()
         self.stock = stock
+        self.is_silu = is_silu
 
     def forward(self, gate: Tensor) -> Any:
-        """(..., I) -> the activation: a tensor under gradients, else a factor to multiply."""
-        activated: Tensor = self.stock(gate)
-        return activated if activated.requires_grad else _InPlaceFactor(activated)
+        """(..., I) -> a factor to multiply with the other branch, or the plain activation."""
+        if gate.requires_grad:
+            return _GatedFactor(gate) if self.is_silu else self.stock(gate)
+        return _InPlaceFactor(self.stock(gate))
 
 
 class _InPlaceFactor:
@@ -475,7 +449,22 @@ class _InPlaceFactor:
         self.tensor = tensor
 
     def __mul__(self, other: Tensor) -> Tensor:
+        if other.requires_grad:
+            return self.tensor * other
         return self.tensor.mul_(other)
+
+    __rmul__ = __mul__
+
+
+class _GatedFactor:
+    """A gate whose product with the other branch keeps its inputs only."""
+
+    def __init__(self, gate: Tensor) -> None:
+        self.gate = gate
+
+    def __mul__(self, other: Tensor) -> Tensor:
+        product: Tensor = GatedSiluFunction.apply(self.gate, other)
+        return product
 
     __rmul__ = __mul__
 
@@ -546,12 +535,13 @@ class NVEmbedModel(nn.Module):
         """Replace the backbone's RMSNorms and activations by lean ones on the same weights."""
         eps = self.embedding_model.config.rms_norm_eps
         stock = type(self.embedding_model.norm)
+        is_silu = self.embedding_model.config.hidden_act in ("silu", "swish")
         for name, module in list(self.embedding_model.named_modules()):
             if isinstance(module, stock):
                 self.embedding_model.set_submodule(name, LeanRMSNorm(module.weight, eps))
         for k in range(len(self.embedding_model.layers)):
             mlp = self.embedding_model.get_submodule(f"layers.{k}.mlp")
-            mlp.act_fn = LeanActivation(mlp.get_submodule("act_fn"))
+            mlp.act_fn = LeanActivation(mlp.get_submodule("act_fn"), is_silu=is_silu)
 
     def fold_pooling(self) -> None:
         """Replace a latent layer by its inference form; other poolings stay."""

@@ -21,7 +21,7 @@ from skembed._validation import (
     check_int,
     check_string,
 )
-from skembed.adapters import Adapter
+from skembed.adapters import Adapter, read_pooling_kind
 from skembed.cache import resolve_cache
 from skembed.checkpoint import (
     ADAPTER_CONFIG_FILE,
@@ -86,9 +86,7 @@ class ResolvedModel:
         return replace(self.key, fingerprint=fingerprint)
 
 
-def resolve_model(
-    estimator: Any, lease: Lease, *, fitted: Adapter | None, trains: bool = False
-) -> ResolvedModel:
+def resolve_model(estimator: Any, lease: Lease, *, fitted: Adapter | None) -> ResolvedModel:
     """Resolve the parameters of a vectorizer.
 
     Parameters
@@ -99,8 +97,6 @@ def resolve_model(
         Keeps the adapter of a folder between calls.
     fitted : Adapter or None
         The adapter that `fit` learned; it goes before a folder's.
-    trains : bool, default=False
-        Leave the fitted adapter out: it is about to be replaced.
 
     Raises
     ------
@@ -108,7 +104,10 @@ def resolve_model(
         When there is no such model, its files do not fit, or a parameter is beyond its sizes.
     """
     source = find_source(estimator)
-    config = read_config(source, estimator.pooling)
+    pooling = estimator.pooling
+    if pooling is None and source.adapter_folder is not None:
+        pooling = read_pooling_kind(source.adapter_folder)
+    config = read_config(source, pooling)
     longest = config.backbone.get("max_position_embeddings")
     if longest is not None:
         check_int(estimator.max_length, name="max_length", owner=OWNER, low=2, high=int(longest))
@@ -135,9 +134,10 @@ def resolve_model(
         dtype=str(dtype).removeprefix("torch."),
         attention_path=choose_attention_path(device, dtype),
     )
-    adapter = None if trains else fitted
+    adapter = fitted
     if adapter is not None:
         adapter.check_base(key.fingerprint)
+        adapter.check_pooling(config)
     elif source.adapter_folder is not None:
         adapter = _read_adapter(source.adapter_folder, config, key.fingerprint, lease)
     return ResolvedModel(source, config, key, estimator.truncate_dim or width, adapter)

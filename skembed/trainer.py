@@ -63,7 +63,7 @@ class ContrastiveTrainer(BaseEstimator):
         device, and embeds small batches once instead of twice.
     gradient_checkpointing : bool, default=False
         Keep one activation a layer and compute the others again: less memory, a third slower.
-    learning_rate : float, default=1e-3
+    learning_rate : float, default=5e-4
         Peak rate of AdamW.
     warmup_ratio : float, default=0.1
         Share of the steps over which the rate rises from zero; then it falls to zero.
@@ -138,7 +138,7 @@ class ContrastiveTrainer(BaseEstimator):
         batch_size: int = 64,
         batch_tokens: int | str = "auto",
         gradient_checkpointing: bool = False,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 5e-4,
         warmup_ratio: float = 0.1,
         weight_decay: float = 0.01,
         max_grad_norm: float = 1.0,

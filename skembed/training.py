@@ -117,7 +117,11 @@ class _Learner:
             self.model.latent_attention_model = TrainablePooling(layer)
         if settings.gradient_checkpointing:
             self.model.train()
-            self.model.embedding_model.gradient_checkpointing_enable({"use_reentrant": False})
+            backbone: Any = self.model.embedding_model
+            # Renamed during transformers 5; the old name warns.
+            renamed = getattr(backbone, "activation_checkpointing_enable", None)
+            enable = renamed or backbone.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": list(self.lora.values()), "weight_decay": settings.weight_decay},
@@ -184,8 +188,10 @@ class _Learner:
         # Back to the order of batch.texts; chunks are one after the other.
         order = torch.from_numpy(np.argsort(np.concatenate(chunks))).to(self.base.device)
 
-        def embed(k: int) -> Tensor:
+        def prepare(k: int) -> None:
             self.masks.key = (self.settings.seed, step, k)
+
+        def embed(k: int) -> Tensor:
             return self.embed(batch.texts[chunks[k]])
 
         def compute_loss(embeddings: Tensor) -> Tensor:
@@ -193,7 +199,7 @@ class _Learner:
 
         sizes = [len(chunk) for chunk in chunks]
         n_kept = max(1, kept_tokens // chunk_tokens)
-        return backward_in_chunks(embed, sizes, compute_loss, n_kept=n_kept)
+        return backward_in_chunks(embed, sizes, compute_loss, n_kept=n_kept, prepare=prepare)
 
     def update(self, step: int) -> tuple[float, float]:
         """One step of the optimiser on the gradients at hand; gradient norm and learning rate."""

@@ -106,32 +106,60 @@ class Checkpoints:
 
     def _load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The saved run, checked."""
-        if not self.path.is_file():
+        header = _read_header(self.path, self.identity)
+        if header is None:
             return None
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["skembed"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{OWNER} holds a {STATE_FILE} that cannot be read ({type(error).__name__}: "
-                f"{error}). Delete the file to start again, or name another folder."
-            ) from error
-        if header.get("version") != STATE_VERSION:
-            raise CheckpointError(
-                f"{OWNER} holds a state of version {header.get('version')!r}; this release reads "
-                f"{STATE_VERSION}. Delete {self.path}, or name another folder."
-            )
-        found = header["identity"]
-        differing = [n for n in self.identity if found.get(n) != self.identity[n]]
-        if differing:
-            raise CheckpointError(
-                f"{OWNER} must be empty or hold the state of this very run; {self.path} was "
-                f"written with another {' and another '.join(differing)}. Name another folder "
-                "(one for each run, fold and parameter setting), or delete the file."
-            )
         self._seed = int(header["seed"])
-        return tensors, header["values"]
+        with safe_open(self.path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, header["values"]
+
+
+def check_folder(folder: str | os.PathLike[str], identity: Mapping[str, str]) -> None:
+    """Refuse a folder that cannot be written or holds another run, before a model is loaded.
+
+    Parameters
+    ----------
+    folder : str or path
+        Made if need be.
+    identity : mapping of str to str
+        The parts of a run's identity that are known without its model.
+
+    Raises
+    ------
+    OSError, CheckpointError
+        As `Checkpoints`.
+    """
+    path = Path(folder).expanduser()
+    _check_writable(path)
+    _read_header(path / STATE_FILE, identity)
+
+
+def _read_header(path: Path, identity: Mapping[str, str]) -> dict[str, Any] | None:
+    """What a state file says of its run, which must be this one; None without a file."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header: dict[str, Any] = json.loads((file.metadata() or {})["skembed"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{OWNER} holds a {STATE_FILE} that cannot be read ({type(error).__name__}: "
+            f"{error}). Delete the file to start again, or name another folder."
+        ) from error
+    if header.get("version") != STATE_VERSION:
+        raise CheckpointError(
+            f"{OWNER} holds a state of version {header.get('version')!r}; this release reads "
+            f"{STATE_VERSION}. Delete {path}, or name another folder."
+        )
+    found = header["identity"]
+    differing = [name for name in identity if found.get(name) != identity[name]]
+    if differing:
+        raise CheckpointError(
+            f"{OWNER} must be empty or hold the state of this very run; {path} was "
+            f"written with another {' and another '.join(differing)}. Name another folder "
+            "(one for each run, fold and parameter setting), or delete the file."
+        )
+    return header
 
 
 def _check_writable(folder: Path) -> None:

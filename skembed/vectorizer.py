@@ -527,8 +527,15 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
                     "the adapter, or merge=True."
                 )
             folder.mkdir(parents=True, exist_ok=True)
+            # First of all: an adapter that is there already must not meet the new settings.
+            (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
             write_json(folder / SETTINGS_FILE, {**settings, "pooling": self.pooling})
-            adapter.save(folder, base_name=self._base_name(source), base_revision=source.revision)
+            adapter.save(
+                folder,
+                base_name=self._base_name(source),
+                base_revision=source.revision,
+                pooling_kind=resolved.config.pooling,
+            )
             return
         tensors = iterate_tensors(source, resolved.config)
         (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)

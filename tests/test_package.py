@@ -35,6 +35,7 @@ LEVELS = {
     "skembed.metrics": 2,
     "skembed.similarity": 2,
     "skembed.trainer": 2,
+    "skembed.lean": 3,
     "skembed.losses": 3,
     "skembed._mining_task": 3,
     "skembed.mining": 4,

@@ -1,0 +1,145 @@
+"""What the benchmarks of contrastive fitting share: draws, results that grow over several calls.
+
+Nothing here is a benchmark: the name begins with an underscore, so `dev.py bench` does not list it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _common import ROOT
+from _results import Figure, command_line, describe_machine, finish
+
+TRAINING_PACKAGES = ("peft", "setfit", "accelerate", "datasets")
+
+
+class Results:
+    """Results of one benchmark that may come from several calls, written after each part.
+
+    Parameters
+    ----------
+    name, title : str
+        Of the files and of the page.
+    args : argparse.Namespace
+        Options of this call; `fresh` drops what an earlier call wrote.
+    settings : dict
+        What makes results comparable: a file with other settings, or from another machine, ends
+        the benchmark instead of being mixed with this call's.
+    make_figures : callable
+        Takes ``self.parts``, gives the figures of the page.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        args: argparse.Namespace,
+        settings: dict[str, Any],
+        make_figures: Callable[[dict[str, Any]], list[Figure]],
+    ) -> None:
+        self.name, self.title, self.args = name, title, args
+        self.make_figures = make_figures
+        self.parts: dict[str, Any] = {}
+        self.calls: dict[str, str] = {}
+        settings = {key: value for key, value in settings.items() if value is not None}
+        self.settings = json.loads(json.dumps(settings))
+        path = args.out / f"{name}.json"
+        if path.is_file() and not args.fresh:
+            self._continue(path, json.loads(path.read_text(encoding="utf-8")))
+        now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+        self.calls[now] = f"{command_line()}; sources {digest_sources()}"
+
+    def _continue(self, path: Path, record: dict[str, Any]) -> None:
+        """Take over what an earlier call measured, if it is comparable."""
+        values, machine = record["values"], describe_machine()
+        same = ("processor", "cores", "torch_threads")
+        if values["settings"] != self.settings or any(
+            record["machine"].get(key) != machine.get(key) for key in same
+        ):
+            sys.exit(
+                f"{path.name} holds results of other settings, or of another machine or number of "
+                "threads. Pass --fresh to drop them, or another folder as --out."
+            )
+        self.parts, self.calls = values["results"], values["calls"]
+
+    def has(self, part: str, entry: str) -> bool:
+        """Whether an earlier call measured this."""
+        return entry in self.parts.get(part, {})
+
+    def add(self, part: str, entry: str, found: dict[str, Any]) -> None:
+        """Keep a result and write the files: a later failure costs nothing that is measured."""
+        self.parts.setdefault(part, {})[entry] = found
+        print(f"{part}, {entry}: {describe(found)}", flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.finish()
+
+    def finish(self) -> int:
+        """Write the files, print the figures, and return the exit status."""
+        versions = {package: read_version(package) for package in TRAINING_PACKAGES}
+        values = {
+            "settings": self.settings,
+            "results": self.parts,
+            "calls": self.calls,
+            "versions of what trains": {k: v for k, v in versions.items() if v},
+        }
+        figures = self.make_figures(self.parts)
+        return finish(self.name, self.title, figures, values, args=self.args)
+
+
+def describe(found: dict[str, Any]) -> str:
+    """Return one result as a line."""
+    return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items())
+
+
+def read_version(package: str) -> str | None:
+    """Return the version of an installed package, None where it is missing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def digest_sources() -> str:
+    """Return a short hash of the package's Python files: which state of the code was measured."""
+    found = hashlib.blake2b(digest_size=4)
+    for path in sorted((ROOT / "skembed").glob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def draw_examples(labels: np.ndarray, shots: int, draw: int) -> np.ndarray:
+    """Return the rows of one draw: `shots` examples of each class."""
+    rng = np.random.default_rng(draw)
+    rows = [rng.permutation(np.flatnonzero(labels == c))[:shots] for c in np.unique(labels)]
+    return np.concatenate(rows)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error; NaN of fewer than two values."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, statistics.stdev(values) / math.sqrt(len(values))
+
+
+def run_child(script: str, task: dict[str, Any]) -> dict[str, Any]:
+    """Run a script's ``--child`` in a fresh process; what its last line of output says."""
+    command = [sys.executable, script, "--child", json.dumps(task)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{Path(script).name}: the child for {task} ended with {done.returncode}.")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
