@@ -204,7 +204,7 @@ def run_demo(arguments: list[str]) -> int:
 
 def run_test(arguments: list[str]) -> int:
     """Run the tests."""
-    set_up("plot", "test")
+    set_up("plot", "test", "train")
     return step("pytest", "-m", "pytest", *arguments)
 
 
@@ -236,7 +236,7 @@ def run_bench(arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in names:
         raise StepError(f"there is no benchmark {name!r}; there are: {listing}.")
-    set_up("bench")
+    set_up("bench", "train")
     return step(f"benchmarks/{name}.py", ROOT / "benchmarks" / f"{name}.py", *rest)
 
 

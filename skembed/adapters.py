@@ -276,8 +276,7 @@ class Adapter:
         """Restore; arrays become tensors again."""
         self.settings, self.base_fingerprint = state["settings"], state["base_fingerprint"]
         for name in ("lora", "pooling"):
-            # Copied: joblib's arrays are read-only maps, and memory of torch's own alignment gives
-            # the same vectors to the last bit.
+            # Copied: joblib's maps are read-only, and torch's own alignment gives equal bits.
             tensors = {key: torch.tensor(value) for key, value in state[name].items()}
             setattr(self, name, tensors)
         self._view, self._lock, self._fits = None, threading.Lock(), None
@@ -651,8 +650,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         When the file is missing or damaged.
     """
     with _open_tensors(path) as file:
-        # Copied, as the base weights are: nothing hangs on the file, which may be replaced, and
-        # memory of torch's own alignment gives the same vectors to the last bit.
+        # Copied: nothing hangs on the file, and torch's own alignment gives equal bits.
         return {name: file.get_tensor(name).to(torch.float32, copy=True) for name in file.keys()}
 
 

@@ -31,6 +31,7 @@ from skembed.checkpoint import (
     ModelSource,
     fingerprint_weights,
     read_config,
+    read_json,
     resolve_source,
     unpack_folder,
 )
@@ -161,6 +162,17 @@ def find_source(estimator: Any) -> ModelSource:
     if files is None or name in BUNDLED_MODELS or Path(name).expanduser().is_dir():
         return resolve_source(estimator.model, estimator.revision)
     return replace(resolve_source(unpack_folder(files)), name=name)
+
+
+def name_base(source: ModelSource) -> str:
+    """How an adapter names its base model: as the user did, folders by their full path."""
+    if source.adapter_folder is not None:  # as that adapter does: the folder may be a temporary one
+        values = read_json(source.adapter_folder / ADAPTER_CONFIG_FILE)
+        return str(values.get("base_model_name_or_path") or source.folder)
+    for name in BUNDLED_MODELS:
+        if source.folder == resolve_source(name).folder:
+            return name
+    return str(source.folder) if Path(source.name).expanduser().is_dir() else source.name
 
 
 def stored_files(estimator: Any) -> Mapping[str, bytes] | None:

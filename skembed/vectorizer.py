@@ -26,9 +26,7 @@ from skembed.adapters import Adapter, merge_adapter
 from skembed.cache import resolve_cache
 from skembed.checkpoint import (
     ADAPTER_CONFIG_FILE,
-    BUNDLED_MODELS,
     CONFIG_FILE,
-    ModelSource,
     iterate_tensors,
     pack_folder,
     resolve_source,
@@ -52,6 +50,7 @@ from skembed.resolution import (
     describe_model,
     find_source,
     load_resolved,
+    name_base,
     resolve_model,
     stored_files,
 )
@@ -532,7 +531,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             write_json(folder / SETTINGS_FILE, {**settings, "pooling": self.pooling})
             adapter.save(
                 folder,
-                base_name=self._base_name(source),
+                base_name=name_base(source),
                 base_revision=source.revision,
                 pooling_kind=resolved.config.pooling,
             )
@@ -546,15 +545,6 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             tokenizer_folder=source.folder,
             extra={SETTINGS_FILE: settings},
         )
-
-    @staticmethod
-    def _base_name(source: ModelSource) -> str:
-        """How an adapter names its base: as the user did, folders by their full path."""
-        if source.adapter_folder is None and not Path(source.name).expanduser().is_dir():
-            return source.name
-        if source.folder.name in BUNDLED_MODELS:
-            return source.folder.name
-        return str(source.folder)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **parameters: Any) -> NVEmbedVectorizer:

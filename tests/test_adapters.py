@@ -1079,6 +1079,22 @@ def test_an_adapter_of_stored_files_names_the_base_it_was_trained_on(
     assert written["base_model_name_or_path"] == str(fresh_dir)
 
 
+def test_adapters_name_their_base(tmp_path: Path) -> None:
+    copied = tmp_path / "skembed-mini"  # a folder of that name is not the bundled model
+    shutil.copytree(GOLDEN, copied)
+    for k, (model, name) in enumerate(
+        [(GOLDEN, str(GOLDEN)), (copied, str(copied)), ("skembed-mini", "skembed-mini")]
+    ):
+        emb = train(model, trainer={"max_steps": 1, "train_pooling": False})
+        for folder in (tmp_path / f"first{k}", tmp_path / f"second{k}"):
+            emb.save_pretrained(folder)
+            written = json.loads((folder / "adapter_config.json").read_text())
+            assert written["base_model_name_or_path"] == name
+            loaded = make_vectorizer(folder)
+            assert np.array_equal(loaded.transform(TEXTS), emb.transform(TEXTS))
+            emb = loaded
+
+
 def test_an_adapter_knows_its_base_only() -> None:
     adapter = trained().adapter_
     base, _ = load_base(GOLDEN)
