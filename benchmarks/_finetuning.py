@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -24,6 +25,15 @@ import numpy as np
 from _common import ROOT
 from _results import Figure, command_line, describe_machine, finish
 
+Pairs = list[tuple[str, str]]
+# Captions and questions up to paragraphs.
+PAIR_SETS = (
+    "snli_counterfactual",
+    "squad_question_sentence",
+    "wikipedia_title_lead",
+    "medquad",
+    "dynamics365_business_docs",
+)
 TRAINING_PACKAGES = ("peft", "setfit", "accelerate", "datasets")
 
 
@@ -143,3 +153,65 @@ def run_child(script: str, task: dict[str, Any]) -> dict[str, Any]:
     if done.returncode:
         sys.exit(f"{Path(script).name}: the child for {task} ended with {done.returncode}.")
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+# Training pairs
+
+
+def load_pairs(data: Path, keep: Callable[[list[str]], list[str]], n_pairs: int) -> Pairs:
+    """Return pairs of distinct texts of mixed length, the same for the same `n_pairs`.
+
+    `keep` says which texts may be used. Equal parts of five sets; generated ones without them.
+    """
+    folder = data / "train" / "permissive" / "pairs"
+    share = n_pairs // len(PAIR_SETS) + 1
+    sets = [read_pairs(folder / f"{name}.jsonl.gz", 2 * share) for name in PAIR_SETS]
+    if not all(sets):
+        print("no training pairs in the data folder; generated ones instead")
+        sets = [generate_pairs(2 * n_pairs)] * len(PAIR_SETS)
+    seen: set[str] = set()
+    pairs: Pairs = []
+    for found in sets:
+        kept = set(keep(list({text for pair in found for text in pair})))
+        fresh = [pair for pair in found if kept.issuperset(pair) and pair[0] != pair[1]]
+        pairs += take_distinct(fresh, share, seen)
+    if len(pairs) < n_pairs:
+        sys.exit(
+            f"{Path(sys.argv[0]).name}: {len(pairs)} pairs; {n_pairs} are needed. Lower --pairs."
+        )
+    order = np.random.default_rng(0).permutation(len(pairs))[:n_pairs]
+    return [pairs[i] for i in order]
+
+
+def take_distinct(pairs: Pairs, n_pairs: int, seen: set[str]) -> Pairs:
+    """First pairs whose texts did not occur yet; `seen` grows."""
+    taken: Pairs = []
+    for pair in pairs:
+        if len(taken) < n_pairs and seen.isdisjoint(pair):
+            taken.append(pair)
+            seen.update(pair)
+    return taken
+
+
+def read_pairs(path: Path, n_pairs: int) -> Pairs:
+    """Some pairs of a set, the same each time; empty without the file."""
+    if not path.is_file():
+        return []
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    order = np.random.default_rng(0).permutation(len(rows))[:n_pairs]
+    pairs = [(rows[i]["query"].strip(), rows[i]["positive"].strip()) for i in order]
+    return [pair for pair in pairs if all(pair)]
+
+
+def generate_pairs(n_pairs: int) -> Pairs:
+    """Pairs of random words: short questions, answers of 4 to 250 words."""
+    rng = np.random.default_rng(0)
+    words = (
+        "account river stone market winter letter engine garden number window paper road".split()
+    )
+    lengths = np.exp(rng.uniform(np.log(4), np.log(250), n_pairs)).astype(int)
+    return [
+        (f"{i} {' '.join(rng.choice(words, 8))}", f"{i}: {' '.join(rng.choice(words, n))}")
+        for i, n in enumerate(lengths)
+    ]

@@ -144,9 +144,7 @@ def run_setfit_defaults(draw: Draw, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-RUNNERS = dict(
-    zip(SIDES, (run_skembed, run_minilm, run_setfit, run_setfit_defaults), strict=True)
-)
+RUNNERS = dict(zip(SIDES, (run_skembed, run_minilm, run_setfit, run_setfit_defaults), strict=True))
 
 
 def make_setfit(draw: Draw, folder: str, **options: Any) -> tuple[Any, Any]:

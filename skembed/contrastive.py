@@ -30,6 +30,7 @@ from skembed.training_state import Checkpoints, check_folder
 Embed = Callable[[np.ndarray], np.ndarray]
 CENTROID_TEXTS = 4_096  # of the training part, for the validation of classes
 MRR_DEPTH = 10
+BLOCK_SCORES = 1 << 22  # cosines of the validation of rows held at once
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,7 @@ def _open_checkpoints(
         return None, entropy if seed is None else seed
     identity = {
         "model": base.key.fingerprint + (f"+{start.fingerprint}" if start else ""),
+        "pooling": base.key.pooling,
         "data type or device": f"{base.key.dtype} on {base.key.device.split(':')[0]}",
         "max_length": str(max_length),
         **_identify_data(requests, trainer),
@@ -405,16 +407,21 @@ def _validation(
         return Validation("Spearman correlation", score_pairs)
     candidates = np.unique(columns[held, 1:])
     starts, known = examples.known_positives()
+    own = np.searchsorted(candidates, columns[held, 1])
 
     def score_ranks(embed: Embed) -> float:
-        vectors = embed(documents[candidates])
-        cosines = embed(queries[columns[held, 0]]) @ vectors.T  # (n_held, n_candidates)
-        own = np.searchsorted(candidates, columns[held, 1])
-        best = cosines[np.arange(len(held)), own]
-        for row, anchor in enumerate(columns[held, 0]):  # other right answers are no mistakes
-            other = known[starts[anchor] : starts[anchor + 1]]
-            cosines[row, np.flatnonzero(np.isin(candidates, [*other, anchor]))] = -np.inf
-        rank = 1 + (cosines > best[:, None]).sum(axis=1)
+        anchors, vectors = embed(queries[columns[held, 0]]), embed(documents[candidates])
+        rank = np.empty(len(held), dtype=np.int64)
+        size = max(1, BLOCK_SCORES // len(candidates))
+        for block in (slice(k, k + size) for k in range(0, len(held), size)):
+            cosines = anchors[block] @ vectors.T  # (rows of the block, n_candidates)
+            best = cosines[np.arange(len(cosines)), own[block]]
+            for row, anchor in enumerate(columns[held[block], 0]):
+                right = np.append(known[starts[anchor] : starts[anchor + 1]], anchor)
+                place = np.searchsorted(candidates, right) % len(candidates)
+                # Other right answers are no mistakes.
+                cosines[row, place[candidates[place] == right]] = -np.inf
+            rank[block] = 1 + (cosines > best[:, None]).sum(axis=1)
         return float(np.where(rank <= MRR_DEPTH, 1.0 / rank, 0.0).mean())
 
     return Validation(f"mean reciprocal rank at {MRR_DEPTH}", score_ranks)

@@ -164,6 +164,8 @@ class _Learner:
                     out[chunk] = self.embed(rows[chunk]).cpu().numpy()
         finally:
             self.masks.active = active
+        if not np.isfinite(out).all():
+            raise _diverged("A vector of the model in training is not finite", self.settings)
         return out
 
     def chunk_budget(self) -> tuple[int, int]:
@@ -387,11 +389,13 @@ def run_training(
         )
     finally:
         bar.close()
-    if checkpoints is not None and state.done:
-        checkpoints.write(*_snapshot(learner, state, plan))
     weights = learner.weights()
     if settings.early_stopping and state.best:
         weights = state.best
+    else:  # no loss has been taken since the last update
+        learner.embed_all(np.zeros(1, dtype=np.int64))
+    if checkpoints is not None and state.done:
+        checkpoints.write(*_snapshot(learner, state, plan))
     return learner.adapter(weights), history
 
 
@@ -419,11 +423,19 @@ def _check_finite(loss: Tensor, norm: float, step: int, settings: TrainingSettin
     if torch.isfinite(loss) and np.isfinite(norm):
         return
     what = "gradient" if torch.isfinite(loss) else "loss"
-    raise TrainingError(
-        f"The {what} is not finite at step {step + 1} of {settings.n_steps} (loss {float(loss)}, "
-        f"gradient norm {norm}; learning_rate={settings.learning_rate}, "
-        f"temperature={settings.temperature}). Lower `learning_rate`, raise `temperature`, or use "
-        "dtype='bfloat16' or 'float32' where it is float16. The model is as it was before `fit`."
+    raise _diverged(
+        f"The {what} is not finite at step {step + 1} of {settings.n_steps}: loss {float(loss)}, "
+        f"gradient norm {norm}",
+        settings,
+    )
+
+
+def _diverged(what: str, settings: TrainingSettings) -> TrainingError:
+    """The error of a run that cannot go on."""
+    return TrainingError(
+        f"{what} (learning_rate={settings.learning_rate}, temperature={settings.temperature}). "
+        "Lower `learning_rate`, raise `temperature`, or use dtype='bfloat16' or 'float32' where "
+        "it is float16. The model is as it was before `fit`."
     )
 
 

@@ -141,17 +141,17 @@ def _read_header(path: Path, identity: Mapping[str, str]) -> dict[str, Any] | No
     try:
         with safe_open(path, framework="pt") as file:
             header: dict[str, Any] = json.loads((file.metadata() or {})["skembed"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        version, found = header["version"], header["identity"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{OWNER} holds a {STATE_FILE} that cannot be read ({type(error).__name__}: "
             f"{error}). Delete the file to start again, or name another folder."
         ) from error
-    if header.get("version") != STATE_VERSION:
+    if version != STATE_VERSION:
         raise CheckpointError(
-            f"{OWNER} holds a state of version {header.get('version')!r}; this release reads "
-            f"{STATE_VERSION}. Delete {path}, or name another folder."
+            f"{OWNER} holds a state of version {version!r}; this release reads {STATE_VERSION}. "
+            f"Delete {path}, or name another folder."
         )
-    found = header["identity"]
     differing = [name for name in identity if found.get(name) != identity[name]]
     if differing:
         raise CheckpointError(
