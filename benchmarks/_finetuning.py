@@ -115,6 +115,18 @@ def describe(found: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items())
 
 
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """Read ``name=value`` words; a value is JSON where it can be, else a string."""
+    found = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
 def read_version(package: str) -> str | None:
     """Return the version of an installed package, None where it is missing."""
     try:

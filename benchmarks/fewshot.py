@@ -9,6 +9,9 @@ Other sides: "minilm", logistic regression on all-MiniLM-L6-v2's frozen vectors;
 with that body and `--setfit-iterations` pairs of each kind for a text; "setfit-defaults", SetFit as
 it comes, which trains on all pairs: stopped after `--setfit-max-steps`, its seconds are projected
 from the steps that ran and its accuracy is not reported.
+
+`--held-out` is for choosing settings (`--trainer name=value`) without the test parts: it scores on
+the training rows that are not in the draw, and writes no result.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from _common import load_minilm, make_parser, read_rows, start
-from _finetuning import Results, draw_examples, mean_and_error
+from _finetuning import Results, describe, draw_examples, mean_and_error, parse_options
 from _results import Figure
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -62,6 +66,8 @@ def load_draw(args: argparse.Namespace, name: str, shots: int, draw: int) -> Dra
         train, test = ([row for row in rows if row["label"] in kept] for rows in (train, test))
     labels = np.array([row["label"] for row in train])
     rows = draw_examples(labels, shots, draw)
+    if args.held_out:
+        test = [row for i, row in enumerate(train) if i not in set(rows)]
     return Draw(
         [train[i]["text"] for i in rows],
         labels[rows],
@@ -83,7 +89,7 @@ def run_skembed(draw: Draw, args: argparse.Namespace) -> dict[str, Any]:
 
     frozen = fit(None)  # loads the model, too
     began = time.perf_counter()
-    fitted = fit(ContrastiveTrainer(random_state=0))
+    fitted = fit(ContrastiveTrainer(random_state=0, **parse_options(args.trainer)))
     fit_s = time.perf_counter() - began
     before, after = (draw.accuracy(pipe.predict(draw.test_texts)) for pipe in (frozen, fitted))
     return {
@@ -260,21 +266,30 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--only", nargs="+", help="such as banking77, banking77:8, banking77:8:0")
     parser.add_argument("--classes", type=int, help="keep this many classes, for a short try")
+    parser.add_argument("--trainer", nargs="+", default=[], help="name=value of ContrastiveTrainer")
+    parser.add_argument("--held-out", action="store_true", help="score without the test parts")
     parser.add_argument("--setfit-iterations", type=int, default=20)
     parser.add_argument("--setfit-max-steps", type=int, default=60)
     parser.add_argument("--fresh", action="store_true", help="drop earlier results")
     args = start(parser)
-    settings = {"model": args.model, "classes": args.classes}
+    wanted = [
+        (name, shots, draw, side)
+        for name, shots, draw, side in product(SETS, SHOTS, range(args.draws), args.sides)
+        if is_wanted(args.only, name, shots, draw)
+    ]
+    if args.held_out:
+        for name, shots, draw, side in wanted:
+            found = RUNNERS[side](load_draw(args, name, shots, draw), args)
+            print(f"{name}, {shots} per class, draw {draw}, {side}, held out: {describe(found)}")
+        return 0
+    settings = {"model": args.model, "classes": args.classes, "trainer": args.trainer or None}
     title = "Few-shot accuracy after a contrastive fit"
     results = Results("fewshot", title, args, settings, make_figures)
-    for name in SETS:
-        for shots in SHOTS:
-            for draw in range(args.draws):
-                for side in args.sides:
-                    case, entry = f"{name}, {shots} per class", name_entry(side, draw, args)
-                    if is_wanted(args.only, name, shots, draw) and not results.has(case, entry):
-                        found = RUNNERS[side](load_draw(args, name, shots, draw), args)
-                        results.add(case, entry, found)
+    for name, shots, draw, side in wanted:
+        case, entry = f"{name}, {shots} per class", name_entry(side, draw, args)
+        if not results.has(case, entry):
+            found = RUNNERS[side](load_draw(args, name, shots, draw), args)
+            results.add(case, entry, found)
     return results.finish()
 
 

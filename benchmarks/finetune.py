@@ -17,14 +17,14 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from _common import make_parser, read_rows, start
-from _finetuning import Results, describe
+from _finetuning import Results, describe, parse_options
 from _results import Figure
 from quality import SCORERS
 
@@ -200,18 +200,6 @@ def score_elsewhere(
         "after": after,
         "gain": round(after - before, 3),
     }
-
-
-def parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """Read ``name=value`` words; a value is JSON where it can be, else a string."""
-    found = {}
-    for option in options:
-        name, _, value = option.partition("=")
-        try:
-            found[name] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name] = value
-    return found
 
 
 def make_figures(parts: dict[str, Any]) -> list[Figure]:

@@ -71,7 +71,7 @@ class FitResult:
 
 def check_requests(requests: Sequence[TaskRequest], trainer: ContrastiveTrainer) -> list[str]:
     """Refuse what cannot be learned from, before a model is loaded; the loss of each task."""
-    losses = [_check_request(request, trainer) for request in requests]
+    losses = _check_losses(requests, trainer)
     if trainer.validation_fraction:
         for request in requests:
             split_validation(request.examples, trainer.validation_fraction, trainer.random_state)
@@ -80,10 +80,18 @@ def check_requests(requests: Sequence[TaskRequest], trainer: ContrastiveTrainer)
     return losses
 
 
-def _check_request(request: TaskRequest, trainer: ContrastiveTrainer) -> str:
+def _check_losses(requests: Sequence[TaskRequest], trainer: ContrastiveTrainer) -> list[str]:
+    """The loss of each task, or the reason why one has none."""
+    places = [f" (tasks[{i}])" if request.name else "" for i, request in enumerate(requests)]
+    return [
+        _check_request(request, trainer, where)
+        for request, where in zip(requests, places, strict=True)
+    ]
+
+
+def _check_request(request: TaskRequest, trainer: ContrastiveTrainer, where: str) -> str:
     """The loss of a task, or the reason why it has none."""
     examples = request.examples
-    where = f" (task {request.name})" if request.name else ""
     loss = trainer.loss
     if loss == "auto":
         loss = "cosent" if examples.kind == "scores" else "infonce"
@@ -157,7 +165,7 @@ def fit_adapter(
     TrainingError
         When training cannot go on.
     """
-    losses = [_check_request(request, trainer) for request in requests]
+    losses = _check_losses(requests, trainer)
     targets = trainer.target_modules
     lora_settings = LoraSettings(
         trainer.r,

@@ -571,6 +571,15 @@ def test_a_view_is_made_once() -> None:
         assert len({id(view) for view in pool.map(bind, range(8))}) == 1
 
 
+def test_a_view_follows_its_base() -> None:
+    emb = train()
+    exact = emb.transform(TEXTS)
+    half = emb.set_params(dtype="bfloat16").transform(TEXTS)
+    assert 0 < np.abs(half - exact).max() < 5e-2
+    assert np.array_equal(pickle.loads(pickle.dumps(emb)).transform(TEXTS), half)
+    assert np.array_equal(emb.set_params(dtype="float32").transform(TEXTS), exact)
+
+
 def test_adapters_are_freed_with_their_estimator(fresh_dir: Path) -> None:
     frozen = make_vectorizer(fresh_dir)
     frozen.transform(TEXTS)
@@ -866,9 +875,10 @@ def test_another_pooling_after_fit_is_refused(saved: Path, tmp_path: Path) -> No
     assert lora_only.transform(TEXTS).shape == (8, 48)
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("n_written", range(4))
 def test_a_save_that_is_killed_leaves_no_mixture(
-    n_written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    n_written: int, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over another adapter: the folder holds the old one, the new one, or refuses to load."""
     old = train(trainer={"random_state": 1}, truncate_dim=8)
@@ -878,9 +888,11 @@ def test_a_save_that_is_killed_leaves_no_mixture(
     move = Path.replace
 
     def replace_file(self: Path, target: Any) -> Path:
-        if len(done) == n_written:
-            raise KeyboardInterrupt
         done.append(target)
+        if len(done) == n_written + 1:
+            if after:
+                move(self, target)
+            raise KeyboardInterrupt
         return move(self, target)
 
     with monkeypatch.context() as patch:
@@ -898,7 +910,8 @@ def test_a_save_that_is_killed_leaves_no_mixture(
         found = make_vectorizer(tmp_path).transform(TEXTS)
         assert np.array_equal(found, new.transform(TEXTS))
     else:
-        assert np.array_equal(found, old.transform(TEXTS))
+        complete = new if after and n_written == 3 else old
+        assert np.array_equal(found, complete.transform(TEXTS))
 
 
 def test_folders_that_hold_something_else_are_not_overwritten(saved: Path, fresh_dir: Path) -> None:
@@ -1049,6 +1062,9 @@ def test_training_goes_on_from_a_folder_and_leaves_it(saved: Path) -> None:
     np.testing.assert_allclose(emb.transform(TEXTS), start.transform(TEXTS), rtol=0, atol=1e-5)
     emb.set_params(trainer=make_trainer()).fit(TEXTS, LABELS)
     assert emb.adapter_.fingerprint != loaded.fingerprint
+    # A clone shares the lease, and with it the adapter that training starts from.
+    twin = clone(start).set_params(trainer=make_trainer()).fit(TEXTS, LABELS)
+    assert twin.adapter_.fingerprint == emb.adapter_.fingerprint
     assert {name: (saved / name).read_bytes() for name in ADAPTER_FILES} == files
     assert np.array_equal(start.transform(TEXTS), trained().transform(TEXTS))
 
@@ -1082,14 +1098,13 @@ def test_an_adapter_of_stored_files_names_the_base_it_was_trained_on(
 def test_adapters_name_their_base(tmp_path: Path) -> None:
     copied = tmp_path / "skembed-mini"  # a folder of that name is not the bundled model
     shutil.copytree(GOLDEN, copied)
-    for k, (model, name) in enumerate(
-        [(GOLDEN, str(GOLDEN)), (copied, str(copied)), ("skembed-mini", "skembed-mini")]
-    ):
+    models: list[Path | str] = [GOLDEN, copied, "skembed-mini"]
+    for k, model in enumerate(models):
         emb = train(model, trainer={"max_steps": 1, "train_pooling": False})
         for folder in (tmp_path / f"first{k}", tmp_path / f"second{k}"):
             emb.save_pretrained(folder)
             written = json.loads((folder / "adapter_config.json").read_text())
-            assert written["base_model_name_or_path"] == name
+            assert written["base_model_name_or_path"] == str(model)
             loaded = make_vectorizer(folder)
             assert np.array_equal(loaded.transform(TEXTS), emb.transform(TEXTS))
             emb = loaded

@@ -312,23 +312,23 @@ def test_trainer_wants_fit_first() -> None:
         emb.get_feature_names_out()
 
 
-@pytest.mark.usefixtures("no_loading")
 @pytest.mark.parametrize(
     ("trainer", "X", "y"),
     [
         ("auto", [("a", "b"), ("c", "d")], None),
         ("auto", [("a", "b"), ("c", "d")], [0.5, 1.0]),
-        (ContrastiveTrainer(), [("a", "b"), ("c", "d")], None),
-        (ContrastiveTrainer(), ["a", "b"], [0, 1]),
+        (ContrastiveTrainer(r=2), [("a", "b"), ("c", "d")], None),
+        (ContrastiveTrainer(r=2, max_steps=1), ["a", "b", "c", "d"], [0, 1, 0, 1]),
     ],
 )
-def test_training_is_refused_clearly(trainer: Any, X: Any, y: Any) -> None:
-    emb = make_vectorizer(trainer=trainer)
-    with pytest.raises(NotImplementedError, match="asked to train.*Pass `trainer=None`"):
-        emb.fit(X, y)
-    with pytest.raises(NotImplementedError, match="asked to train"):
-        emb.fit_transform(X, y)
-    assert emb.set_params(trainer=None).fit(X, y).embedding_dim_ == DIM
+def test_the_trainer_says_whether_fit_trains(trainer: Any, X: Any, y: Any) -> None:
+    emb = make_vectorizer(trainer=trainer).fit(X, y)
+    assert len(emb.history_) == 1
+    frozen = make_vectorizer(trainer=None).fit(X, y)
+    assert frozen.embedding_dim_ == DIM
+    assert not hasattr(frozen, "adapter_")
+    assert emb.model_["fingerprint"].startswith(frozen.model_["fingerprint"] + "+")
+    assert np.abs(emb.transform(X) - frozen.transform(X)).max() > 1e-6
 
 
 def test_labels_leave_single_texts_frozen(emb: NVEmbedVectorizer, vectors: np.ndarray) -> None:
