@@ -39,6 +39,7 @@ from skembed.checkpoint import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     BACKBONE_PREFIX,
+    CONTENT_DIGITS,
     POOLING_FILE,
     POOLING_PREFIX,
     ModelSource,
@@ -286,7 +287,7 @@ class Adapter:
         """Hash of what vectors depend on: base model, scale, weights; 32 hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=16)
         scale = [self.settings.r, float(self.settings.lora_alpha)]
-        digest.update(json.dumps([self.base_fingerprint, *scale]).encode())
+        digest.update(json.dumps([self.base_fingerprint[:CONTENT_DIGITS], *scale]).encode())
         for group in (self.lora, self.pooling):
             for name in sorted(group):
                 digest.update(name.encode())
@@ -320,7 +321,7 @@ class Adapter:
 
     def check_base(self, fingerprint: str) -> None:
         """Refuse a base model that the adapter was not trained on."""
-        if fingerprint != self.base_fingerprint:
+        if fingerprint[:CONTENT_DIGITS] != self.base_fingerprint[:CONTENT_DIGITS]:
             raise CheckpointError(
                 "The adapter was trained on another model: weights, config.json or tokenizer of "
                 f"the base differ (fingerprint {self.base_fingerprint[:8]}..., got "

@@ -53,6 +53,7 @@ POOLING_FILE = "pooling.safetensors"  # beside an adapter that trained the pooli
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 WHOLE_HASH_BYTES = 256 * 1024**2
+CONTENT_DIGITS = 16  # of a fingerprint: those that copies of a model have in common
 _unpacked: dict[str, tempfile.TemporaryDirectory[str]] = {}
 _unpacking = threading.Lock()
 BACKBONE_PREFIX = "embedding_model."
@@ -506,16 +507,22 @@ def fingerprint_weights(source: ModelSource) -> str:
     Returns
     -------
     str
-        32 hexadecimal digits.
+        32 hexadecimal digits. The first 16 are a hash of the content alone (of the samples, in a
+        large file): equal for copies on two machines. The others depend on the times as well.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    content = hashlib.blake2b(digest_size=CONTENT_DIGITS // 2)
+    state = hashlib.blake2b(digest_size=CONTENT_DIGITS // 2)
     small = [source.folder / CONFIG_FILE, find_tokenizer_file(source.folder)]
     for path in [*small, *_find_weight_files(source.folder)]:
         try:
-            _hash_file(path, digest)
+            _hash_file(path, content)
+            stat = path.stat()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    return digest.hexdigest()
+        if stat.st_size > WHOLE_HASH_BYTES:
+            state.update(f"{stat.st_mtime_ns}:".encode())
+    state.update(content.digest())
+    return content.hexdigest() + state.hexdigest()
 
 
 def _hash_file(path: Path, digest: hashlib.blake2b) -> None:
@@ -529,14 +536,13 @@ def _hash_file(path: Path, digest: hashlib.blake2b) -> None:
 @lru_cache(maxsize=256)
 def _content_hash(path: str, state: tuple[int, int, int, int]) -> bytes:
     """Hash of a file in the state given (size, change times, inode), remembered."""
-    size, changed, *_ = state
+    size = state[0]
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         if size <= WHOLE_HASH_BYTES:
             while block := file.read(1 << 20):
                 digest.update(block)
         else:
-            digest.update(f"{changed}:".encode())
             for place in range(0, size, size // 4_096):
                 file.seek(place)
                 digest.update(file.read(4_096))

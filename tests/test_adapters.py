@@ -35,7 +35,7 @@ from sklearn.pipeline import make_pipeline
 from torch import Tensor, nn
 from transformers import AutoModel, MistralConfig
 
-from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer
+from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer, checkpoint
 from skembed.adapters import (
     Adapter,
     DropoutMasks,
@@ -855,6 +855,22 @@ def test_another_model_after_fit_is_refused(other_base: Path) -> None:
     assert np.array_equal(emb.transform(TEXTS), expected)
     other = emb.set_params(model=other_base).fit(TEXTS, LABELS).adapter_
     assert other.base_fingerprint == fingerprint_weights(resolve_source(other_base))
+
+
+def test_a_copy_of_a_large_base_is_the_same_base(
+    fresh_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine the files' times differ; of large files they are in the fingerprint."""
+    monkeypatch.setattr(checkpoint, "WHOLE_HASH_BYTES", 20_000)
+    checkpoint._content_hash.cache_clear()
+    emb = train(fresh_dir)
+    vectors = emb.transform(TEXTS)
+    emb.save_pretrained(tmp_path / "adapter")
+    content = pickle.dumps(emb)
+    os.utime(fresh_dir / "model.safetensors", ns=(10**18, 10**18))
+    for found in (make_vectorizer(tmp_path / "adapter"), pickle.loads(content)):
+        assert np.array_equal(found.transform(TEXTS), vectors)
+    checkpoint._content_hash.cache_clear()
 
 
 @fresh_pooling

@@ -456,7 +456,7 @@ def test_pickle_with_weights_opens_without_the_model(folder: Path) -> None:
 
 
 def test_unpacked_files_are_shared_by_content(folder: Path) -> None:
-    files = checkpoint.pack_folder(folder)
+    files = checkpoint.pack_folder(resolve_source(folder))
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     one, same = unpack_folder(files), unpack_folder(dict(reversed(files.items())))
     assert one == same
