@@ -15,6 +15,7 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 from _common import ROOT
 from _results import Figure, command_line, describe_machine, finish
+from load_memory import read_memory
 
 Pairs = list[tuple[str, str]]
 # Captions and questions up to paragraphs.
@@ -34,6 +36,7 @@ PAIR_SETS = (
     "medquad",
     "dynamics365_business_docs",
 )
+N_TINY = 4  # pairs of the fit after which memory is counted: all libraries are there
 TRAINING_PACKAGES = ("peft", "setfit", "accelerate", "datasets")
 
 
@@ -227,3 +230,38 @@ def generate_pairs(n_pairs: int) -> Pairs:
         (f"{i} {' '.join(rng.choice(words, 8))}", f"{i}: {' '.join(rng.choice(words, n))}")
         for i, n in enumerate(lengths)
     ]
+
+
+# One fit
+
+
+def measure_fit(fit: Callable[[Pairs], Any], pairs: Pairs, batch: int) -> dict[str, float]:
+    """Seconds and peak memory of a fit, after a small and a full-size warm-up."""
+    shortest = sorted(pairs[:batch], key=lambda pair: sum(map(len, pair)))
+    fit(shortest[:N_TINY])
+    loaded = read_memory("VmRSS")
+    first_loss = float(fit(pairs[:batch]))
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again
+    began = time.perf_counter()
+    fit(pairs)
+    seconds = time.perf_counter() - began
+    peak = read_memory("VmHWM")
+    return {
+        "seconds": round(seconds, 3),
+        "examples_per_s": round(len(pairs) / seconds, 2),
+        "loaded_MiB": round(loaded / 2**20, 1),
+        "peak_MiB": round(peak / 2**20, 1),
+        "used_MiB": round((peak - loaded) / 2**20, 1),
+        "first_loss": round(first_loss, 6),
+    }
+
+
+def count_padding(lengths: np.ndarray, batch: int, size: int) -> float:
+    """Positions a token, padding included, where `size` texts of a column of pairs run together."""
+    positions = 0
+    for column in lengths.reshape(-1, 2).T:
+        for begin in range(0, len(column), batch):
+            step = column[begin : begin + batch]
+            chunks = [step[k : k + size] for k in range(0, len(step), size)]
+            positions += sum(int(chunk.max()) * len(chunk) for chunk in chunks)
+    return round(positions / int(lengths.sum()), 2)

@@ -8,8 +8,8 @@ also at once in several threads; a view goes with its adapter, and the base is n
 
 peft decides which layers `target_modules` means and owns the file format
 (``adapter_config.json``, ``adapter_model.safetensors``). The layer is our own: peft's draws its
-dropout from torch's global state, which a gradient cache cannot replay under threads, and on a CPU
-takes a second pass over each result (docs/finetuning.md has the figures).
+dropout from torch's global state, which a gradient cache cannot replay under threads, and keeps its
+masks in memory.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +101,9 @@ class DropoutMasks:
         self.key: tuple[int, ...] = (0,)
         self.active = p > 0
 
-    def draw(self, number: int, like: Tensor) -> Tensor:
+    def draw(self, number: int, like: Tensor, key: tuple[int, ...] | None = None) -> Tensor:
         """Ones for what the layer of this number keeps, zeros for the rest, as `like`."""
-        seed = np.random.SeedSequence((*self.key, number))
+        seed = np.random.SeedSequence((*(self.key if key is None else key), number))
         if like.device.type != "cpu":
             generator = torch.Generator(like.device)
             generator.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> np.uint64(1)))
@@ -123,8 +123,8 @@ class DropoutMasks:
 class _LoraFunction(torch.autograd.Function):
     """``x W^T + b + s * (m * x) A^T B^T``; gradients for x, A and B, in as few passes as it takes.
 
-    Nothing of the size of the result is kept for the backward pass but the mask; x is the
-    neighbouring layers' too.
+    Nothing of the size of the result is kept for the backward pass: x is the neighbouring layers'
+    too, and the mask m is drawn again.
     """
 
     @staticmethod
@@ -135,23 +135,24 @@ class _LoraFunction(torch.autograd.Function):
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
-        mask: Tensor | None,
+        draw_mask: Callable[[Tensor], Tensor] | None,
         scaling: float,
     ) -> Tensor:
         """X (T, in) in the model's type, A (r, in) and B (out, r) in float32 -> (T, out)."""
         small_a, small_b = a.to(x.dtype), (b * scaling).to(x.dtype)
-        inner = (x if mask is None else x * mask) @ small_a.T  # (T, r)
+        inner = (x if draw_mask is None else x * draw_mask(x)) @ small_a.T  # (T, r)
         out = F.linear(x, weight, bias)
         out.addmm_(inner, small_b.T)
-        ctx.save_for_backward(x, weight, small_a, small_b, inner, mask)
-        ctx.scaling = scaling
+        ctx.save_for_backward(x, weight, small_a, small_b, inner)
+        ctx.draw_mask, ctx.scaling = draw_mask, scaling
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Gradient of the result (T, out) -> gradients of x, A and B; A's and B's in float32."""
-        x, weight, small_a, small_b, inner, mask = ctx.saved_tensors
+        x, weight, small_a, small_b, inner = ctx.saved_tensors
         grad = gradients[0]
+        mask = None if ctx.draw_mask is None else ctx.draw_mask(x)
         grad_inner = grad @ small_b  # (T, r)
         grad_b = (grad.T @ inner).float() * ctx.scaling
         grad_a = (grad_inner.T @ (x if mask is None else x * mask)).float()
@@ -212,12 +213,13 @@ class LoraLinear(nn.Module):
         """(..., in) -> (..., out)."""
         flat = x.reshape(-1, x.shape[-1])  # (T, in)
         if self._small is None:
-            mask, scaling = None, self.scaling
-            if self.masks is not None and self.masks.active:
-                mask = self.masks.draw(self.number, flat)
-                scaling /= 1.0 - self.masks.p
+            draw, scaling = None, self.scaling
+            masks = self.masks
+            if masks is not None and masks.active:
+                draw = partial(masks.draw, self.number, key=masks.key)
+                scaling /= 1.0 - masks.p
             out = _LoraFunction.apply(
-                flat, self.weight, self.bias, self.lora_A, self.lora_B, mask, scaling
+                flat, self.weight, self.bias, self.lora_A, self.lora_B, draw, scaling
             )
         else:
             a, b = self._small

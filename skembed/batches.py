@@ -509,10 +509,10 @@ def _join(parts: Sequence[_Part], table: TextTable, index: _GroupIndex) -> Contr
     positive, own = place[: len(positives)], place[len(positives) :]
     allowed = np.repeat(join("in_batch")[:, None], len(columns), axis=1)
     allowed[join_rows("negative_rows"), own] = True
-    # False negatives: the anchor's text and its positive's, its known positives, its classes.
+    # False negatives: the anchor's text, its known positives or its classes; the texts equal to
+    # its positive are among these.
     strings, anchor_strings = table.string_of[columns], table.string_of[anchors]
     allowed &= strings[None] != anchor_strings[:, None]
-    allowed &= strings[None] != table.string_of[positives][:, None]
     order = np.argsort(strings)
     rows, hits = _match(table.string_of[join("known")], strings[order])
     allowed[join_rows("known_rows")[rows], order[hits]] = False

@@ -96,5 +96,8 @@ class TrainingHistory:
                 other.axvline(self.best_step, color="C1", linestyle=":", linewidth=1, label="kept")
             more, names = other.get_legend_handles_labels()
             handles, labels = handles + more, labels + names
-        ax.legend(handles, labels, loc="best", frameon=False)
+        # Above the axes: inside them it would hide one of the two curves.
+        ax.legend(
+            handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False
+        )
         return ax

@@ -42,7 +42,7 @@ PROGRESS_DELAY_S = 3.0
 CPU_CHUNK_TOKENS = 2_048
 # Tokens whose activations are held at once, where the chunk's size is left to us: a batch up to
 # this many is embedded once instead of twice.
-CPU_KEPT_TOKENS = 8_192
+CPU_KEPT_TOKENS = 4_096
 N_VALIDATIONS = 10
 
 

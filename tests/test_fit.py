@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import NotFittedError, SkipTestWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_validate
 from sklearn.pipeline import Pipeline
@@ -745,6 +745,21 @@ def test_scikit_learn_checks_that_need_no_numbers(
             pytest.skip("the trainer is a set of parameters, no estimator")
         return check("ContrastiveTrainer", make_trainer())
     return check("NVEmbedVectorizer", trained if kind == "trained" else make())
+
+
+@pytest.mark.skipif(
+    not hasattr(estimator_checks, "estimator_checks_generator"),
+    reason="scikit-learn 1.5 has no generator of checks",
+)
+def test_scikit_learn_generator_with_a_trainer(trained: NVEmbedVectorizer) -> None:
+    names = []
+    for estimator in (trained, make()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SkipTestWarning)  # few checks for estimators of text
+            for subject, check in estimator_checks.estimator_checks_generator(estimator):
+                check(subject)
+                names.append(check.func.__name__)
+    assert names
 
 
 # ---------------------------------------------------------------- bad input

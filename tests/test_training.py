@@ -679,6 +679,27 @@ def test_an_interrupted_run_is_resumed(
     assert timeless(emb.history_) == timeless(whole.history_)
 
 
+def test_patience_and_the_best_are_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
+) -> None:
+    parameters = {"validation_fraction": 0.3, "early_stopping": True, "patience": 2, "epochs": 6}
+    saving = {"checkpoint_dir": tmp_path, "checkpoint_steps": 1, "max_steps": 6}
+    fake_scores(monkeypatch, [0.1, 0.5, 0.4, 0.3])
+    whole = make(**{**parameters, "max_steps": 6}).fit(TEXTS, LABELS)
+    assert (len(whole.history_), whole.history_.best_step) == (3, 1)
+    fake_scores(monkeypatch, [0.1, 0.5, 0.4])
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.warns(SkembedWarning, match="interrupted after 3 steps"):
+            make(**parameters, **saving).fit(TEXTS, LABELS)
+    steps.clear()
+    fake_scores(monkeypatch, [0.3])
+    emb = make(**parameters, **saving).fit(TEXTS, LABELS)
+    assert steps == [2], "one bad score before the interruption, and one after it"
+    assert timeless(emb.history_) == timeless(whole.history_)
+    assert_same(weights(emb), weights(whole))
+
+
 # ---------------------------------------------------------------- states on disk
 
 
