@@ -106,7 +106,15 @@ class Part:
 
 
 PARTS = {
-    "stsb": Part("sts", "stsb", "Spearman", read_stsb, MIN_GAIN_STSB, ("reranking", "trecqa"), {}),
+    "stsb": Part(
+        "sts",
+        "stsb",
+        "Spearman",
+        read_stsb,
+        MIN_GAIN_STSB,
+        ("reranking", "trecqa"),
+        {"epochs": 3},
+    ),
     "trecqa": Part("reranking", "trecqa", "MAP", read_trecqa, MIN_GAIN, ("sts", "stsb"), {}),
     "trecqa-negatives": Part(
         "reranking", "trecqa", "MAP", read_trecqa_negatives, MIN_GAIN, ("sts", "stsb"), {}

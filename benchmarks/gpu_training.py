@@ -19,9 +19,10 @@ import torch
 from _common import make_parser, measure_peak, start
 from _results import RESULTS, Figure, finish
 
-from skembed.adapters import LoraSettings, start_lora
+from skembed.adapters import start_lora
 from skembed.batches import BatchPlan, TaskPlan, TextTable
 from skembed.examples import Examples
+from skembed.lora import LoraSettings
 from skembed.model import NVEmbedConfig, NVEmbedModel
 from skembed.registry import LoadedModel, ModelKey, choose_attention_path, prove_bidirectional
 from skembed.training import TrainingSettings, run_training

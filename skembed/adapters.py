@@ -14,15 +14,14 @@ masks in memory.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +30,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
 
 from skembed._validation import import_optional
 from skembed.checkpoint import (
@@ -48,6 +45,12 @@ from skembed.checkpoint import (
     write_json,
 )
 from skembed.exceptions import CheckpointError
+from skembed.lora import (
+    LoraLinear,
+    LoraSettings,
+    insert_lora,
+    share_weights,
+)
 from skembed.model import NVEmbedConfig, NVEmbedModel, build_pooling
 from skembed.pooling import POOLINGS, FoldedLatentAttention, LatentAttention
 from skembed.registry import LoadedModel
@@ -71,176 +74,6 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 # In the header of the weights stands as JSON what peft's configuration has no place for: peft
 # warns about names it does not know.
 _HEADER_KEY = "skembed"
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Sizes of an adapter, under peft's names."""
-
-    r: int
-    lora_alpha: float
-    lora_dropout: float
-    target_modules: str | tuple[str, ...]
-
-    @property
-    def scaling(self) -> float:
-        """Factor of the update: ``lora_alpha / r``."""
-        return self.lora_alpha / self.r
-
-
-class DropoutMasks:
-    """Dropout masks that can be drawn again.
-
-    A mask depends on the key set last and on the layer's number alone, so a forward pass repeated
-    under the same key (gradient cache, gradient checkpointing) sees the masks of the first one, in
-    whatever order, and torch's global random state is neither read nor moved.
-    """
-
-    def __init__(self, p: float) -> None:
-        self.p = p
-        self.key: tuple[int, ...] = (0,)
-        self.active = p > 0
-
-    def draw(self, number: int, like: Tensor, key: tuple[int, ...] | None = None) -> Tensor:
-        """Ones for what the layer of this number keeps, zeros for the rest, as `like`."""
-        seed = np.random.SeedSequence((*(self.key if key is None else key), number))
-        if like.device.type != "cpu":
-            generator = torch.Generator(like.device)
-            generator.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-            drawn = torch.rand(like.shape, device=like.device, generator=generator)
-            return (drawn >= self.p).to(like.dtype)
-        # Sixteen bits an entry, and bfloat16's one written as bits: an eighth of the time that
-        # torch's own masks take on a CPU.
-        n = like.numel()
-        raw = np.random.SFC64(seed).random_raw(-(-n // 4)).view(np.uint16)[:n]
-        kept = raw >= np.uint16(min(round(self.p * 65536), 65535))
-        if like.dtype == torch.bfloat16:
-            bits = np.multiply(kept, np.uint16(0x3F80), dtype=np.uint16)
-            return torch.from_numpy(bits).view(torch.bfloat16).view(like.shape)
-        return torch.from_numpy(kept.astype(np.float32)).to(like.dtype).view(like.shape)
-
-
-class _LoraFunction(torch.autograd.Function):
-    """``x W^T + b + s * (m * x) A^T B^T``; gradients for x, A and B, in as few passes as it takes.
-
-    Nothing of the size of the result is kept for the backward pass: x is the neighbouring layers'
-    too, and the mask m is drawn again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        draw_mask: Callable[[Tensor], Tensor] | None,
-        scaling: float,
-    ) -> Tensor:
-        """X (T, in) in the model's type, A (r, in) and B (out, r) in float32 -> (T, out)."""
-        small_a, small_b = a.to(x.dtype), (b * scaling).to(x.dtype)
-        inner = (x if draw_mask is None else x * draw_mask(x)) @ small_a.T  # (T, r)
-        out = F.linear(x, weight, bias)
-        out.addmm_(inner, small_b.T)
-        ctx.save_for_backward(x, weight, small_a, small_b, inner)
-        ctx.draw_mask, ctx.scaling = draw_mask, scaling
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """Gradient of the result (T, out) -> gradients of x, A and B; A's and B's in float32."""
-        x, weight, small_a, small_b, inner = ctx.saved_tensors
-        grad = gradients[0]
-        mask = None if ctx.draw_mask is None else ctx.draw_mask(x)
-        grad_inner = grad @ small_b  # (T, r)
-        grad_b = (grad.T @ inner).float() * ctx.scaling
-        grad_a = (grad_inner.T @ (x if mask is None else x * mask)).float()
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
-            if mask is None:
-                grad_x.addmm_(grad_inner, small_a)
-            else:
-                grad_x.add_((grad_inner @ small_a).mul_(mask))
-        return grad_x, None, None, grad_a, grad_b, None, None
-
-
-class LoraLinear(nn.Module):
-    """A linear layer with a low-rank update: ``x W^T + b + (lora_alpha / r) dropout(x) A^T B^T``.
-
-    Parameters
-    ----------
-    base : nn.Linear
-        The layer adapted; its weight is shared and stays as it is.
-    a, b : nn.Parameter
-        Matrices A of shape (r, in) and B of shape (out, r), float32.
-    settings : LoraSettings
-        Scale and dropout.
-    masks : DropoutMasks or None
-        Where the masks come from; None for no dropout, as in use.
-    number : int
-        This layer's number, for its masks.
-    """
-
-    def __init__(
-        self,
-        base: nn.Linear,
-        a: nn.Parameter,
-        b: nn.Parameter,
-        settings: LoraSettings,
-        *,
-        masks: DropoutMasks | None = None,
-        number: int = 0,
-    ) -> None:
-        super().__init__()
-        self.weight = base.weight
-        self.bias = base.bias
-        self.lora_A, self.lora_B = a, b
-        self.scaling = settings.scaling
-        self.masks = masks
-        self.number = number
-        # Read when there are no gradients: the matrices in the model's type, the scale inside.
-        self._small: tuple[Tensor, Tensor] | None = None
-
-    def freeze(self) -> None:
-        """Prepare for use without gradients."""
-        with torch.no_grad():
-            dtype = self.weight.dtype
-            self._small = self.lora_A.to(dtype), (self.lora_B * self.scaling).to(dtype).T
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        flat = x.reshape(-1, x.shape[-1])  # (T, in)
-        if self._small is None:
-            draw, scaling = None, self.scaling
-            masks = self.masks
-            if masks is not None and masks.active:
-                draw = partial(masks.draw, self.number, key=masks.key)
-                scaling /= 1.0 - masks.p
-            out = _LoraFunction.apply(
-                flat, self.weight, self.bias, self.lora_A, self.lora_B, draw, scaling
-            )
-        else:
-            a, b = self._small
-            out = F.linear(flat, self.weight, self.bias)
-            out = out.addmm_(F.linear(flat, a), b)
-        return out.view(*x.shape[:-1], -1)
-
-
-class TrainablePooling(nn.Module):
-    """A pooling layer with float32 weights that computes in the model's type."""
-
-    def __init__(self, pooling: nn.Module) -> None:
-        super().__init__()
-        self.pooling = pooling
-
-    def forward(self, hidden_states: Any, segments: Tensor, counts: Tensor) -> Tensor:
-        """As the pooling's own: packed pooled tokens (P, D) -> (B, D) float32."""
-        first = hidden_states if isinstance(hidden_states, Tensor) else hidden_states[0]
-        weights = {n: p.to(first.dtype) for n, p in self.pooling.named_parameters()}
-        pooled: Tensor = functional_call(self.pooling, weights, (hidden_states, segments, counts))
-        return pooled
 
 
 @dataclass(eq=False)
@@ -438,30 +271,6 @@ class Adapter:
         adapter = cls(settings, lora, pooling, trained_on)
         adapter.check_base(base_fingerprint)
         return adapter
-
-
-def share_weights(model: NVEmbedModel) -> NVEmbedModel:
-    """A second module tree on the same tensors; replacing its modules leaves the first alone."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
-
-
-def insert_lora(
-    model: NVEmbedModel,
-    settings: LoraSettings,
-    lora: Mapping[str, Tensor],
-    *,
-    masks: DropoutMasks | None = None,
-) -> dict[str, nn.Parameter]:
-    """Put a `LoraLinear` in the place of each layer that `lora` names; the new parameters."""
-    backbone = model.embedding_model
-    parameters = {name: nn.Parameter(tensor.float()) for name, tensor in lora.items()}
-    for number, layer in enumerate(sorted({name.rsplit(".", 2)[0] for name in lora})):
-        base: Any = backbone.get_submodule(layer)
-        a, b = (parameters[f"{layer}.lora_{kind}.weight"] for kind in "AB")
-        module = LoraLinear(base, a, b, settings, masks=masks, number=number)
-        backbone.set_submodule(layer, module)
-    return parameters
 
 
 def start_lora(

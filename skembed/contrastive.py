@@ -16,11 +16,12 @@ import numpy as np
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from skembed.adapters import Adapter, LoraSettings, read_pooling, start_lora
+from skembed.adapters import Adapter, read_pooling, start_lora
 from skembed.batches import BatchPlan, ClassIndex, TaskPlan, TextTable
 from skembed.checkpoint import ModelSource
 from skembed.examples import Examples, split_validation
 from skembed.history import TrainingHistory
+from skembed.lora import LoraSettings
 from skembed.mining import select_negatives
 from skembed.registry import LoadedModel
 from skembed.trainer import OWNER, ContrastiveTrainer

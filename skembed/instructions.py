@@ -40,6 +40,7 @@ __all__ = [
     "INSTRUCTIONS",
     "TASK_TYPES",
     "Instruction",
+    "build_prefix",
     "check_template",
     "format_instruction",
     "list_instructions",
@@ -483,3 +484,53 @@ def format_instruction(template: str, instruction: str | None) -> str:
     'Instruct: Find duplicates of this\nQuery: '
     """
     return template.format(instruction=instruction) if instruction else ""
+
+
+def build_prefix(
+    template: str,
+    instruction: str | None,
+    document_instruction: str | None,
+    *,
+    side: str,
+    owner: str,
+) -> str:
+    """Return what stands in front of the texts of one side; "" for nothing.
+
+    Parameters
+    ----------
+    template : str
+        A template that `check_template` accepts.
+    instruction, document_instruction : str or None
+        Task texts or names of known tasks. Without a `document_instruction` documents stay bare,
+        except where `instruction` names a task with an instruction on both sides.
+    side : {"query", "document"}
+        The side.
+    owner : str
+        Estimator or task to name in errors.
+
+    Returns
+    -------
+    str
+        The filled template.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `resolve_instruction`.
+
+    Examples
+    --------
+    >>> from skembed.instructions import build_prefix
+    >>> build_prefix("{instruction}: ", "Find its answer", None, side="query", owner="Demo")
+    'Find its answer: '
+    """
+    text = None
+    if side == "query":
+        text = resolve_instruction(instruction, owner=owner)
+    elif document_instruction is not None:
+        text = resolve_instruction(
+            document_instruction, name="document_instruction", owner=owner, side="document"
+        )
+    elif is_task_name(instruction):
+        text = resolve_instruction(instruction, owner=owner, side="document")
+    return format_instruction(template, text)

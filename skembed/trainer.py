@@ -57,7 +57,8 @@ class ContrastiveTrainer(BaseEstimator):
     max_steps : int, optional
         Bound on optimiser steps.
     batch_size : int, default=64
-        Examples of an optimiser step. Memory does not depend on it.
+        Examples of an optimiser step, up to half as many more where they do not divide evenly.
+        Memory does not depend on it.
     batch_tokens : int or "auto", default="auto"
         Tokens of one forward and backward pass (a chunk of the gradient cache). "auto" chooses by
         device, and embeds small batches once instead of twice.

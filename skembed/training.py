@@ -20,18 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from skembed.adapters import (
-    Adapter,
-    DropoutMasks,
-    LoraSettings,
-    TrainablePooling,
-    insert_lora,
-    load_pooling,
-    share_weights,
-)
+from skembed.adapters import Adapter, load_pooling
 from skembed.batches import Batch, BatchPlan, TextTable
 from skembed.exceptions import TrainingError
 from skembed.history import TrainingHistory
+from skembed.lora import DropoutMasks, LoraSettings, TrainablePooling, insert_lora, share_weights
 from skembed.losses import backward_in_chunks, cosent, info_nce
 from skembed.registry import LoadedModel
 from skembed.training_state import Checkpoints

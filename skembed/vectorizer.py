@@ -37,11 +37,7 @@ from skembed.contrastive import TaskRequest, check_requests, fit_adapter
 from skembed.engine import EmbedReport, EmbedRequest, cache_namespace, embed_texts
 from skembed.examples import TrainingTask, check_examples, check_task
 from skembed.exceptions import SkembedWarning, TruncationWarning
-from skembed.instructions import (
-    format_instruction,
-    is_task_name,
-    resolve_instruction,
-)
+from skembed.instructions import build_prefix
 from skembed.registry import Lease
 from skembed.resolution import (
     OWNER,
@@ -253,9 +249,9 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         columns = check_texts(X, owner=OWNER, missing=self.missing)
         if hasattr(self, "adapter_"):
             warnings.warn(
-                "`fit` on single texts leaves the model frozen, and drops the adapter that an "
-                "earlier `fit` trained. To keep it, wrap the vectorizer in "
-                "sklearn.frozen.FrozenEstimator, or save it and pass the folder as `model`.",
+                f"`fit` with trainer={self.trainer!r} leaves the model frozen on such texts, and "
+                "drops the adapter that an earlier `fit` trained. To keep it, wrap the vectorizer "
+                "in sklearn.frozen.FrozenEstimator, or save it and pass the folder as `model`.",
                 SkembedWarning,
                 stacklevel=2,
             )
@@ -296,11 +292,15 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         requests = []
         for index, task in enumerate(tasks):
             examples = check_task(task, index, owner=OWNER)
-            prefixes = self._task_prefixes(task, f"tasks[{index}]")
+            template, place = self.instruction_template, f"tasks[{index}]"
+            both = task.instruction, task.document_instruction
+            query = build_prefix(template, *both, side="query", owner=place)
+            document = build_prefix(template, *both, side="document", owner=place)
             requests.append(
                 TaskRequest(
                     examples,
-                    *prefixes,
+                    query,
+                    document,
                     in_batch_negatives=task.in_batch_negatives,
                     weight=task.weight,
                     name=task.name or str(index),
@@ -355,6 +355,34 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             del self.feature_names_in_
         self.embedding_dim_ = resolved.dim
         self.model_ = describe_model(resolved)
+
+    def fit_transform(self, X: Any, y: Any = None) -> np.ndarray:
+        """Fit, then transform the same texts; of rows of three and more, anchors and positives.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or frame of str, n_texts rows
+            As `fit`.
+        y : array-like, optional
+            As `fit`.
+
+        Returns
+        -------
+        ndarray of float32, shape (n_texts, dim) or (n_texts, 2 * dim)
+            As `transform`.
+
+        Raises
+        ------
+        TypeError, ValueError, ImportError, SkembedError
+            As `fit`.
+        """
+        self.fit(X, y)
+        if count_columns(X) > 2:
+            examples = check_examples(X, owner=OWNER)
+            texts = examples.texts
+            X = [(texts[a], texts[p]) for a, p in examples.columns[:, :2].tolist()]
+        vectors: np.ndarray = self.transform(X)
+        return vectors
 
     def transform(self, X: Any) -> np.ndarray:
         """Embed texts, `instruction` in front; the second text of a pair as a document.
@@ -632,30 +660,8 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
 
     def _prefix_of(self, side: str) -> str:
         """What stands in front of queries or documents: in use and in training."""
-        return self._format_side(self.instruction, self.document_instruction, side, OWNER)
-
-    def _task_prefixes(self, task: TrainingTask, owner: str) -> tuple[str, str]:
-        """The same for both sides of a training task."""
-        both = task.instruction, task.document_instruction
-        return (
-            self._format_side(*both, "query", owner),
-            self._format_side(*both, "document", owner),
-        )
-
-    def _format_side(
-        self, instruction: str | None, document_instruction: str | None, side: str, owner: str
-    ) -> str:
-        """The instruction of one side inside its template; "" for none."""
-        text = None
-        if side == "query":
-            text = resolve_instruction(instruction, owner=owner)
-        elif document_instruction is not None:
-            text = resolve_instruction(
-                document_instruction, name="document_instruction", owner=owner, side="document"
-            )
-        elif is_task_name(instruction):
-            text = resolve_instruction(instruction, owner=owner, side="document")
-        return format_instruction(self.instruction_template, text)
+        template, both = self.instruction_template, (self.instruction, self.document_instruction)
+        return build_prefix(template, *both, side=side, owner=OWNER)
 
     def _warn_truncated(self, cut: int, embedded: int, *, stacklevel: int) -> None:
         """One warning a call for all texts that were cut; the level is the public caller's."""

@@ -36,20 +36,17 @@ from torch import Tensor, nn
 from transformers import AutoModel, MistralConfig
 
 from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer, checkpoint
-from skembed.adapters import (
-    Adapter,
+from skembed.adapters import Adapter, _expected_shapes, find_targets, start_lora
+from skembed.checkpoint import ModelSource, fingerprint_weights, read_config, resolve_source
+from skembed.exceptions import CheckpointError, ModelNotFoundError
+from skembed.lora import (
     DropoutMasks,
     LoraLinear,
     LoraSettings,
-    _expected_shapes,
     _LoraFunction,
-    find_targets,
     insert_lora,
     share_weights,
-    start_lora,
 )
-from skembed.checkpoint import ModelSource, fingerprint_weights, read_config, resolve_source
-from skembed.exceptions import CheckpointError, ModelNotFoundError
 from skembed.model import NVEmbedConfig, NVEmbedModel
 from skembed.registry import LoadedModel, ModelKey, registry
 from skembed.tokenization import PackedBatch, pack_texts

@@ -85,10 +85,8 @@ BAD_TEXTS = [
     (["a", 7.5], TypeError, r"X\[1\] is a float"),
     ([b"a", "b"], TypeError, r"X\[0\] is a bytes\. Decode it"),
     ([["a"], ["b"]], ValueError, r"a pair has two texts; X\[0\] has 1\. Flatten nested lists"),
-    ([["a", "b", "c"]], ValueError, r"X\[0\] has 3"),
     (["a", ["b"]], TypeError, r"X\[1\] is a list"),
     (np.array([[["a"]]]), ValueError, r"got 3 dimensions, shape \(1, 1, 1\)"),
-    (np.array([["a", "b", "c"]]), ValueError, "one column of texts, or two columns.*got 3"),
     (np.array("a"), ValueError, "got 0 dimensions"),
     (np.arange(3), TypeError, "an array of str; got an array of dtype int64"),
     (np.array([b"a"]), TypeError, r"dtype \|S1\. Decode it"),
@@ -96,6 +94,23 @@ BAD_TEXTS = [
     ({"a", "b"}, TypeError, "It has no order"),
     (iter(["a"]), TypeError, "Make it a list first"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        ([["a", "b", "c"]], r"X\[0\] has 3"),
+        (np.array([["a", "b", "c"]]), "one column of texts, or two columns.*got 3"),
+    ],
+)
+def test_rows_of_three_are_for_training_only(
+    X: Any, message: str, emb: NVEmbedVectorizer, works: Any
+) -> None:
+    for method in METHODS:
+        expected = "at least 2 training examples; got 1" if "fit" in method else message
+        with pytest.raises(ValueError, match=expected):
+            getattr(emb, method)(X)
+    works(emb)
 
 
 @pytest.mark.parametrize(("X", "error", "message"), BAD_TEXTS)

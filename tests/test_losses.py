@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skembed import training
-from skembed.adapters import LoraSettings, read_pooling
+from skembed.adapters import read_pooling
 from skembed.batches import Batch, Contrast, Ranking, TextTable
 from skembed.checkpoint import ModelSource
+from skembed.lora import LoraSettings
 from skembed.losses import backward_in_chunks, cosent, info_nce
 from skembed.training import TrainingSettings, _Learner, batch_loss
 

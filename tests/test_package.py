@@ -44,6 +44,7 @@ LEVELS = {
     "skembed.batches": 4,
     "skembed.model": 4,
     "skembed.checkpoint": 5,
+    "skembed.lora": 5,
     "skembed.registry": 6,
     "skembed.adapters": 7,
     "skembed.engine": 7,
