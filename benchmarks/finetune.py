@@ -117,7 +117,13 @@ PARTS = {
     ),
     "trecqa": Part("reranking", "trecqa", "MAP", read_trecqa, MIN_GAIN, ("sts", "stsb"), {}),
     "trecqa-negatives": Part(
-        "reranking", "trecqa", "MAP", read_trecqa_negatives, MIN_GAIN, ("sts", "stsb"), {}
+        "reranking",
+        "trecqa",
+        "MAP",
+        read_trecqa_negatives,
+        MIN_GAIN,
+        ("sts", "stsb"),
+        {"epochs": 4},
     ),
     "scifact": Part(
         "retrieval", "scifact", "nDCG@10", read_scifact, MIN_GAIN, ("retrieval", "cranfield"), {}
