@@ -242,9 +242,8 @@ def _start_weights(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """LoRA and pooling weights to begin with."""
     fresh = start_lora(base.config, settings, np.random.SeedSequence((seed, 2)))
-    pooling = read_pooling(source, base.config) if trainer.train_pooling else {}
     if start is None:
-        return fresh, pooling
+        return fresh, read_pooling(source, base.config) if trainer.train_pooling else {}
     start.check_base(base.key.fingerprint)
     found = {name: tuple(tensor.shape) for name, tensor in start.lora.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in fresh.items()}
@@ -262,7 +261,9 @@ def _start_weights(
             f"`train_pooling=False` of `{OWNER}` would lose it. Pass True, or merge the adapter "
             "first (`save_pretrained(path, merge=True)`)."
         )
-    return start.lora, start.pooling or pooling
+    if trainer.train_pooling and not start.pooling:
+        return start.lora, read_pooling(source, base.config)
+    return start.lora, start.pooling
 
 
 def _open_checkpoints(

@@ -1,8 +1,8 @@
 """Forward and backward passes of the backbone's small steps, written for CPUs.
 
-On a CPU the products of a training step are half of its time; norms, activations and attention on
-short texts are the rest, and autograd's records of them most of its memory. Each function here
-computes what the stock module does and keeps only its inputs for the backward pass.
+Beside the large matrix products, a training step on a CPU spends its time on norms, activations and
+attention on short texts, and its memory on autograd's records of them. Each function here computes
+what the stock module does and keeps only its inputs for the backward pass.
 """
 
 from __future__ import annotations
@@ -141,9 +141,9 @@ def _round_count(count: int) -> int:
 class ProductAttention(torch.autograd.Function):
     """Attention inside each text of a pack, from plain matrix products.
 
-    The backward pass of torch's fused CPU kernel takes four to twelve times as long in bfloat16 on
-    texts of up to a few hundred tokens. Scores are computed again in the backward pass instead of
-    kept; heads that share keys stand in the rows of one product.
+    The backward pass of torch's fused CPU kernel is slow on short texts in bfloat16. Scores
+    are computed again in the backward pass instead of kept; heads that share keys stand in the rows
+    of one product.
     """
 
     @staticmethod

@@ -58,8 +58,8 @@ class DropoutMasks:
             generator.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> np.uint64(1)))
             drawn = torch.rand(like.shape, device=like.device, generator=generator)
             return (drawn >= self.p).to(like.dtype)
-        # Sixteen bits an entry, and bfloat16's one written as bits: an eighth of the time that
-        # torch's own masks take on a CPU.
+        # Sixteen bits an entry, and bfloat16's one written as bits: torch's own masks are slow on a
+        # CPU, one random number after the other.
         n = like.numel()
         raw = np.random.SFC64(seed).random_raw(-(-n // 4)).view(np.uint16)[:n]
         kept = raw >= np.uint16(min(round(self.p * 65536), 65535))

@@ -63,7 +63,7 @@ class ContrastiveTrainer(BaseEstimator):
         Tokens of one forward and backward pass (a chunk of the gradient cache). "auto" chooses by
         device, and embeds small batches once instead of twice.
     gradient_checkpointing : bool, default=False
-        Keep one activation a layer and compute the others again: less memory, a third slower.
+        Keep one activation a layer and compute the others again: less memory, more time.
     learning_rate : float, default=5e-4
         Peak rate of AdamW.
     warmup_ratio : float, default=0.1
@@ -101,8 +101,9 @@ class ContrastiveTrainer(BaseEstimator):
     Notes
     -----
     Rank, alpha, dropout and the number of negatives are the paper's. The paper states no
-    temperature; 0.05 is what sentence-transformers takes (scale 20). Learning rate, warm-up and
-    weight decay were chosen on few-shot intent data (docs/finetuning.md).
+    temperature; 0.05 is what sentence-transformers takes (scale 20). The
+    learning rate was compared on few-shot intent data (docs/finetuning.md); warm-up and weight
+    decay are customary values and were not tuned.
 
     References
     ----------

@@ -1,6 +1,6 @@
 """Examples -> a LoRA adapter: one plain loop.
 
-The way of the data: `run_training` -> `BatchPlan` (which texts meet) -> `_Learner.step`
+The way of the data: `run_training` -> `BatchPlan` (which texts meet) -> `_Learner.accumulate`
 (gradient cache over chunks of packed texts) -> AdamW. All randomness is a function of the seed and
 the step, so that a run resumed from a checkpoint ends in the same adapter as one that was never
 interrupted.
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from skembed.adapters import Adapter, load_pooling
 from skembed.batches import Batch, BatchPlan, TextTable
 from skembed.exceptions import TrainingError
-from skembed.history import TrainingHistory
+from skembed.history import STEP_COLUMNS, TrainingHistory
 from skembed.lora import DropoutMasks, LoraSettings, TrainablePooling, insert_lora, share_weights
 from skembed.losses import backward_in_chunks, cosent, info_nce
 from skembed.registry import LoadedModel
@@ -123,7 +123,6 @@ class _Learner:
             lr=settings.learning_rate,
             fused=True,
         )
-        # The optimiser's state exists from the start, so that a checkpoint of any step has it.
         self.parameters = {**self.lora, **{f"pooling.{n}": p for n, p in self.pooling.items()}}
         self.on_grid = base.device.type == "cpu" and base.key.dtype != "float32"
 
@@ -225,12 +224,11 @@ class _Learner:
         for name, parameter in self.parameters.items():
             with torch.no_grad():
                 parameter.copy_(tensors[f"weights/{name}"])
-            state = {}
-            for kind in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors.get(f"{kind}/{name}")
-                if value is not None:
-                    on_host = kind == "step" and self.base.device.type == "cpu"
-                    state[kind] = value if on_host else value.to(self.base.device)
+            state = {
+                kind: tensors[f"{kind}/{name}"].to(self.base.device)
+                for kind in ("step", "exp_avg", "exp_avg_sq")
+                if f"{kind}/{name}" in tensors
+            }
             if state:
                 self.optimizer.state[parameter] = state
 
@@ -338,15 +336,7 @@ def run_training(
     history = state.history
     if validation is not None:
         history.validation_metric = validation.metric
-    delay = 0.0 if progress else PROGRESS_DELAY_S
-    bar = tqdm(
-        total=settings.n_steps,
-        initial=state.step,
-        unit="step",
-        desc="training",
-        delay=delay,
-        disable=progress is False or state.done,
-    )
+    bar = _start_bar(settings.n_steps, state, progress)
     try:
         if validation is not None and state.step == 0:
             _validate(learner, validation, state)
@@ -362,8 +352,7 @@ def run_training(
             speed = batch.n_examples / (time.perf_counter() - began)
             epoch = (step + 1) / plan.n_batches
             values = (step + 1, epoch, float(loss), rate, norm, speed)
-            names = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "examples_per_s")
-            history.steps.append(dict(zip(names, values, strict=True)))
+            history.steps.append(dict(zip(STEP_COLUMNS, values, strict=True)))
             state.step = step + 1
             bar.update()
             bar.set_postfix(loss=f"{float(loss):.3f}", examples_per_s=f"{speed:.0f}", refresh=False)
@@ -390,6 +379,18 @@ def run_training(
     if checkpoints is not None and state.done:
         checkpoints.write(*_snapshot(learner, state, plan))
     return learner.adapter(weights), history
+
+
+def _start_bar(n_steps: int, state: _Progress, progress: bool | None) -> tqdm:
+    """The progress bar, from the step that the run begins at."""
+    return tqdm(
+        total=n_steps,
+        initial=state.step,
+        unit="step",
+        desc="training",
+        delay=0.0 if progress else PROGRESS_DELAY_S,
+        disable=progress is False or state.done,
+    )
 
 
 def _is_due(step: int, n_steps: int) -> bool:
