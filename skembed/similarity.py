@@ -1,12 +1,13 @@
 """Similarity of rows: unit length, row by row, and the exact best k of a corpus in blocks.
 
 `top_k_blocks` holds one block of scores at a time, never the (n_queries, n_corpus) matrix. It also
-takes rules about which documents may be found, so that search and mining share one implementation.
+takes rules about which documents may be found, so that search and mining share one implementation;
+`top_k_rows` is the same for a corpus that is read block by block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ __all__ = [
     "paired_cosine",
     "paired_dot",
     "top_k_blocks",
+    "top_k_rows",
 ]
 
 BLOCK_BYTES = 64 * 2**20
@@ -34,13 +36,17 @@ Vectors = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 PairIndices = tuple[npt.ArrayLike, npt.ArrayLike]
 
-# What one score of a block costs at its peak: the score (4), its key (8), the key's parts (16, for
-# a single query) and masks (2), rounded up.
-_BYTES_PER_SCORE = 32
-# A first block this wide gives each query a floor that most later scores do not reach.
-_MIN_COLUMNS = 2048
+# What one score of a block costs at its peak: the score (4), masks (3) and, of the share that is
+# picked out, its place, row, column, key and a copy of each (80 / 16), rounded up.
+_BYTES_PER_SCORE = 16
+# What one of the best k of a query costs: its key, those picked out since, and their copies.
+_BYTES_PER_PLACE = 96
+# A product this wide runs at full speed, and its scores are compared while they are in the cache.
+_MIN_COLUMNS = 1024
 # Below this share of scores above the floor, it is faster to pick them out one by one.
-_SPARSE_SHARE = 1 / 8
+_SPARSE_SHARE = 1 / 16
+# Keys that are merged at once.
+_MERGED_KEYS = 2**15
 
 # A key is a score and its index in one int64: comparing keys compares scores, then lower indices.
 _LOW_HALF = 0xFFFFFFFF
@@ -260,8 +266,58 @@ def top_k_blocks(
     n_rows, n_columns = _choose_block(n, m, k, block_bytes=block_bytes)
     for rows in _iterate_slices(n, n_rows):
         rules = _cut_rules(rows, limits, pairs, groups)
-        keys = _find_keys(queries[rows], corpus, k, rules=rules, n_columns=n_columns)
+        keys = _find_keys(queries[rows], corpus.__getitem__, m, k, rules=rules, n_columns=n_columns)
         scores[rows], indices[rows] = _unpack_keys(keys)
+    return TopK(scores, indices)
+
+
+def top_k_rows(
+    queries: Vectors,
+    read_rows: Callable[[slice], Vectors],
+    ranks: Indices,
+    k: int,
+    *,
+    block_bytes: int = BLOCK_BYTES,
+) -> TopK:
+    """Find the best k rows of a corpus that is read in blocks, equal scores by higher rank.
+
+    Parameters
+    ----------
+    queries : ndarray of float32, shape (n_queries, dim)
+        Finite numbers.
+    read_rows : callable
+        Takes a slice of rows and returns them as float32, (n_rows, dim).
+    ranks : ndarray of int64, shape (n_corpus,)
+        A permutation of 0 ... n_corpus - 1.
+    k : int
+        How many to find, in [1, n_corpus].
+    block_bytes : int, default=67108864
+        Bound on the working memory in bytes; what `read_rows` returns comes on top.
+
+    Returns
+    -------
+    TopK
+        As `top_k_blocks`, but of equal scores the row with the higher rank comes first.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skembed.similarity import top_k_rows
+    >>> queries, corpus = np.ones((1, 2), np.float32), np.ones((3, 2), np.float32)
+    >>> top_k_rows(queries, corpus.__getitem__, np.array([1, 2, 0]), 2).indices
+    array([[1, 0]])
+    """
+    n, m = len(queries), len(ranks)
+    rows_by_rank = np.empty(m + 1, dtype=np.int64)
+    rows_by_rank[ranks], rows_by_rank[m] = np.arange(m), -1
+    scores = np.empty((n, k), dtype=np.float32)
+    indices = np.empty((n, k), dtype=np.int64)
+    n_rows, n_columns = _choose_block(n, m, k, block_bytes=block_bytes)
+    for rows in _iterate_slices(n, n_rows):
+        keys = _find_keys(queries[rows], read_rows, m, k, n_columns=n_columns, ranks=ranks)
+        scores[rows] = _unpack_keys(keys)[0]
+        found = np.where(keys == _NO_KEY, m, keys & _LOW_HALF)
+        indices[rows] = rows_by_rank[found]
     return TopK(scores, indices)
 
 
@@ -384,13 +440,13 @@ def _check_max_scores(values: npt.ArrayLike | None, n: int, *, owner: str) -> Ve
 
 def _choose_block(n: int, m: int, k: int, *, block_bytes: int) -> tuple[int, int]:
     """Return how many queries and how many rows of the corpus make a block."""
-    budget = max(1, block_bytes // _BYTES_PER_SCORE)  # in scores
-    # The best k so far are merged with each block, so a block narrower than k would be waste.
-    n_columns = max(1, min(m, budget, max(_MIN_COLUMNS, 8 * k)))
-    n_rows = max(1, min(n, budget // (n_columns + k)))
+    budget = max(1, block_bytes - 24 * _MERGED_KEYS) // _BYTES_PER_SCORE  # in scores
+    place = _BYTES_PER_PLACE // _BYTES_PER_SCORE * k
+    n_columns = max(1, min(m, budget, max(_MIN_COLUMNS, 2 * k)))
+    n_rows = max(1, min(n, budget // (n_columns + place)))
+    n_rows = -(-n // -(-n // n_rows)) if n else 1  # blocks of equal size
     # Few queries leave room for wider blocks.
-    n_columns = max(1, min(m, budget // n_rows - k)) if budget // n_rows > k else n_columns
-    return n_rows, n_columns
+    return n_rows, max(n_columns, min(m, budget // n_rows - place, _MERGED_KEYS))
 
 
 def _iterate_slices(n: int, size: int) -> Iterator[slice]:
@@ -422,48 +478,116 @@ def _cut_rules(
 
 
 def _find_keys(
-    queries: Vectors, corpus: Vectors, k: int, *, rules: _Rules, n_columns: int
+    queries: Vectors,
+    read_rows: Callable[[slice], Vectors],
+    m: int,
+    k: int,
+    *,
+    n_columns: int,
+    rules: _Rules | None = None,
+    ranks: Indices | None = None,
 ) -> Indices:
     """Return the k largest keys of each query of one block, descending, (B, k)."""
-    best = np.full((len(queries), k), _NO_KEY, dtype=np.int64)
-    floor = np.full(len(queries), -np.inf, dtype=np.float32)
-    for columns in _iterate_slices(len(corpus), n_columns):
+    best = _BestKeys(len(queries), k, keep_equal=ranks is not None)
+    buffer = np.empty(len(queries) * min(n_columns, m), dtype=np.float32)
+    for columns in _iterate_slices(m, n_columns):
+        shape = len(queries), columns.stop - columns.start
+        scores = buffer[: shape[0] * shape[1]].reshape(shape)
         with np.errstate(invalid="ignore", over="ignore"):  # the NaN that follow are never found
-            scores = queries @ corpus[columns].T  # (B, C)
-        # Strictly above: of equal scores the earlier row stays. NaN is above nothing.
-        allowed = scores > floor[:, None]
-        rules.apply(allowed, scores, columns)
-        best = _merge_block(best, scores, allowed, columns.start)
-        floor = _unpack_keys(best[:, :1])[0][:, 0]
-        np.copyto(floor, -np.inf, where=np.isnan(floor))
-    best.sort(axis=1)
-    return best[:, ::-1]
+            np.matmul(queries, read_rows(columns).T, out=scores)  # (B, C)
+        allowed = best.compare(scores)
+        if rules is not None:
+            rules.apply(allowed, scores, columns)
+        if ranks is None:
+            low_halves = np.arange(_LOW_HALF - columns.start, _LOW_HALF - columns.stop, -1)
+        else:
+            low_halves = ranks[columns]
+        best.add(scores, allowed, low_halves)
+    best.merge()
+    best.keys.sort(axis=1)
+    return best.keys[:, ::-1]
 
 
-def _merge_block(
-    best: Indices, scores: Vectors, allowed: npt.NDArray[np.bool_], first: int
-) -> Indices:
-    """Return the k largest of `best` and the allowed scores as keys, the smallest in front."""
-    n, k = best.shape
-    n_allowed = np.count_nonzero(allowed)
-    if not n_allowed:
-        return best
-    if n_allowed > _SPARSE_SHARE * allowed.size:
-        merged = np.empty((n, k + scores.shape[1]), dtype=np.int64)
-        last = _LOW_HALF - first
-        _pack_keys(scores, np.arange(last, last - scores.shape[1], -1), out=merged[:, k:])
-        np.copyto(merged[:, k:], _NO_KEY, where=~allowed)
-    else:
-        rows, columns = np.nonzero(allowed)
-        counts = np.bincount(rows, minlength=n)
-        places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        merged = np.full((n, k + int(counts.max())), _NO_KEY, dtype=np.int64)
-        keys = np.empty(len(rows), dtype=np.int64)
-        _pack_keys(scores[rows, columns], _LOW_HALF - first - columns, out=keys)
-        merged[rows, k + places] = keys
-    merged[:, :k] = best
-    merged.partition(merged.shape[1] - k, axis=1)
-    return merged[:, -k:].copy()  # a view would keep the whole block alive
+class _BestKeys:
+    """The k largest keys of each of n queries so far, the smallest in front; (n, k).
+
+    Keys above the floor (the score that a query's k-th key had at the last merge) gather until
+    they are worth a merge, so that one block of scores costs little more than one comparison.
+    """
+
+    def __init__(self, n: int, k: int, *, keep_equal: bool) -> None:
+        self.keys = np.full((n, k), _NO_KEY, dtype=np.int64)
+        # With ranks, a later row may go before an earlier one of equal score; without, never.
+        self._compare = np.greater_equal if keep_equal else np.greater
+        self._lowest = np.finfo(np.float32).min if keep_equal else np.float32(-np.inf)
+        self._floor = np.full(n, self._lowest, dtype=np.float32)
+        self._waiting: list[tuple[Indices, Indices]] = []
+        self._n_waiting = 0
+
+    def compare(self, scores: Vectors) -> npt.NDArray[np.bool_]:
+        """Tell which scores (n, C) may be among the best; NaN is not."""
+        found: npt.NDArray[np.bool_] = self._compare(scores, self._floor[:, None])
+        return found
+
+    def add(self, scores: Vectors, allowed: npt.NDArray[np.bool_], low_halves: Indices) -> None:
+        """Take in the allowed scores (n, C) of the rows with these lower halves (C,)."""
+        n_allowed = np.count_nonzero(allowed)
+        if n_allowed > _SPARSE_SHARE * allowed.size:
+            self.merge()
+            self._merge_all(scores, allowed, low_halves)
+        elif n_allowed:
+            places = np.flatnonzero(allowed)
+            rows = places // allowed.shape[1]
+            keys = np.empty(n_allowed, dtype=np.int64)
+            _pack_keys(scores.ravel()[places], low_halves[places % allowed.shape[1]], out=keys)
+            self._waiting.append((rows, keys))
+            self._n_waiting += n_allowed
+            if self._n_waiting > self.keys.size // 2:
+                self.merge()
+
+    def merge(self) -> None:
+        """Merge the keys that wait."""
+        if not self._waiting:
+            return
+        rows, keys = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting, self._n_waiting = [], 0
+        order = np.argsort(rows, kind="stable")
+        rows, keys = rows[order], keys[order]
+        starts = np.searchsorted(rows, np.arange(len(self.keys) + 1))
+        for block in self._iterate_rows(int(np.diff(starts).max())):
+            own = slice(int(starts[block.start]), int(starts[block.stop]))
+            widths = np.diff(starts[block.start : block.stop + 1])
+            shape = len(widths), self.keys.shape[1] + int(widths.max())
+            merged = np.full(shape, _NO_KEY, dtype=np.int64)
+            places = np.arange(own.start, own.stop) - np.repeat(starts[block], widths)
+            merged[rows[own] - block.start, self.keys.shape[1] + places] = keys[own]
+            self._keep_largest(block, merged)
+
+    def _merge_all(
+        self, scores: Vectors, allowed: npt.NDArray[np.bool_], low_halves: Indices
+    ) -> None:
+        """Merge every allowed score at once, some queries at a time."""
+        k, width = self.keys.shape[1], scores.shape[1]
+        for block in self._iterate_rows(width):
+            merged = np.empty((block.stop - block.start, k + width), dtype=np.int64)
+            _pack_keys(scores[block], low_halves, out=merged[:, k:])
+            np.copyto(merged[:, k:], _NO_KEY, where=~allowed[block])
+            self._keep_largest(block, merged)
+
+    def _iterate_rows(self, width: int) -> Iterator[slice]:
+        """Cut the queries into slices whose keys, with `width` new ones each, are few enough."""
+        n, k = self.keys.shape
+        return _iterate_slices(n, max(1, _MERGED_KEYS // (k + width)))
+
+    def _keep_largest(self, block: slice, merged: Indices) -> None:
+        """Keep the k largest of `merged` (B, k + width), whose first k places are still free."""
+        k = self.keys.shape[1]
+        merged[:, :k] = self.keys[block]
+        merged.partition(merged.shape[1] - k, axis=1)
+        self.keys[block] = merged[:, -k:]
+        floor = _unpack_keys(self.keys[block, :1])[0][:, 0]
+        np.copyto(floor, self._lowest, where=np.isnan(floor))
+        self._floor[block] = floor
 
 
 def _pack_keys(scores: Vectors, low_halves: Indices, *, out: Indices) -> None:

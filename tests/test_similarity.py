@@ -18,6 +18,7 @@ from skembed.similarity import (
     paired_cosine,
     paired_dot,
     top_k_blocks,
+    top_k_rows,
 )
 
 N, M, DIM = 23, 41, 4
@@ -179,6 +180,58 @@ def test_no_group_excludes_nothing() -> None:
         np.ones((1, 1)), np.ones((2, 1)), 2, query_groups=[-1], corpus_groups=[-1, 0]
     )
     assert found.indices.tolist() == [[0, 1]]
+
+
+# Rows read in blocks, equal scores by rank
+
+
+def search_by_rank(scores: np.ndarray, ranks: np.ndarray, k: int) -> TopK:
+    """Sort everything: descending, equal scores by higher rank."""
+    order = np.lexsort((np.broadcast_to(-ranks, scores.shape), -scores), axis=1)[:, :k]
+    return TopK(np.take_along_axis(scores, order, axis=1), order)
+
+
+@pytest.mark.parametrize("block_bytes", SMALL_BLOCKS)
+@pytest.mark.parametrize("k", [1, 2, 7, M])
+@pytest.mark.usefixtures("narrow")
+def test_equal_scores_come_by_rank(k: int, block_bytes: int, rng: np.random.Generator) -> None:
+    queries, corpus, ranks = draw_ints(rng, N), draw_ints(rng, M), rng.permutation(M)
+    found = top_k_rows(queries, corpus.__getitem__, ranks, k, block_bytes=block_bytes)
+    assert_same(found, search_by_rank(queries @ corpus.T, ranks, k))
+
+
+@pytest.mark.parametrize("n_columns", range(1, M + 1))
+def test_every_width_of_a_block_by_rank(
+    n_columns: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(similarity, "_choose_block", lambda *_, **__: (5, n_columns))
+    queries, corpus, ranks = draw_ints(rng, N), draw_ints(rng, M), rng.permutation(M)
+    found = top_k_rows(queries, corpus.__getitem__, ranks, 6)
+    assert_same(found, search_by_rank(queries @ corpus.T, ranks, 6))
+
+
+def test_merges_are_as_rare_as_they_may_be(rng: np.random.Generator) -> None:
+    """Keys that wait for a merge across many blocks are found as well."""
+    queries, corpus = unit_rows(rng, 40), unit_rows(rng, 60_000)
+    scores = queries @ corpus.T
+    found = top_k_rows(queries, corpus.__getitem__, np.arange(60_000), 50, block_bytes=2**20)
+    expected = search_by_rank(scores, np.arange(60_000), 50)
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["equal", "rising"])
+def test_memory_of_rows_holds_in_the_worst_cases(case: str) -> None:
+    n, m, limit = 2000, 6000, 4 * 2**20
+    queries, corpus = np.ones((n, 2), dtype=np.float32), np.ones((m, 2), dtype=np.float32)
+    if case == "rising":
+        corpus[:] = np.arange(m, dtype=np.float32)[:, None]
+    tracemalloc.start()
+    found = top_k_rows(queries, corpus.__getitem__, np.arange(m), 10, block_bytes=limit)
+    peak = tracemalloc.get_traced_memory()[1] - found.scores.nbytes - found.indices.nbytes
+    tracemalloc.stop()
+    assert peak <= limit + 2**16 + 40 * n
+    np.testing.assert_array_equal(found.indices, [np.arange(m - 1, m - 11, -1)] * n)
 
 
 # Memory
