@@ -15,7 +15,13 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 from sklearn.base import clone
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import (
+    check_consistent_length,
+    check_is_fitted,
+    column_or_1d,
+    validate_data,
+)
 
 from skembed._validation import MISSING_POLICIES, check_texts
 from skembed.vectorizer import NVEmbedVectorizer
@@ -23,11 +29,15 @@ from skembed.vectorizer import NVEmbedVectorizer
 __all__ = [
     "TextEstimatorMixin",
     "check_embeddings",
+    "check_labels",
     "check_pair_columns",
     "check_text_column",
     "embed_side",
     "fit_vectorizer",
     "make_vectorizer",
+    "name_some",
+    "refuse_foreign_labels",
+    "refuse_missing_labels",
     "trains_on_labels",
 ]
 
@@ -272,3 +282,70 @@ def _check_rows(n: int, min_rows: int, *, owner: str, name: str) -> None:
             f"The `{name}` parameter of `{owner}` must hold at least {min_rows} "
             f"text{'s' if min_rows > 1 else ''}; got {n}."
         )
+
+
+# Labels
+
+
+def check_labels(X: Any, y: Any, *, owner: str) -> npt.NDArray[Any]:
+    """Return the labels of the rows of X, (n,) or (n, n_labels); at least two classes."""
+    if y is None:
+        raise ValueError(
+            f"{owner} requires y to be passed, but the target y is None. Pass one label a text."
+        )
+    labels = np.asarray(y)
+    if labels.ndim != 2 or labels.shape[1] == 1:
+        labels = column_or_1d(y, warn=True)
+        refuse_missing_labels(labels, owner=owner)
+        if len(labels) and len(np.unique(labels)) < 2:
+            raise ValueError(
+                f"The `y` parameter of `{owner}` must hold at least 2 classes; got 1 class: "
+                f"{labels[0]!r}."
+            )
+    check_classification_targets(labels)
+    if hasattr(X, "__len__") or hasattr(X, "shape"):
+        check_consistent_length(X, labels)
+    return labels
+
+
+def refuse_missing_labels(labels: npt.NDArray[Any], *, owner: str) -> None:
+    """Raise ValueError for None and NaN among labels, TypeError for labels of several types."""
+    if labels.dtype.kind == "O":
+        absent = [i for i, label in enumerate(labels) if _is_missing(label)]
+        kinds = {isinstance(label, str) for label in labels}
+        if not absent and len(kinds) > 1:
+            raise TypeError(
+                f"The `y` parameter of `{owner}` must hold labels of one type; got str and others."
+            )
+    else:
+        absent = np.flatnonzero(np.isnan(labels)).tolist() if labels.dtype.kind == "f" else []
+    if absent:
+        raise ValueError(
+            f"The `y` parameter of `{owner}` must hold no missing labels, such as None or NaN; "
+            f"got {len(absent)}, the first at y[{absent[0]}]. Drop these rows."
+        )
+
+
+def _is_missing(label: Any) -> bool:
+    """Tell whether a label is None, NaN or pandas' NA."""
+    return label is None or type(label).__name__ == "NAType" or label != label
+
+
+def refuse_foreign_labels(y: Any, classes: Any, *, owner: str) -> None:
+    """Raise ValueError if `fit` saw none of the labels: they are of another kind."""
+    labels = np.asarray(y)
+    if labels.ndim != 1 or not len(labels) or isinstance(classes, list):
+        return
+    known = set(np.asarray(classes).tolist())
+    if not known.intersection(labels.tolist()):
+        raise ValueError(
+            f"The `y` parameter of `{owner}.score` must hold labels that `fit` saw, at least "
+            f"some; got none of them. They are {name_some(classes)}, of dtype "
+            f"{np.asarray(classes).dtype}; those in y are of dtype {labels.dtype}."
+        )
+
+
+def name_some(labels: Any) -> str:
+    """Name the first few labels."""
+    shown = ", ".join(repr(label) for label in np.asarray(labels)[:3].tolist())
+    return f"{shown}, ..." if len(labels) > 3 else shown

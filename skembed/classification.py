@@ -1,0 +1,592 @@
+"""Classify texts by their embeddings: a scikit-learn head, or nothing but label descriptions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator, ClassifierMixin, clone, is_clusterer, is_regressor
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import normalize
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import (
+    check_consistent_length,
+    check_is_fitted,
+    column_or_1d,
+    has_fit_parameter,
+)
+
+from skembed._text_estimator import (
+    TextEstimatorMixin,
+    Vectors,
+    check_labels,
+    check_text_column,
+    embed_side,
+    fit_vectorizer,
+    make_vectorizer,
+    name_some,
+    refuse_foreign_labels,
+    refuse_missing_labels,
+)
+from skembed._validation import check_real, check_string
+
+__all__ = ["DEFAULT_C", "EmbeddingClassifier", "ZeroShotClassifier"]
+
+# Best or within 0.2 points of the best fixed C with 8 and 16 examples a class and with all, and of
+# clearly lower log loss than C=1 and 3: benchmarks/classification_heads.py.
+DEFAULT_C = 10.0
+
+Labels = npt.NDArray[Any]
+
+
+def _head_has(method: str) -> Callable[[Any], bool]:
+    """Make the check of `available_if`: whether the head, fitted or not, has a method."""
+
+    def check(self: Any) -> bool:
+        head = getattr(self, "head_", self.head)
+        getattr(LogisticRegression if head is None else head, method)  # its error is the reason
+        return True
+
+    return check
+
+
+class EmbeddingClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
+    """Classify texts with a scikit-learn classifier on their embeddings.
+
+    Fitting costs one embedding of each text and the fit of the head.
+
+    Parameters
+    ----------
+    vectorizer : str, path, transformer or None, default="skembed-mini"
+        What embeds the texts; `fit` uses a clone. A name or path is a frozen model of
+        `NVEmbedVectorizer`; an instance trains if its `trainer` says so. None: X holds
+        embeddings, as in the last step of a Pipeline.
+    head : classifier, optional
+        Any scikit-learn classifier; `fit` uses a clone. None is
+        ``LogisticRegression(C=10, max_iter=1000)``.
+
+    Attributes
+    ----------
+    classes_ : ndarray, shape (n_classes,)
+        The labels, sorted.
+    head_ : classifier
+        The fitted head.
+    vectorizer_ : transformer
+        The fitted vectorizer; absent where ``vectorizer=None``.
+    embedding_dim_ : int
+        Width of the embeddings.
+    n_features_in_ : int
+        The same, where ``vectorizer=None``.
+    feature_names_in_ : ndarray of str, shape (n_features_in_,)
+        Column names, where embeddings came as a frame with names.
+
+    See Also
+    --------
+    ZeroShotClassifier : Needs no labelled texts.
+    NVEmbedVectorizer : Trains on labels with a `trainer`.
+
+    Notes
+    -----
+    The default head was chosen on the train parts of six sets, with 8 and 16 examples a class and
+    with all (`benchmarks/classification_heads.py`).
+
+    `predict_proba` is the head's own. Logistic regression fits probabilities, but with few
+    examples and this regularisation they are too low for the predicted class: they are not
+    calibrated. Where they matter, pass ``head=CalibratedClassifierCV(...)``.
+
+    To search over ``head__C`` or ``vectorizer__instruction``, pass instances: None and names have
+    no parameters.
+
+    Examples
+    --------
+    >>> from skembed import EmbeddingClassifier
+    >>> texts = ["my card was stolen", "card lost", "open an account", "a new account please"]
+    >>> clf = EmbeddingClassifier().fit(texts, ["card", "card", "account", "account"])
+    >>> clf.predict(["I lost my card"])
+    array(['card'], dtype='<U7')
+    """
+
+    def __init__(self, vectorizer: Any = "skembed-mini", *, head: Any = None) -> None:
+        self.vectorizer = vectorizer
+        self.head = head
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> EmbeddingClassifier:
+        """Embed the texts and fit the head.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts; embeddings of shape (n_texts, dim) where ``vectorizer=None``.
+        y : array-like, shape (n_texts,)
+            Their labels; an indicator matrix of shape (n_texts, n_labels) where the head takes
+            several labels a text.
+        sample_weight : array-like of float, shape (n_texts,), optional
+            Weights, where the head takes them.
+
+        Returns
+        -------
+        EmbeddingClassifier
+            This estimator.
+
+        Raises
+        ------
+        TypeError
+            When X is not texts (or embeddings), the head is no classifier, or takes no weights.
+        ValueError
+            When labels are missing, of one class only, or not as many as texts; or embeddings
+            are not finite.
+        """
+        head = _make_head(self.head)
+        labels = check_labels(X, y, owner=type(self).__name__)
+        options = {}
+        if sample_weight is not None:
+            if not has_fit_parameter(head, "sample_weight"):
+                raise TypeError(
+                    "The `sample_weight` parameter of `EmbeddingClassifier.fit` must be None for "
+                    f"a head that takes no weights; {type(head).__name__} takes none."
+                )
+            options["sample_weight"] = sample_weight
+        vectors = self._fit_vectors(X, labels)
+        self.head_ = head.fit(vectors, labels, **options)
+        self.classes_ = self.head_.classes_
+        return self
+
+    def predict(self, X: Any) -> Labels:
+        """Predict the label of each text.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts, or embeddings; as `fit` got them.
+
+        Returns
+        -------
+        ndarray, shape (n_texts,)
+            One of `classes_` a text, in input order.
+        """
+        vectors = self._embed_vectors(X)
+        return np.asarray(self.head_.predict(vectors))
+
+    @available_if(_head_has("predict_proba"))
+    def predict_proba(self, X: Any) -> npt.NDArray[Any]:
+        """Probability of each label, as the head gives it; not calibrated (see Notes).
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts, or embeddings; as `fit` got them.
+
+        Returns
+        -------
+        ndarray of float, shape (n_texts, n_classes)
+            Columns in the order of `classes_`; rows sum to 1.
+        """
+        vectors = self._embed_vectors(X)
+        return np.asarray(self.head_.predict_proba(vectors))
+
+    @available_if(_head_has("decision_function"))
+    def decision_function(self, X: Any) -> npt.NDArray[Any]:
+        """Score of each label, as the head gives it.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts, or embeddings; as `fit` got them.
+
+        Returns
+        -------
+        ndarray of float, shape (n_texts, n_classes), or (n_texts,) for two classes
+            Higher is more likely; of two classes, positive is ``classes_[1]``.
+        """
+        vectors = self._embed_vectors(X)
+        return np.asarray(self.head_.decision_function(vectors))
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Accuracy of the predictions.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts, or embeddings; as `fit` got them.
+        y : array-like, shape (n_texts,)
+            Their labels. A label that `fit` did not see counts as an error.
+        sample_weight : array-like of float, shape (n_texts,), optional
+            Weights of the texts.
+
+        Returns
+        -------
+        float
+            Share of right predictions, in [0, 1].
+
+        Raises
+        ------
+        ValueError
+            When `fit` saw none of the labels.
+        """
+        check_is_fitted(self)
+        refuse_foreign_labels(y, self.classes_, owner=type(self).__name__)
+        return float(super().score(X, y, sample_weight))
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Fitted once there is a head."""
+        return hasattr(self, "head_")
+
+
+class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
+    r"""Classify texts by which label's description they are most like.
+
+    Each label becomes a prototype: the mean direction of its descriptions, moved towards labelled
+    examples where there are some. A text gets the label of the nearest prototype.
+
+    Parameters
+    ----------
+    vectorizer : str, path, transformer or None, default="skembed-mini"
+        What embeds texts and descriptions; `fit` uses a clone. A name or path is a frozen model
+        of `NVEmbedVectorizer`. None: X and descriptions are embeddings.
+    descriptions : mapping, optional
+        Label -> description or list of descriptions. With it, `fit` takes labelled examples (or
+        nothing), so that the classifier can be cross-validated; without it, `fit` takes the
+        descriptions.
+    label_instruction : str, optional
+        Instruction for descriptions, as the vectorizer's `document_instruction`. None leaves
+        that parameter as it is. Texts go with the vectorizer's `instruction`.
+    description_weight : float, default=5.0
+        How many labelled examples the descriptions of a label weigh. ``float("inf")`` leaves
+        examples out of account.
+    temperature : float, default=0.05
+        Of the softmax in `predict_proba`. Does not change predictions.
+
+    Attributes
+    ----------
+    classes_ : ndarray, shape (n_classes,)
+        The labels, sorted.
+    prototypes_ : ndarray of float64, shape (n_classes, dim)
+        Unit vectors, in the order of `classes_`.
+    vectorizer_ : transformer
+        The fitted vectorizer; absent where ``vectorizer=None``.
+    embedding_dim_ : int
+        Width of the embeddings.
+    n_features_in_ : int
+        The same, where ``vectorizer=None``.
+    feature_names_in_ : ndarray of str, shape (n_features_in_,)
+        Column names, where embeddings came as a frame with names.
+
+    See Also
+    --------
+    EmbeddingClassifier : The better choice from about 8 labelled texts a class.
+
+    Notes
+    -----
+    With unit vectors :math:`d_c` (mean of the descriptions of class c, scaled to unit length) and
+    :math:`x_i` (its n examples), weight w and temperature t,
+
+    .. math::
+        p_c \propto w\, d_c + \sum_{i=1}^n x_i, \qquad
+        P(c \mid x) = \mathrm{softmax}_c (\cos(x, p_c) / t).
+
+    The probabilities are not calibrated; they rank a text's labels. A label without examples keeps
+    its description alone.
+
+    Examples
+    --------
+    >>> from skembed import ZeroShotClassifier
+    >>> topics = {"sport": "a game, a match, a team", "money": "shares, banks, the market"}
+    >>> ZeroShotClassifier().fit(topics).predict(["The striker scored twice."])
+    array(['sport'], dtype='<U5')
+    """
+
+    def __init__(
+        self,
+        vectorizer: Any = "skembed-mini",
+        *,
+        descriptions: Mapping[Any, Any] | None = None,
+        label_instruction: str | None = None,
+        description_weight: float = 5.0,
+        temperature: float = 0.05,
+    ) -> None:
+        self.vectorizer = vectorizer
+        self.descriptions = descriptions
+        self.label_instruction = label_instruction
+        self.description_weight = description_weight
+        self.temperature = temperature
+
+    def fit(self, X: Any = None, y: Any = None) -> ZeroShotClassifier:
+        """Embed the descriptions, and the examples if there are some.
+
+        Parameters
+        ----------
+        X : mapping, or list, tuple, ndarray, Series or one-column frame of str, optional
+            Without `descriptions`: label -> description or list of descriptions; or descriptions
+            whose labels are `y` (without `y`, each description is its own label). With
+            `descriptions`: labelled examples. Embeddings instead of texts where
+            ``vectorizer=None``.
+        y : array-like, shape (n_texts,), optional
+            Labels of the rows of X.
+
+        Returns
+        -------
+        ZeroShotClassifier
+            This estimator.
+
+        Raises
+        ------
+        TypeError
+            When X is not as it must be, or a parameter is of the wrong type.
+        ValueError
+            When there are fewer than two labels, a label of an example has no description, or
+            a parameter is out of range.
+        """
+        owner = type(self).__name__
+        weight = _check_weight(self.description_weight, owner=owner)
+        check_real(self.temperature, name="temperature", owner=owner, low=0, inclusive="neither")
+        given = X if self.descriptions is None else self.descriptions
+        rows, labels = _read_descriptions(given, y if given is X else None, owner=owner)
+        classes, places = np.unique(labels, return_inverse=True)
+        examples = None
+        if self.descriptions is not None and X is not None:
+            examples = _read_examples(X, y, classes, owner=owner)
+        vectors, example_vectors = self._fit_both(rows, labels, examples)
+        sums = _sum_rows(normalize(vectors), places, len(classes))
+        if examples is not None and math.isfinite(weight):
+            places = np.searchsorted(classes, examples.labels)
+            sums = weight * normalize(sums)
+            sums += _sum_rows(normalize(example_vectors), places, len(classes))
+        self.classes_ = classes
+        self.prototypes_ = normalize(sums)
+        return self
+
+    def predict(self, X: Any) -> Labels:
+        """Predict the label whose prototype is nearest.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts; embeddings where ``vectorizer=None``.
+
+        Returns
+        -------
+        ndarray, shape (n_texts,)
+            One of `classes_` a text; of equally near ones, the first.
+        """
+        nearest = self._cosines(X).argmax(axis=1)
+        found: Labels = self.classes_[nearest]
+        return found
+
+    def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
+        """Softmax of the cosines over the temperature; not calibrated.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts; embeddings where ``vectorizer=None``.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_texts, n_classes)
+            Columns in the order of `classes_`; rows sum to 1.
+        """
+        logits = self._cosines(X) / self.temperature
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        found: npt.NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
+        return found
+
+    def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
+        """Cosine of each text with each prototype.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts; embeddings where ``vectorizer=None``.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_texts, n_classes), or (n_texts,) for two classes
+            Cosines in the order of `classes_`; for two classes, the second minus the first.
+        """
+        cosines = self._cosines(X)
+        return cosines[:, 1] - cosines[:, 0] if len(self.classes_) == 2 else cosines
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Accuracy of the predictions.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts; embeddings where ``vectorizer=None``.
+        y : array-like, shape (n_texts,)
+            Their labels. A label without description counts as an error.
+        sample_weight : array-like of float, shape (n_texts,), optional
+            Weights of the texts.
+
+        Returns
+        -------
+        float
+            Share of right predictions, in [0, 1].
+
+        Raises
+        ------
+        ValueError
+            When none of the labels has a description.
+        """
+        check_is_fitted(self)
+        refuse_foreign_labels(y, self.classes_, owner=type(self).__name__)
+        return float(super().score(X, y, sample_weight))
+
+    def _cosines(self, X: Any) -> npt.NDArray[np.float64]:
+        """Cosine of each text with each prototype, (n, n_classes)."""
+        vectors = normalize(self._embed_vectors(X).astype(np.float64))
+        found: npt.NDArray[np.float64] = vectors @ self.prototypes_.T
+        return found
+
+    def _fit_both(
+        self, rows: Any, labels: Labels, examples: _Examples | None
+    ) -> tuple[Vectors, Vectors]:
+        """Fit the vectorizer; vectors of descriptions (n, dim) and of examples (m, dim)."""
+        owner = type(self).__name__
+        vectorizer = make_vectorizer(self.vectorizer, owner=owner)
+        if vectorizer is None:
+            vectors = self._fit_vectors(rows)
+            others = vectors[:0] if examples is None else self._embed_vectors(examples.X)
+            return vectors, others
+        _set_label_instruction(vectorizer, self.label_instruction, owner=owner)
+        texts = check_text_column(rows, vectorizer=vectorizer, owner=owner)
+        more: list[str | None] = []
+        if examples is not None:
+            more = check_text_column(examples.X, vectorizer=vectorizer, owner=owner)
+            labels = np.concatenate([labels, examples.labels])
+        fit_vectorizer(vectorizer, texts + more, labels)
+        vectors = embed_side(vectorizer, texts, "document", owner=owner)
+        others = embed_side(vectorizer, more, "query", owner=owner) if more else vectors[:0]
+        self._set_vectorizer(vectorizer, vectors.shape[1])
+        return vectors.astype(np.float64), others.astype(np.float64)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Fitted once there are prototypes."""
+        return hasattr(self, "prototypes_")
+
+
+class _Examples(NamedTuple):
+    """Labelled texts or embeddings, and their labels, (n,)."""
+
+    X: Any
+    labels: Labels
+
+
+# Checking
+
+
+def _make_head(head: Any) -> Any:
+    """Return a fresh head; TypeError for what is no classifier."""
+    if head is None:
+        return LogisticRegression(C=DEFAULT_C, max_iter=1000)
+    usable = all(callable(getattr(head, name, None)) for name in ("fit", "predict"))
+    if isinstance(head, type) or not usable or is_regressor(head) or is_clusterer(head):
+        got = f"the class {head.__name__}" if isinstance(head, type) else type(head).__name__
+        raise TypeError(
+            "The `head` parameter of `EmbeddingClassifier` must be a classifier of scikit-learn's "
+            f"kind, such as LogisticRegression(), or None; got {got}."
+        )
+    return clone(head)
+
+
+# Descriptions
+
+
+def _check_weight(weight: Any, *, owner: str) -> float:
+    """Return the weight of descriptions, which may be infinite."""
+    if isinstance(weight, float) and weight == math.inf:
+        return weight
+    return check_real(weight, name="description_weight", owner=owner, low=0, inclusive="neither")
+
+
+def _read_descriptions(X: Any, y: Any, *, owner: str) -> tuple[Any, Labels]:
+    """Return the rows of descriptions, texts or embeddings, and the label of each, (n,)."""
+    if isinstance(X, Mapping) and not hasattr(X, "tocsr"):  # a DOK matrix is a dict
+        if y is not None:
+            raise ValueError(
+                f"The `y` parameter of `{owner}.fit` must be None where X maps labels to "
+                "descriptions. To add examples, pass the mapping as `descriptions`."
+            )
+        rows, names = _flatten_mapping(X, owner=owner)
+    elif X is None:
+        raise ValueError(
+            f"{owner} needs descriptions: pass a mapping of label to description to `fit`, or as "
+            "`descriptions`."
+        )
+    else:
+        rows, names = X, y
+        if y is None and not isinstance(X, str):
+            first = X[0] if isinstance(X, Sequence) and X else None
+            if not isinstance(first, str):
+                check_labels(X, None, owner=owner)
+            names = X
+    labels = check_labels(rows, names, owner=owner)
+    if labels.ndim != 1:
+        raise ValueError(
+            f"The `y` parameter of `{owner}` must have one label a row; got shape {labels.shape}."
+        )
+    return rows, labels
+
+
+def _flatten_mapping(descriptions: Mapping[Any, Any], *, owner: str) -> tuple[Any, list[Any]]:
+    """Return all descriptions in one list (or array of embeddings) and the label of each."""
+    rows: list[Any] = []
+    labels: list[Any] = []
+    for label, found in descriptions.items():
+        is_one = isinstance(found, str) or (
+            not isinstance(found, (list, tuple)) and np.ndim(found) == 1
+        )
+        many = [found] if is_one else found
+        if not isinstance(many, (list, tuple, np.ndarray)) or not len(many):
+            raise TypeError(
+                f"The descriptions of `{owner}` must map each label to a text or a list of texts "
+                f"(embeddings where vectorizer=None); that of {label!r} is "
+                f"{'an empty list' if isinstance(many, (list, tuple)) else type(found).__name__}."
+            )
+        rows.extend(many)
+        labels.extend([label] * len(many))
+    if rows and not any(isinstance(row, str) for row in rows):
+        return np.asarray(rows), labels
+    return rows, labels
+
+
+def _read_examples(X: Any, y: Any, classes: Labels, *, owner: str) -> _Examples | None:
+    """Return the labelled examples, or None without labels: then X is not looked at."""
+    if y is None:
+        return None
+    labels = column_or_1d(y)
+    refuse_missing_labels(labels, owner=owner)
+    check_consistent_length(X, labels)
+    known = set(classes.tolist())
+    unknown = [i for i, label in enumerate(labels.tolist()) if label not in known]
+    if unknown:
+        raise ValueError(
+            f"The `y` parameter of `{owner}` must hold labels that have a description, "
+            f"{name_some(classes)}; got {len(unknown)} without, the first at y[{unknown[0]}]: "
+            f"{labels[unknown[0]]!r}."
+        )
+    return _Examples(X, labels)
+
+
+def _set_label_instruction(vectorizer: Any, instruction: str | None, *, owner: str) -> None:
+    """Give the vectorizer the instruction for descriptions."""
+    name = "label_instruction"
+    if check_string(instruction, name=name, owner=owner, allow_none=True) is None:
+        return
+    known = vectorizer.get_params() if hasattr(vectorizer, "get_params") else {}
+    if "document_instruction" not in known:
+        raise ValueError(
+            f"The `label_instruction` parameter of `{owner}` must be None for a vectorizer "
+            f"without `document_instruction`; {type(vectorizer).__name__} has none."
+        )
+    vectorizer.set_params(document_instruction=instruction)
+
+
+def _sum_rows(vectors: Vectors, places: Labels, n_classes: int) -> npt.NDArray[np.float64]:
+    """Sum the rows of each class, (n_classes, dim)."""
+    sums = np.zeros((n_classes, vectors.shape[1]))
+    np.add.at(sums, places, vectors)
+    return sums
