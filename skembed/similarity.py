@@ -531,7 +531,7 @@ class _BestKeys:
 
     def add(self, scores: Vectors, allowed: npt.NDArray[np.bool_], low_halves: Indices) -> None:
         """Take in the allowed scores (n, C) of the rows with these lower halves (C,)."""
-        n_allowed = np.count_nonzero(allowed)
+        n_allowed = int(np.count_nonzero(allowed))
         if n_allowed > _SPARSE_SHARE * allowed.size:
             self.merge()
             self._merge_all(scores, allowed, low_halves)

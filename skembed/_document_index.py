@@ -1,0 +1,186 @@
+"""The documents of a retriever: ids, stored vectors, and the search among them.
+
+A search has two steps. The first finds candidates by the stored vectors, all of them or those that
+a graph proposes. The second scores each candidate as one pair, from the finest vectors there are,
+and sorts by score and id: what is returned depends on the query and the document alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from skembed._device_search import top_k_rows_on_device
+from skembed._hnsw import HnswGraph
+from skembed._index_file import pack_strings, unpack_strings
+from skembed._stored_vectors import StoredVectors, iterate_blocks
+from skembed.similarity import Indices, TopK, Vectors, top_k_rows
+
+__all__ = ["DocumentIndex"]
+
+# Scores of a block of the corpus and scores of single pairs differ in the last bits; this many
+# more candidates are scored as pairs, so that those bits decide nothing.
+_N_SPARE = 16
+_BLOCK_BYTES = 32 * 2**20
+_DEVICE_BLOCK_BYTES = 512 * 2**20
+
+Ids = npt.NDArray[Any]  # of object (str) or int64
+Array = npt.NDArray[Any]
+
+
+class DocumentIndex:
+    """Documents that can be searched, added and removed.
+
+    Attributes
+    ----------
+    ids : ndarray of object (str) or int64, shape (n,)
+        Distinct ids.
+    stored : StoredVectors
+        What every query is compared with.
+    fine : StoredVectors or None
+        A finer copy, for scores.
+    graph : HnswGraph or None
+        An approximate index over `labels`.
+    labels : ndarray of int64, shape (n,)
+        Rising numbers, never used again after a removal.
+    """
+
+    def __init__(
+        self,
+        ids: Ids,
+        stored: StoredVectors,
+        fine: StoredVectors | None = None,
+        graph: HnswGraph | None = None,
+        labels: Indices | None = None,
+        n_seen: int | None = None,
+    ) -> None:
+        self.stored, self.fine, self.graph = stored, fine, graph
+        self.labels = np.arange(len(ids), dtype=np.int64) if labels is None else labels
+        self.n_seen = len(ids) if n_seen is None else n_seen
+        self._set_ids(ids)
+
+    @classmethod
+    def build(
+        cls, ids: Ids, vectors: Vectors, *, storage: str, rescore_storage: str | None, hnsw: bool
+    ) -> DocumentIndex:
+        """Store vectors (n, dim), and build a graph over them with `hnsw`."""
+        stored = StoredVectors.encode(vectors, storage)
+        fine = None if rescore_storage is None else StoredVectors.encode(vectors, rescore_storage)
+        index = cls(ids, stored, fine, HnswGraph(stored.dim) if hnsw else None)
+        if index.graph is not None:
+            index.graph.add(index.labels, StoredVectors.encode(vectors, "float32"))
+        return index
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def search(self, queries: Vectors, top_k: int, *, rescore: int, device: torch.device) -> TopK:
+        """Find the best documents of each query, each (n_queries, top_k), top_k <= n."""
+        several = rescore if self.fine is not None or self.graph is not None else 1
+        n = min(len(self), several * top_k + _N_SPARE)
+        candidates = self._find_candidates(queries, n, device=device)  # (Q, n)
+        scores = self._score_pairs(queries, candidates)
+        order = np.lexsort((-self._ranks[candidates], -scores), axis=1)[:, :top_k]
+        return TopK(
+            np.take_along_axis(scores, order, axis=1),
+            np.take_along_axis(candidates, order, axis=1),
+        )
+
+    def add(self, ids: Ids, vectors: Vectors) -> None:
+        """Put documents behind those that are there; an error changes nothing that counts."""
+        stored = self.stored.append(vectors)
+        fine = None if self.fine is None else self.fine.append(vectors)
+        labels = np.arange(self.n_seen, self.n_seen + len(ids), dtype=np.int64)
+        self.n_seen += len(ids)  # labels that a failing graph has seen are lost, and no more
+        if self.graph is not None:
+            self.graph.add(labels, StoredVectors.encode(vectors, "float32"))
+        self._set_ids(np.concatenate([self.ids, ids]))
+        self.stored, self.fine = stored, fine
+        self.labels = np.concatenate([self.labels, labels])
+
+    def remove(self, positions: Indices) -> None:
+        """Take documents out."""
+        kept = np.ones(len(self), dtype=np.bool_)
+        kept[positions] = False
+        stored = self.stored.select(kept)
+        fine = None if self.fine is None else self.fine.select(kept)
+        if self.graph is not None:
+            self.graph.remove(self.labels[~kept])
+        self._set_ids(self.ids[kept])
+        self.stored, self.fine, self.labels = stored, fine, self.labels[kept]
+
+    def pack(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Return what `unpack` needs, as plain values and as arrays."""
+        parts = {"stored": self.stored}
+        if self.fine is not None:
+            parts["fine"] = self.fine
+        kinds = {part: vectors.kind for part, vectors in parts.items()}
+        arrays: dict[str, Array] = {"labels": self.labels}
+        arrays |= pack_strings(self.ids) if self.ids.dtype == object else {"ids": self.ids}
+        for part, vectors in parts.items():
+            arrays |= {f"{part}.{name}": array for name, array in vectors.arrays.items()}
+        if self.graph is not None:
+            arrays["graph"] = self.graph.to_array()
+        return {"kinds": kinds, "dim": self.stored.dim, "n_seen": self.n_seen}, arrays
+
+    @classmethod
+    def unpack(cls, settings: dict[str, Any], arrays: dict[str, Array]) -> DocumentIndex:
+        """Return the index that `pack` took apart; raises ValueError where parts do not fit."""
+        parts: dict[str, StoredVectors] = {}
+        for part, kind in settings["kinds"].items():
+            own = {
+                name.partition(".")[2]: array
+                for name, array in arrays.items()
+                if name.startswith(f"{part}.")
+            }
+            parts[part] = StoredVectors(kind, settings["dim"], own)
+        ids = arrays.get("ids")
+        if ids is None:
+            ids = unpack_strings(arrays["characters"], arrays["ends"])
+        labels = np.array(arrays["labels"])
+        if any(len(rows) != len(ids) for rows in (*parts.values(), labels)):
+            raise ValueError("ids and vectors differ in number")
+        graph = HnswGraph.from_array(arrays["graph"]) if "graph" in arrays else None
+        return cls(
+            np.array(ids), parts["stored"], parts.get("fine"), graph, labels, settings["n_seen"]
+        )
+
+    def _set_ids(self, ids: Ids) -> None:
+        """Keep ids, and for each its place among them in rising order."""
+        order = np.argsort(ids, kind="stable")
+        ranks = np.empty(len(ids), dtype=np.int64)
+        ranks[order] = np.arange(len(ids))
+        self.ids, self._ranks = ids, ranks
+
+    def _find_candidates(self, queries: Vectors, n: int, *, device: torch.device) -> Indices:
+        """Return the rows of about the best n documents of each query, (n_queries, n)."""
+        if self.graph is None:
+            return self._find_exactly(queries, n, device=device)
+        labels = self.graph.search(queries, n)
+        rows = np.minimum(np.searchsorted(self.labels, labels), len(self) - 1)
+        # What the graph could not fill is found the long way.
+        short = (self.labels[rows] != labels).any(axis=1)
+        rows[short] = self._find_exactly(queries[short], n, device=device)
+        return rows
+
+    def _find_exactly(self, queries: Vectors, n: int, *, device: torch.device) -> Indices:
+        """Return the rows of the best n documents by the stored vectors, (n_queries, n)."""
+        read, ranks = self.stored.read_rows, self._ranks
+        if device.type == "cpu":
+            return top_k_rows(queries, read, ranks, n, block_bytes=_BLOCK_BYTES).indices
+        return top_k_rows_on_device(
+            queries, read, ranks, n, device=device, block_bytes=_DEVICE_BLOCK_BYTES
+        ).indices
+
+    def _score_pairs(self, queries: Vectors, rows: Indices) -> Vectors:
+        """Return the score of each query with each of its candidates, (n_queries, n)."""
+        finest = self.stored if self.fine is None else self.fine
+        scores = np.empty(rows.shape, dtype=np.float32)
+        for block in iterate_blocks(len(rows), rows.shape[1] * finest.dim):
+            vectors = finest.read_rows(rows[block].ravel())
+            vectors = vectors.reshape(*rows[block].shape, finest.dim)  # (B, n, D)
+            np.einsum("bd,bnd->bn", queries[block], vectors, out=scores[block])
+        return scores
