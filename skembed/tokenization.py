@@ -139,12 +139,16 @@ class TextTokenizer:
 
         The reference counts the tokens of the prefix alone, without a begin token. Its template
         ends with a space, which alone is a token and in front of a word is not: that token too
-        many makes up for the begin token. A prefix without the space lacks it, so one is added.
+        many makes up for the begin token. A prefix without the space lacks it, so one is added,
+        and so for a tokenizer that makes no token of a space at the end.
         """
         if not prefix:
             return 0
-        tokens = self.tokenizer.encode(prefix, add_special_tokens=False).ids
-        return len(tokens) + (not prefix.endswith(" "))
+        tokens, bare = (
+            self.tokenizer.encode(text, add_special_tokens=False).ids
+            for text in (prefix, prefix.rstrip(" "))
+        )
+        return len(tokens) + (len(tokens) == len(bare))
 
     def encode(
         self, texts: Sequence[str], *, prefix: str, max_length: int, mask_prefix: bool = True

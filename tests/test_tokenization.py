@@ -110,6 +110,16 @@ def test_pool_start_without_the_trailing_space(tokenizer: TextTokenizer, prefix:
     assert tokenizer.encode(TEXTS, prefix=prefix, max_length=512).pool_start == len(alone) + 1
 
 
+def test_pool_start_where_a_trailing_space_is_no_token() -> None:
+    words = TextTokenizer(
+        make_words(adds_bos=True), bos_token_id=FOREIGN_BOS, eos_token_id=FOREIGN_EOS
+    )
+    for prefix in ("one two ", "one two"):
+        assert words.count_prefix(prefix) == 3
+    encoded = words.encode(["four"], prefix="one two ", max_length=9)
+    assert encoded.ids[0][encoded.pool_start :].tolist() == [4, FOREIGN_EOS]
+
+
 @pytest.mark.parametrize("prefix", [p for p in PREFIXES if len(p) > 1])
 @pytest.mark.parametrize("text", ["who won?", "7 of 9", "(a)", "日本語", "élan", "a\tb\nc"])
 def test_begin_and_instruction_are_masked_and_nothing_else(prefix: str, text: str) -> None:

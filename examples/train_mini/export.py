@@ -1,38 +1,54 @@
-"""Write the trained weights as a model folder that `NVEmbedVectorizer` reads.
+"""Write a model folder that `NVEmbedVectorizer` reads.
 
-python examples/train_mini/export.py --work WORK --out skembed/data/skembed-mini
+    python examples/train_mini/export.py --work WORK --out skembed/data/skembed-mini
+
+The model is what stages.py ended with, or the distilled one where it did not run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 
 import torch
+from prepare import build_config
 from recipe import Recipe, work_paths
-from train import build_config
 
 from skembed.checkpoint import save_checkpoint
 
 
+def export(paths: dict[str, Path], out: Path, recipe: Recipe) -> None:
+    """The distilled weights, rounded to bfloat16, as a model folder."""
+    state = torch.load(paths["checkpoint"], weights_only=True)
+    save_checkpoint(
+        out,
+        config=build_config(recipe),
+        tensors=((name, tensor.to(torch.bfloat16)) for name, tensor in state["model"].items()),
+        tokenizer_folder=paths["tokenizer"].parent,
+        extra={},
+    )
+
+
 def main() -> None:
-    """Convert the last checkpoint to the recipe's storage type."""
+    """Export the last model of a run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()
-    recipe, paths = Recipe(), work_paths(arguments.work)
-    state = torch.load(paths["checkpoint"], weights_only=True)
-    dtype = getattr(torch, recipe.dtype)
-    save_checkpoint(
-        arguments.out,
-        config=build_config(recipe),
-        tensors=((name, tensor.to(dtype)) for name, tensor in state["model"].items()),
-        tokenizer_folder=paths["tokenizer"].parent,
-        extra={"recipe.json": {**recipe.to_dict(), "step": state["step"]}},
-    )
+    recipe, final = Recipe(), arguments.work / "final.txt"
+    if final.exists():
+        folder = arguments.work / final.read_text().strip()
+    else:
+        folder = arguments.work / "distilled"
+        export(work_paths(arguments.work), folder, recipe)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        shutil.copyfile(folder / name, arguments.out / name)
+    (arguments.out / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=1) + "\n")
     size = sum(path.stat().st_size for path in arguments.out.iterdir())
-    print(f"step {state['step']}: {size / 1e6:.1f} MB in {arguments.out}")
+    print(f"{folder.name}: {size / 1e6:.1f} MB in {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # Both are scraped third-party text under a repository licence: not for weights we give away.
 LEFT_OUT = ("news_and_clickbait_headlines", "covid_faq")
+
+
+RETRIEVAL_FILES = (
+    "18f_blog_posts",
+    "acl_title_abstract_2016plus",
+    "covid_qa_passages",
+    "d2l_deep_learning_book",
+    "digitalgov_articles",
+    "dynamics365_business_docs",
+    "medquad",
+    "openstax_heading_paragraph",
+    "owasp_cheat_sheets",
+    "powershell_docs",
+    "pubmedqa_labelled",
+    "python_peps",
+    "react_docs",
+    "scitldr",
+    "squad_question_sentence",
+    "stackexchange_beer",
+    "stackexchange_coffee",
+    "stackexchange_matheducators",
+    "wikipedia_section_paragraph",
+    "wikipedia_sentence_context",
+    "wikipedia_title_lead",
+    "xquad_english",
+)
+OTHER_FILES = (
+    "botframework_chitchat",
+    "comve_reason_reason",
+    "disfl_qa",
+    "ibm_argument_keypoint",
+    "medical_question_entailment",
+    "open_trivia_qa",
+    "snli_counterfactual",
+    "snli_dev_test_triplets",
+    "tatoeba_english_paraphrases",
+    "wiki_split",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One contrastive stage; NV-Embed's recipe (arXiv 2405.17428, section 4) in small."""
+
+    files: tuple[str, ...]
+    in_batch_negatives: bool
+    blend: bool  # several files in one batch
+    max_steps: int
+    examples_per_file: int = 1_500
+    n_negatives: int = 1
+    batch_size: int = 64
+    r: int = 32
+    learning_rate: float = 3e-4
+    temperature: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -14,45 +68,59 @@ class Recipe:
     """One training run of the bundled model; sizes in the unit the comment names."""
 
     # Corpus
-    texts_per_file: int = 11_000  # cap, so that no source dominates
-    max_texts: int = 425_984  # of all, at random: what one hour of two cores can make use of
-    long_share: float = 0.2  # of the texts above `span_words` kept long instead of cut to a span
-    span_words: tuple[int, int] = (8, 48)  # words of a span cut from a long text
-    long_words: int = 170  # words, cap of the texts kept long
-    teacher_max_length: int = 256  # tokens, the teacher's own limit
+    texts_per_file: int = 30_000  # cap, so that no source dominates
+    max_texts: int = 1_000_000
+    long_share: float = 0.25  # of the texts above `span_words` kept long instead of cut to a span
+    span_words: tuple[int, int] = (6, 48)  # words of a span cut from a long text
+    long_words: int = 180  # words, cap of the texts kept long
+    held_out_texts: int = 4_096  # never trained on, to measure agreement with the teacher
     random_state: int = 0
 
     # Tokenizer
     vocab_size: int = 24_576
 
     # Architecture (Mistral names)
-    hidden_size: int = 384  # = the teacher's dimension: the static start and the loss need no map
-    intermediate_size: int = 1_024
-    num_hidden_layers: int = 4
+    hidden_size: int = 384  # = the teacher's dimension: weights and losses need no map
+    intermediate_size: int = 896
     num_attention_heads: int = 6
-    num_key_value_heads: int = 2
+    head_dim: int = 32  # = the teacher's, so that its heads can be inherited
+    rope_theta: float = 1e6
+    # The teacher's layers that each of ours stands for.
+    layer_groups: tuple[tuple[int, ...], ...] = ((0,), (1, 2), (3, 4), (5,))
     num_latents_value: int = 64
-    num_cross_heads: int = 4
+    num_cross_heads: int = 2
     cross_dim_head: int = 96
-    ff_mult: int = 2
-    max_length: int = 512  # tokens
+    ff_mult: int = 1
+    max_length: int = 256  # tokens, the teacher's own limit
 
-    # Optimisation
+    # Inheritance: least squares on the teacher's own activations
+    calibration_tokens: int = 40_000
+    ridge: float = 1e-3  # relative to the mean variance of the inputs
+
+    # Distillation
     batch_size: int = 256  # texts
-    learning_rate: float = 1.5e-3
-    embedding_learning_rate: float = 3e-4
+    learning_rate: float = 4e-4
+    embedding_learning_rate: float = 2e-4
     weight_decay: float = 0.01
-    warmup_steps: int = 150
-    passes: float = 0.9  # over the corpus
-    similarity_weight: float = 20.0  # of the similarity-matrix loss beside 1 - cosine
+    warmup_steps: int = 60
     max_grad_norm: float = 1.0
+    similarity_weight: float = 20.0  # of the similarity-matrix loss beside 1 - cosine
+    token_weight: float = 1.0  # of 1 - cosine of each token vector
     checkpoint_every_s: float = 120.0
-    dtype: str = field(default="bfloat16")
-    # What a reader of the card must know of the run that made the bundled weights.
-    run_note: str = (
-        "planned for 1.3 passes and shortened twice while it ran (at steps 280 and 983), so the "
-        "learning rate fell in three pieces"
+
+    # Contrastive stages
+    stages: tuple[Stage, ...] = (
+        Stage(RETRIEVAL_FILES, in_batch_negatives=True, blend=False, max_steps=180),
+        Stage(
+            (*RETRIEVAL_FILES, *OTHER_FILES),
+            in_batch_negatives=False,
+            blend=True,
+            max_steps=120,
+            n_negatives=3,
+            learning_rate=2e-4,
+        ),
     )
+    shares: tuple[float, ...] = (0.0, 0.3, 0.6, 1.0)  # of a stage's change that are tried
 
     def to_dict(self) -> dict[str, object]:
         """The recipe as plain values, for the model card and the checkpoint."""
@@ -64,9 +132,8 @@ def work_paths(work: Path) -> dict[str, Path]:
     return {
         "texts": work / "texts.jsonl",
         "tokenizer": work / "tokenizer.json",
-        "teacher": work / "teacher.npy",
-        "teacher_done": work / "teacher_done.json",
-        "vocabulary": work / "vocabulary_vectors.npy",
+        "teacher_ids": work / "teacher_ids.npy",
+        "start": work / "start.pt",
         "checkpoint": work / "checkpoint.pt",
         "log": work / "log.jsonl",
     }

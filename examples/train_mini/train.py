@@ -1,237 +1,195 @@
-"""Distil the teacher's vectors into the bundled model's architecture.
+"""Distil the teacher into the inherited student.
 
-    python examples/train_mini/train.py --work WORK [--dev STSB_DEV.jsonl.gz]
+    python examples/train_mini/train.py --work WORK [--data DATA]
 
-Starts from a working model: each token's vector is the teacher's vector of that token, and all
-output projections begin at zero, so that the untrained network is a mean of static word vectors.
-Batches are packed without padding. Half of the batches are made of neighbours under the teacher
-(leaves of a random-hyperplane tree), where the similarity matrix has most to say.
-
-State is written atomically every two minutes; the same command resumes after a kill.
+Texts pass once, in the corpus's order; the teacher runs beside the student on the same packed
+batch, so its vector of every token is there to learn from. State is written atomically every two
+minutes; the same command resumes after a kill.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
-import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from masters import MasterAdamW
+from prepare import build_config, load_tokenizer, read_texts
 from recipe import Recipe, work_paths
-from scipy.stats import spearmanr
-from tokenizers import Tokenizer
-from torch import Tensor, nn
+from teacher import PackedTeacher
+from torch import Tensor
 from torch.nn import functional as F
 
-from skembed.model import NVEmbedConfig, NVEmbedModel
-from skembed.pooling import LatentAttention
-from skembed.tokenization import TextTokenizer, iterate_batches, pack_texts
+import dev
+from skembed.model import NVEmbedModel
+from skembed.pooling import segment_mean
+from skembed.tokenization import PackedBatch, TextTokenizer, iterate_batches, pack_texts
+
+LOG_EVERY_S = 60.0
 
 
-def build_config(recipe: Recipe) -> NVEmbedConfig:
-    """The architecture of the recipe in NV-Embed's terms."""
-    backbone = {
-        "vocab_size": recipe.vocab_size,
-        "hidden_size": recipe.hidden_size,
-        "intermediate_size": recipe.intermediate_size,
-        "num_hidden_layers": recipe.num_hidden_layers,
-        "num_attention_heads": recipe.num_attention_heads,
-        "num_key_value_heads": recipe.num_key_value_heads,
-        "max_position_embeddings": 4_096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10_000.0,
-    }
-    return NVEmbedConfig(
-        backbone=backbone,
-        num_latents_value=recipe.num_latents_value,
-        num_cross_heads=recipe.num_cross_heads,
-        cross_dim_head=recipe.cross_dim_head,
-        latent_dim=recipe.hidden_size,
-        ff_mult=recipe.ff_mult,
+def sort_pack(ids: list[np.ndarray]) -> PackedBatch:
+    """A training batch: equal lengths side by side, sizes from a grid."""
+    return pack_texts(sorted(ids, key=len), 0, on_grid=True)
+
+
+def distillation_loss(
+    model: NVEmbedModel, batch: PackedBatch, target: Tensor, recipe: Recipe
+) -> Tensor:
+    """Tokens, texts, and the similarities of texts, against the teacher's token vectors (T, D)."""
+    n = batch.n_texts
+    hidden = model.hidden_states(batch)[batch.pool_index]
+    tokens = model.latent_attention_model.transform_tokens(hidden)
+    target = target[batch.pool_index].float()
+    tokens = tokens.float()
+    used = batch.pool_segments < n  # the rest fills the grid
+    by_token = 1 - F.cosine_similarity(tokens[used], target[used], dim=-1).mean()
+    ours, theirs = (
+        F.normalize(segment_mean(x, batch.pool_segments, batch.pool_counts)[:n], dim=-1)
+        for x in (tokens, target)
     )
+    by_text = 1 - (ours * theirs).sum(-1).mean()
+    difference = (ours @ ours.T - theirs @ theirs.T).square().sum() / (n * (n - 1))
+    return by_text + recipe.similarity_weight * difference + recipe.token_weight * by_token
 
 
-def start_static(model: NVEmbedModel, vectors: np.ndarray) -> None:
-    """Token vectors from the teacher (centred, unit root mean square), projections at zero."""
-    table = torch.from_numpy(vectors.astype(np.float32))
-    table = F.normalize(table - table.mean(0), dim=-1) * math.sqrt(table.shape[1])
-    with torch.no_grad():
-        model.embedding_model.embed_tokens.weight.copy_(table)
-        for layer in model.embedding_model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-    pooling = model.latent_attention_model
-    if isinstance(pooling, LatentAttention):
-        pooling.start_as_mean()
+def embedder(model: NVEmbedModel, tokenizer: TextTokenizer, max_length: int) -> dev.Embed:
+    """Unit vectors of texts from the model as it stands."""
+
+    def embed(texts: list[str]) -> np.ndarray:
+        encoded = tokenizer.encode(texts, prefix="", max_length=max_length)
+        out = np.empty((len(texts), model.config.hidden_size), np.float32)
+        with torch.inference_mode():
+            for rows in iterate_batches(encoded.lengths, 4_096):
+                batch = pack_texts([encoded.ids[i] for i in rows], 0, on_grid=True)
+                out[rows] = F.normalize(model(batch)[: batch.n_texts].float(), dim=-1).numpy()
+        return out
+
+    return embed
 
 
-def neighbour_batches(
-    rows: np.ndarray, teacher: np.ndarray, batch_size: int, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """Halve `rows` by random hyperplanes at the median until a batch is left."""
-    if len(rows) <= batch_size:
-        return [rows]
-    pair = teacher[rng.choice(rows, 2)].astype(np.float32)
-    order = np.argsort(teacher[rows].astype(np.float32) @ (pair[0] - pair[1]))
-    middle = len(rows) // 2 // batch_size * batch_size or batch_size
-    halves = rows[order[:middle]], rows[order[middle:]]
-    return [b for half in halves for b in neighbour_batches(half, teacher, batch_size, rng)]
+def batches(
+    texts: list[str], tokenizer: TextTokenizer, recipe: Recipe, start: int
+) -> Iterator[list[np.ndarray]]:
+    """Token ids of `batch_size` texts at a time, from step `start` on, round and round."""
+    train = texts[recipe.held_out_texts :]
+    per_pass = len(train) // recipe.batch_size
+    step = start
+    while True:
+        first = step % per_pass * recipe.batch_size
+        part = train[first : first + recipe.batch_size]
+        yield tokenizer.encode(part, prefix="", max_length=recipe.max_length).ids
+        step += 1
 
 
-def make_batches(teacher: np.ndarray, recipe: Recipe, epoch: int) -> list[np.ndarray]:
-    """The batches of one pass, in the order they are trained on."""
-    rng = np.random.default_rng([recipe.random_state, epoch])
-    size, buffer = recipe.batch_size, recipe.batch_size * 32
-    rows = rng.permutation(len(teacher))
-    batches: list[np.ndarray] = []
-    for k, start in enumerate(range(0, len(rows), buffer)):
-        block = rows[start : start + buffer]
-        if k % 2:
-            batches += neighbour_batches(block, teacher, size, rng)
-        else:
-            batches += [block[i : i + size] for i in range(0, len(block), size)]
-    batches = [b for b in batches if len(b) == size]
-    return [batches[i] for i in rng.permutation(len(batches))]
+class Distillation:
+    """A run of the student beside its teacher: steps, log and checkpoint.
 
+    Parameters
+    ----------
+    recipe : Recipe
+        Sizes and rates.
+    paths : dict of str to Path
+        Files of the run: `work_paths`.
+    texts : list of str
+        The corpus.
+    tokenizer : TextTokenizer
+        The student's tokenizer.
+    """
 
-def distillation_loss(student: Tensor, teacher: Tensor, weight: float) -> Tensor:
-    """1 - cosine to the teacher, plus the squared error of the similarity matrix."""
-    student = F.normalize(student, dim=-1)
-    cosine = (student * teacher).sum(-1).mean()
-    difference = (student @ student.T - teacher @ teacher.T).square()
-    off_diagonal = difference.sum() / (len(student) * (len(student) - 1))
-    return 1 - cosine + weight * off_diagonal
+    def __init__(
+        self, recipe: Recipe, paths: dict[str, Path], texts: list[str], tokenizer: TextTokenizer
+    ) -> None:
+        torch.manual_seed(recipe.random_state)
+        self.recipe, self.paths = recipe, paths
+        self.texts, self.tokenizer = texts, tokenizer
+        self.model = NVEmbedModel(build_config(recipe))
+        self.model.load_state_dict(torch.load(paths["start"], weights_only=True))
+        self.model.use_lean_modules()
+        self.teacher = PackedTeacher(torch.bfloat16)
+        self.teacher_ids = torch.from_numpy(np.load(paths["teacher_ids"]))
+        self.optimizer = MasterAdamW(self.model, recipe)
+        self.embed = embedder(self.model, tokenizer, recipe.max_length)
+        self.step, self.spent_s, self.tokens = 0, 0.0, 0
+        if paths["checkpoint"].exists():
+            state = torch.load(paths["checkpoint"], weights_only=True)
+            self.optimizer.load_state_dict(state)
+            self.step, self.spent_s = state["step"], state["spent_s"]
+            self.tokens = state["tokens"]
 
+    def save(self) -> None:
+        """Everything that a resumed run needs, whole or not at all."""
+        partial = self.paths["checkpoint"].with_suffix(".partial")
+        state = {"step": self.step, "spent_s": self.spent_s, "tokens": self.tokens}
+        torch.save({**self.optimizer.state_dict(), **state}, partial)
+        partial.replace(self.paths["checkpoint"])
 
-def embed_ids(model: NVEmbedModel, ids: list[np.ndarray]) -> np.ndarray:
-    """Unit vectors (n, D) of tokenised texts, in their order."""
-    lengths = np.array([len(row) for row in ids])
-    out = np.empty((len(ids), model.config.hidden_size), np.float32)
-    model.eval()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        for rows in iterate_batches(lengths, 8_192):
-            vectors = model(pack_texts([ids[i] for i in rows], 0))
-            out[rows] = F.normalize(vectors.float(), dim=-1).numpy()
-    model.train()
-    return out
+    def log(self, entry: dict[str, Any]) -> None:
+        """One line into the log, and to whoever watches."""
+        with self.paths["log"].open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(entry, flush=True)
 
+    def take_step(self, ids: list[np.ndarray], progress: float) -> float:
+        """One step on these texts; `progress` is the share of the run behind it. The loss."""
+        begin = time.perf_counter()
+        batch = sort_pack(ids)
+        target = self.teacher.hidden_states(self.teacher_ids[batch.input_ids], batch)
+        loss = distillation_loss(self.model, batch, target, self.recipe)
+        loss.backward()
+        warm = min(1.0, (self.step + 1) / self.recipe.warmup_steps)
+        self.optimizer.step(warm * max(0.01, 1 - progress))
+        self.step += 1
+        self.tokens += len(batch.input_ids)
+        self.spent_s += time.perf_counter() - begin
+        return loss.item()
 
-class StsDev:
-    """Spearman correlation on the STS-B development split, to watch the run."""
-
-    def __init__(self, path: Path, tokenizer: TextTokenizer, max_length: int) -> None:
-        rows = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
-        texts = [row[side] for side in ("sentence1", "sentence2") for row in rows]
-        self.ids = tokenizer.encode(texts, prefix="", max_length=max_length).ids
-        self.scores = [row["score"] for row in rows]
-
-    def score(self, model: NVEmbedModel) -> float:
-        """Spearman correlation of cosine and gold score."""
-        first, second = np.split(embed_ids(model, self.ids), 2)
-        return float(spearmanr((first * second).sum(1), self.scores).statistic)
-
-
-def make_optimizer(model: NVEmbedModel, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; word vectors with a rate of their own, no decay on norms, biases and vectors."""
-    table = model.embedding_model.embed_tokens.weight
-    others = [p for p in model.parameters() if p is not table]
-    groups = [
-        {"params": [table], "lr": recipe.embedding_learning_rate, "weight_decay": 0.0},
-        {"params": [p for p in others if p.ndim == 1], "weight_decay": 0.0},
-        {"params": [p for p in others if p.ndim > 1]},
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    def run(self, minutes: float, data: Path) -> None:
+        """Train until this many minutes are spent, scoring on development splits now and then."""
+        if self.step == 0:
+            self.log({"step": 0, **dev.dev_scores(data, self.embed, quick=True)})
+        budget = minutes * 60
+        losses: list[float] = []
+        saved = logged = self.spent_s
+        since, logs = self.tokens, 0
+        for ids in batches(self.texts, self.tokenizer, self.recipe, self.step):
+            losses.append(self.take_step(ids, self.spent_s / budget))
+            done = self.spent_s >= budget
+            if done or self.spent_s - logged > LOG_EVERY_S:
+                entry: dict[str, Any] = {
+                    "step": self.step,
+                    "loss": round(float(np.mean(losses)), 4),
+                    "spent_s": round(self.spent_s),
+                    "tokens": self.tokens,
+                    "tokens_per_s": round((self.tokens - since) / (self.spent_s - logged)),
+                }
+                logs += 1
+                if done or logs % 5 == 0:  # the scores cost as much as a minute of training
+                    entry.update(dev.dev_scores(data, self.embed, quick=not done))
+                self.log(entry)
+                logged, since, losses = self.spent_s, self.tokens, []
+            if done or self.spent_s - saved > self.recipe.checkpoint_every_s:
+                self.save()
+                saved = self.spent_s
+            if done:
+                return
 
 
 def main() -> None:
-    """Train, or go on training, until the passes of the recipe are done."""
+    """Train, or go on training."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder that prepare.py filled")
-    parser.add_argument("--dev", type=Path, help="STS-B development split, to watch the run")
-    parser.add_argument("--passes", type=float, help="override the recipe's passes")
-    parser.add_argument("--stop-after", type=int, default=0, help="stop after this many steps")
+    parser.add_argument("--data", type=Path, required=True, help="folder with eval/")
+    parser.add_argument("--minutes", type=float, required=True, help="length of the run")
     arguments = parser.parse_args()
-    recipe, paths = Recipe(), work_paths(arguments.work)
-    torch.manual_seed(recipe.random_state)
-    tokenizer = TextTokenizer(
-        Tokenizer.from_file(str(paths["tokenizer"])), bos_token_id=1, eos_token_id=2
-    )
-    texts = [json.loads(line) for line in paths["texts"].open(encoding="utf-8")]
-    ids = tokenizer.encode(texts, prefix="", max_length=recipe.max_length).ids
-    teacher = np.load(paths["teacher"], mmap_mode="r")
-    dev = StsDev(arguments.dev, tokenizer, recipe.max_length) if arguments.dev else None
-
-    model = NVEmbedModel(build_config(recipe))
-    start_static(model, np.load(paths["vocabulary"]))
-    optimizer = make_optimizer(model, recipe)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    per_pass = len(make_batches(teacher, recipe, 0))
-    total = int(per_pass * (arguments.passes or recipe.passes))
-    step, spent = 0, 0.0
-    if paths["checkpoint"].exists():
-        state = torch.load(paths["checkpoint"], weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent = state["step"], state["spent_s"]
-    print(f"{len(ids)} texts, {sum(map(len, ids))} tokens, step {step} of {total}", flush=True)
-
-    def save() -> None:
-        partial = paths["checkpoint"].with_suffix(".partial")
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save({**state, "step": step, "spent_s": spent}, partial)
-        partial.replace(paths["checkpoint"])
-
-    if dev is not None and step == 0:
-        print(f"static start: STS-B dev {dev.score(model):.4f}", flush=True)
-    model.train()
-    started = saved = logged = time.perf_counter()
-    spent_before, seen, losses = spent, 0, []
-    while step < total:
-        epoch, offset = divmod(step, per_pass)
-        for rows in make_batches(teacher, recipe, epoch)[offset : offset + total - step]:
-            scale = min(1.0, (step + 1) / recipe.warmup_steps) * max(0.02, 1 - step / total)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * scale
-            rows = rows[np.argsort([len(ids[i]) for i in rows])]  # equal lengths side by side
-            batch = pack_texts([ids[i] for i in rows], 0)
-            target = F.normalize(torch.from_numpy(teacher[rows].astype(np.float32)), dim=-1)
-            with torch.autocast("cpu", torch.bfloat16):
-                vectors = model(batch)
-            loss = distillation_loss(vectors.float(), target, recipe.similarity_weight)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            seen += len(batch.input_ids)
-            losses.append(loss.item())
-            now = time.perf_counter()
-            spent = spent_before + now - started
-            if now - logged > 60 or step == total:
-                entry = {"step": step, "loss": float(np.mean(losses)), "spent_s": round(spent)}
-                entry["tokens_per_s"] = round(seen / (now - logged))
-                if dev is not None:
-                    entry["sts_dev"] = round(dev.score(model), 4)
-                with paths["log"].open("a") as log:
-                    log.write(json.dumps(entry) + "\n")
-                print(entry, flush=True)
-                logged, seen, losses = time.perf_counter(), 0, []
-            if now - saved > recipe.checkpoint_every_s or step == total:
-                save()
-                saved = now
-            if arguments.stop_after and step >= arguments.stop_after:
-                save()
-                return
+    paths = work_paths(arguments.work)
+    run = Distillation(Recipe(), paths, read_texts(paths), load_tokenizer(paths))
+    run.run(arguments.minutes, arguments.data)
 
 
 if __name__ == "__main__":

