@@ -1,0 +1,660 @@
+"""The paper's ablation in small: pooling by attention, and two training stages against one.
+
+    python examples/train_mini/ablation.py --data DATA --work WORK [--jobs 2]
+    python examples/train_mini/ablation.py --write-docs
+
+Tables 2-4 of NV-Embed (arXiv 2405.17428) on a backbone of a few layers that is trained from its
+start: six cells (end-of-sequence, mean or latent pooling; causal or bidirectional attention), and
+the last cell's two stages against one stage on the same examples. Every run of a seed has the same
+start, examples and number of steps. Scores are of development splits and train folds only.
+
+A run is finished or not there: the same command goes on with those that are missing. Runs stand
+side by side, one thread each (`--jobs`). The second command writes the tables from the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ablation_report import NAME, RESULTS, write_docs, write_results
+from masters import MasterAdamW
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+import dev
+from skembed import NVEmbedVectorizer, mine_hard_negatives
+from skembed.checkpoint import resolve_source
+from skembed.instructions import format_instruction, resolve_instruction
+from skembed.lean import plan_buckets
+from skembed.losses import info_nce
+from skembed.model import NVEmbedConfig, NVEmbedModel
+from skembed.tokenization import (
+    PackedBatch,
+    TextTokenizer,
+    iterate_batches,
+    pack_texts,
+    round_up,
+)
+
+CAUSAL = "skembed-causal"
+TEMPLATE = "Instruct: {instruction}\nQuery: "
+PASSAGES = "NQ"  # names known to skembed.instructions stand for their task text
+TITLE = "Given a title, retrieve the text that it belongs to"
+# Stage 1: pairs as in retrieval; the query carries the task, the document is bare.
+RETRIEVAL = {
+    "squad_question_sentence": PASSAGES,
+    "medquad": "NFCorpus",
+    "pubmedqa_labelled": PASSAGES,
+    "covid_qa_passages": PASSAGES,
+    "wordnet_definitions": "Given a term, retrieve its definition",
+    "scitldr": "Given a summary, retrieve the abstract of the paper",
+    "acl_title_abstract_2016plus": TITLE,
+    "wikipedia_section_paragraph": TITLE,
+    "open_trivia_qa": "Given a question, retrieve its answer",
+    "snli_dev_test_triplets": "Given a premise, retrieve a hypothesis that it entails",
+}
+# Stage 2 adds texts of one kind, all with the task in front.
+SYMMETRIC = {"botframework_chitchat": "STS", "disfl_qa": "STS", "stsb": "STS"}
+LABELLED = {"hwu64": "Given a user utterance as query, find the user intents"}
+SIDES = ("sentence1", "sentence2")
+ALIKE = 4.0  # lowest STS-B score of a positive pair, as in the paper (section 4)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that the runs have in common; sizes in the unit that the comment names."""
+
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_layers: int = 3
+    num_heads: int = 6
+    num_latents: int = 32
+    steps: int = 120  # of each stage; one stage takes twice as many
+    batch_size: int = 32  # examples
+    n_negatives: int = 3
+    max_tokens: int = 48  # of a text in training, the instruction not counted
+    max_tokens_scored: int = 128
+    temperature: float = 0.05
+    learning_rate: float = 1e-3
+    embedding_learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    warmup_share: float = 0.1
+
+    @property
+    def examples_per_set(self) -> int:
+        """Largest number of examples that a set may give; together more than the runs need."""
+        return 10 * self.steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to train."""
+
+    pooling: str
+    attention: str
+    schedule: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its file's name."""
+        parts = (self.pooling, self.attention, self.schedule, self.seed)
+        return "-".join(str(part) for part in parts).replace(" ", "_")
+
+
+def list_runs(seeds: Sequence[int]) -> list[Run]:
+    """Every run, seed by seed: the six cells in two stages, and one stage of the last cell."""
+    runs = []
+    for seed in seeds:
+        for attention in ("causal", "bidirectional"):
+            for pooling in ("eos", "mean", "latent"):
+                runs.append(Run(pooling, attention, "two stages", seed))
+        for schedule in ("in-batch on", "in-batch off"):
+            runs.append(Run("latent", "bidirectional", schedule, seed))
+    return runs
+
+
+# Attention
+
+
+def causal_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    packed: PackedBatch,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each token to itself and those before: (1, H, T, d) -> (1, T, H, d).
+
+    Padded places stand behind a text, where no token of it looks.
+    """
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # (T, H, d)
+    parts = []
+    for bucket in plan_buckets(packed.lengths):
+        q, k, v = (
+            x[bucket.start : bucket.stop]
+            .index_select(0, bucket.gather)
+            .view(bucket.count, bucket.length, *x.shape[1:])
+            .transpose(1, 2)
+            for x in rows
+        )  # (n, H, L, d)
+        later = torch.ones(bucket.length, bucket.length, dtype=torch.bool).triu(1)
+        scores = (q @ k.transpose(2, 3) * scaling).masked_fill(later, float("-inf"))
+        attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(0, 1)  # (n L, H, d)
+        parts.append(attended.index_select(0, bucket.kept))
+    return torch.cat(parts).unsqueeze(0), None
+
+
+def no_mask(*_: Any, **__: Any) -> None:
+    """Mask of the causal attention: none; the function itself looks back only."""
+
+
+AttentionInterface.register(CAUSAL, causal_attention)
+AttentionMaskInterface.register(CAUSAL, no_mask)
+
+
+def first_moves_with_last(model: NVEmbedModel) -> bool:
+    """Whether a change of a text's last token reaches its first position.
+
+    The other text of the pack must not notice; RuntimeError where it does.
+    """
+    texts = [np.arange(3, 14), np.arange(20, 29)]
+    changed = [np.append(texts[0][:-1], 40), texts[1]]
+    with torch.inference_mode():
+        before, after = (model.hidden_states(pack_texts(ids, 0)) for ids in (texts, changed))
+    if not torch.equal(before[len(texts[0]) :], after[len(texts[0]) :]):
+        raise RuntimeError("a text of the pack sees its neighbour")
+    return not torch.equal(before[0], after[0])
+
+
+def check_attention(model: NVEmbedModel, attention: str) -> None:
+    """Refuse to train a model whose attention is not what its cell says."""
+    if first_moves_with_last(model) != (attention == "bidirectional"):
+        raise RuntimeError(f"the attention is not {attention}")
+
+
+# The start
+
+
+def bundled_folder() -> Path:
+    """Where the bundled model lies: its tokenizer and word vectors are the start."""
+    return resolve_source("skembed-mini").folder
+
+
+def load_tokenizer() -> TextTokenizer:
+    """The bundled model's."""
+    return TextTokenizer.from_folder(bundled_folder(), bos_token_id=1, eos_token_id=2)
+
+
+@lru_cache(maxsize=1)
+def word_vectors(width: int) -> Tensor:
+    """The bundled model's word vectors on their first principal components, (V, width).
+
+    Scaled to unit variance: beside them, fresh layers write little, so a run begins near the mean
+    of good word vectors.
+    """
+    state = load_file(bundled_folder() / "model.safetensors")
+    table = state["embedding_model.embed_tokens.weight"].double()
+    table = table - table.mean(0)
+    _, directions = torch.linalg.eigh(table.T @ table)  # ascending
+    projected = table @ directions[:, -width:]
+    return (projected / projected.std()).float()
+
+
+def build_model(run: Run, settings: Settings) -> NVEmbedModel:
+    """A cell's model; backbones of a seed are equal, a fresh latent layer is the mean."""
+    table = word_vectors(settings.hidden_size)
+    backbone = {
+        "vocab_size": len(table),
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": settings.intermediate_size,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_heads,
+        "num_key_value_heads": settings.num_heads,
+        "max_position_embeddings": 4_096,
+        "rms_norm_eps": 1e-5,
+    }
+    config = NVEmbedConfig(
+        backbone,
+        pooling=run.pooling,
+        num_latents_value=settings.num_latents,
+        num_cross_heads=2,
+        cross_dim_head=settings.hidden_size // 2,
+        latent_dim=settings.hidden_size,
+        ff_mult=1,  # in the paper the layer is a tenth of the model
+    )
+    torch.manual_seed(run.seed)
+    model = NVEmbedModel(config)  # the backbone draws first: the pooling changes nothing in it
+    with torch.no_grad():
+        model.embedding_model.embed_tokens.weight.copy_(table)
+    if run.pooling == "latent":
+        model.latent_attention_model.start_as_mean()
+    if run.attention == "causal":
+        model.embedding_model.set_attn_implementation(CAUSAL)
+    check_attention(model, run.attention)
+    model.use_lean_modules()
+    return model
+
+
+def count_weights(model: NVEmbedModel) -> dict[str, int]:
+    """Weights of the word vectors, of the layers above them and of the pooling."""
+    words = model.embedding_model.embed_tokens.weight.numel()
+    backbone = sum(p.numel() for p in model.embedding_model.parameters())
+    pooling = sum(p.numel() for p in model.latent_attention_model.parameters())
+    return {"word vectors": words, "layers": backbone - words, "pooling": pooling}
+
+
+# Texts to packs
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of a text and its first pooled position."""
+
+    ids: np.ndarray
+    pool_start: int
+
+
+def encode(
+    tokenizer: TextTokenizer, texts: Sequence[str], instruction: str | None, max_tokens: int
+) -> list[Tokens]:
+    """Token ids behind the instruction; a text that is cut keeps its end token.
+
+    The package cuts the end token off, as the published model does. Here so many texts are cut
+    that end-of-sequence pooling would be another thing than in the paper.
+    """
+    prefix = format_instruction(TEMPLATE, resolve_instruction(instruction))
+    encoded = tokenizer.encode(texts, prefix=prefix, max_length=100_000)
+    limit = encoded.pool_start + max_tokens
+    return [
+        Tokens(
+            ids if len(ids) <= limit else np.append(ids[: limit - 1], ids[-1]), encoded.pool_start
+        )
+        for ids in encoded.ids
+    ]
+
+
+def pack(texts: Sequence[Tokens]) -> PackedBatch:
+    """A pack of texts with instructions of different lengths; sizes from the grid."""
+    batch = pack_texts([text.ids for text in texts], 0, on_grid=True)
+    n_pooled = sum(len(text.ids) for text in texts)  # the rest fills the grid
+    index, segments = batch.pool_index[:n_pooled], batch.pool_segments[:n_pooled]
+    starts = torch.tensor([text.pool_start for text in texts])
+    kept = batch.position_ids[index] >= starts[segments]
+    index, segments = index[kept], segments[kept]
+    filling = round_up(len(index)) - len(index)
+    counts = batch.pool_counts.clone()
+    counts[: len(texts)] -= starts
+    counts[len(texts)] = filling
+    return replace(
+        batch,
+        pool_index=F.pad(index, (0, filling)),
+        pool_segments=F.pad(segments, (0, filling), value=len(texts)),
+        pool_counts=counts,
+    )
+
+
+def embed_tokens(model: NVEmbedModel, texts: Sequence[Tokens]) -> Tensor:
+    """Unit vectors, float32 (n, D), in the order of the texts; one pack."""
+    order = np.argsort([-len(text.ids) for text in texts], kind="stable")
+    vectors = model(pack([texts[i] for i in order]))[: len(texts)]
+    return F.normalize(vectors[torch.from_numpy(np.argsort(order))], dim=-1)
+
+
+# Examples
+
+
+def read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
+    """Rows of a gzip-compressed JSON-lines file; a fixed random choice where there are more."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:limit]]
+
+
+def pair_rows(data: Path, name: str, limit: int) -> list[tuple[str, ...]]:
+    """Distinct rows (anchor, positive) or (anchor, positive, negative)."""
+    if name == "stsb":
+        rows = read_rows(data / "eval/sts/stsb/train.jsonl.gz", 1_000_000)
+        rows = [row for row in rows if row["score"] >= ALIKE]
+        found = [(row[a], row[b]) for row in rows for a, b in (SIDES, SIDES[::-1])][:limit]
+    else:
+        rows = read_rows(data / f"train/permissive/pairs/{name}.jsonl.gz", limit)
+        keys = ("query", "positive", "negative")
+        found = [tuple(row[key] for key in keys if row.get(key)) for row in rows]
+    stripped = [tuple(text.strip() for text in row) for row in found]
+    return list(dict.fromkeys(row for row in stripped if all(row) and len(set(row)) == len(row)))
+
+
+def with_negatives(rows: list[tuple[str, ...]], n: int) -> list[tuple[str, ...]]:
+    """Rows of n negatives: the given one first, then mined ones (arXiv 2407.15831's rule)."""
+    mined = mine_hard_negatives(
+        [row[:2] for row in rows], vectorizer=NVEmbedVectorizer(), n_negatives=n
+    )
+    complete = []
+    for position, found in zip(mined.positions, mined.indices, strict=True):
+        row = rows[position]
+        more = [mined.corpus[i] for i in found if i >= 0]
+        negatives = list(dict.fromkeys([*row[2:], *more]))[:n]
+        if len(negatives) == n and not set(negatives) & set(row[:2]):
+            complete.append((*row[:2], *negatives))
+    return complete
+
+
+def labelled_rows(data: Path, name: str, n: int, limit: int) -> list[tuple[str, ...]]:
+    """Example-based rows (section 4.2): another text of the class, and texts of other classes."""
+    rows = read_rows(data / f"eval/classification/{name}/train.jsonl.gz", 1_000_000)
+    texts = np.array([row["text"].strip() for row in rows])
+    labels = np.array([row["label"] for row in rows])
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(min(limit, len(texts))):
+        same = np.flatnonzero((labels == labels[i]) & (texts != texts[i]))
+        others = rng.choice(np.flatnonzero(labels != labels[i]), n, replace=False)
+        if len(same):
+            found.append((str(texts[i]), str(texts[rng.choice(same)]), *map(str, texts[others])))
+    return found
+
+
+def collect_examples(data: Path, settings: Settings) -> list[dict[str, Any]]:
+    """All examples that the seeds draw from."""
+    n, limit = settings.n_negatives, settings.examples_per_set
+    examples = []
+    for name, instruction in {**RETRIEVAL, **SYMMETRIC, **LABELLED}.items():
+        if name in LABELLED:
+            rows = labelled_rows(data, name, n, limit)
+        else:
+            rows = with_negatives(pair_rows(data, name, limit), n)
+        print(f"{name}: {len(rows)} examples", flush=True)
+        kind = {"set": name, "instruction": instruction, "retrieval": name in RETRIEVAL}
+        examples += [{**kind, "texts": row} for row in rows]
+    return examples
+
+
+@dataclass(frozen=True)
+class Example:
+    """Anchor, positive and negatives, tokenised."""
+
+    retrieval: bool
+    texts: list[Tokens]
+
+
+@lru_cache(maxsize=1)
+def load_examples(path: Path, settings: Settings) -> list[Example]:
+    """The examples of a file, tokenised; documents of retrieval bare."""
+    tokenizer = load_tokenizer()
+    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+    tokens: dict[tuple[int, int], Tokens] = {}
+    wanted: dict[str | None, list[tuple[int, int]]] = {}
+    for i, row in enumerate(rows):
+        for k in range(len(row["texts"])):
+            bare = row["retrieval"] and k > 0
+            wanted.setdefault(None if bare else row["instruction"], []).append((i, k))
+    for instruction, places in wanted.items():
+        texts = [rows[i]["texts"][k] for i, k in places]
+        encoded = encode(tokenizer, texts, instruction, settings.max_tokens)
+        tokens.update(zip(places, encoded, strict=True))
+    return [
+        Example(row["retrieval"], [tokens[i, k] for k in range(len(row["texts"]))])
+        for i, row in enumerate(rows)
+    ]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pass over examples with one optimizer."""
+
+    name: str
+    examples: list[Example]
+    in_batch: bool
+
+
+def plan_stages(examples: list[Example], run: Run, settings: Settings) -> list[Stage]:
+    """The stages of a run; the examples of a seed are the same in all its runs."""
+    rng = np.random.default_rng(run.seed)
+    size = settings.steps * settings.batch_size
+    retrieval = rng.permutation([i for i, example in enumerate(examples) if example.retrieval])
+    first = retrieval[:size]
+    second = rng.permutation(np.setdiff1d(np.arange(len(examples)), first))[:size]
+    if len(second) < size:
+        raise ValueError(f"{len(examples)} examples are too few for {2 * size}; lower --steps")
+    if run.schedule == "two stages":
+        return [
+            Stage("stage 1", [examples[i] for i in first], in_batch=True),
+            Stage("stage 2", [examples[i] for i in second], in_batch=False),
+        ]
+    blended = rng.permutation(np.concatenate([first, second]))
+    in_batch = run.schedule == "in-batch on"
+    return [Stage(run.schedule, [examples[i] for i in blended], in_batch)]
+
+
+# Training
+
+
+def contrastive_loss(
+    vectors: Tensor, batch: Sequence[Example], in_batch: bool, temperature: float
+) -> Tensor:
+    """InfoNCE of a batch; vectors (B * (2 + n), D), each example's texts in turn.
+
+    With `in_batch` all candidates of the batch are negatives, but for texts equal to the anchor's
+    positive or to the anchor; else an example's own alone.
+    """
+    n = len(batch)
+    by_example = vectors.unflatten(0, (n, -1))  # (B, 2 + n, D)
+    anchors, candidates = by_example[:, 0], by_example[:, 1:].flatten(0, 1)
+    per_example = by_example.shape[1] - 1
+    positive = torch.arange(n) * per_example
+    if in_batch:
+        # Without its instruction, so that a text is known again on the other side.
+        names = np.array(
+            [[hash(t.ids[max(t.pool_start, 1) :].tobytes()) for t in e.texts] for e in batch]
+        )
+        others = names[:, 1:].reshape(-1)
+        equal = (others == names[:, 1, None]) | (others == names[:, 0, None])
+        allowed = torch.from_numpy(~equal)
+    else:
+        allowed = torch.eye(n, dtype=torch.bool).repeat_interleave(per_example, dim=1)
+    return info_nce(anchors, candidates, positive, allowed, temperature=temperature)
+
+
+def train_stage(model: NVEmbedModel, stage: Stage, settings: Settings) -> dict[str, Any]:
+    """One pass in batches, the optimizer new; -> tokens, seconds and the loss of each tenth."""
+    model.float()
+    optimizer = MasterAdamW(model, settings)  # it reads the rates' names, which are the same
+    size = settings.batch_size
+    n_steps = len(stage.examples) // size
+    warmup = max(1, round(settings.warmup_share * n_steps))
+    begin, tokens, losses = time.perf_counter(), 0, []
+    for step in range(n_steps):
+        batch = stage.examples[step * size : (step + 1) * size]
+        texts = [text for example in batch for text in example.texts]
+        vectors = embed_tokens(model, texts)
+        loss = contrastive_loss(vectors, batch, stage.in_batch, settings.temperature)
+        loss.backward()
+        optimizer.step(min((step + 1) / warmup, (n_steps - step) / (n_steps - warmup + 1)))
+        losses.append(loss.item())
+        tokens += sum(len(text.ids) for text in texts)
+    model.float().load_state_dict(optimizer.named())  # the next stage goes on unrounded
+    return {
+        "steps": n_steps,
+        "tokens": tokens,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "loss": [
+            round(float(np.mean(part)), 4) for part in np.array_split(losses, 10) if len(part)
+        ],
+    }
+
+
+# Scores
+
+
+def make_embed(
+    model: NVEmbedModel,
+    tokenizer: TextTokenizer,
+    settings: Settings,
+    instruction: str,
+    queries: set[str] | None = None,
+) -> dev.Embed:
+    """The function texts -> vectors of a task; `queries` alone carry its instruction, or all do."""
+
+    def encode_sides(texts: list[str]) -> list[Tokens]:
+        sides: dict[str | None, list[int]] = {}
+        for i, text in enumerate(texts):
+            carries = queries is None or text in queries
+            sides.setdefault(instruction if carries else None, []).append(i)
+        tokens: dict[int, Tokens] = {}
+        for side, places in sides.items():
+            part = [texts[i] for i in places]
+            encoded = encode(tokenizer, part, side, settings.max_tokens_scored)
+            tokens.update(zip(places, encoded, strict=True))
+        return [tokens[i] for i in range(len(texts))]
+
+    def embed(texts: list[str]) -> np.ndarray:
+        tokens = encode_sides(texts)
+        out = np.empty((len(texts), settings.hidden_size), np.float32)
+        lengths = np.array([len(text.ids) for text in tokens])
+        with torch.inference_mode():
+            for rows in iterate_batches(lengths, 4_096):
+                out[rows] = embed_tokens(model, [tokens[i] for i in rows]).numpy()
+        return out
+
+    return embed
+
+
+def evaluate(
+    model: NVEmbedModel, tokenizer: TextTokenizer, data: Path, settings: Settings
+) -> dict[str, float]:
+    """Development scores in percent, set by set."""
+
+    def embed(instruction: str, queries: set[str] | None = None) -> dev.Embed:
+        return make_embed(model, tokenizer, settings, instruction, queries)
+
+    questions = {row["query"] for row in dev.read(data, "reranking/trecqa/dev")}
+    claims = {row["text"] for row in dev.read(data, "retrieval/scifact/queries_train")}
+    model.to(torch.bfloat16)
+    scores = {
+        "scifact": dev.retrieval(data, embed("SciFact", claims)),
+        "trecqa": dev.reranking(data, "reranking/trecqa/dev", embed(PASSAGES, questions)),
+        "banking77": dev.few_shot(data, "classification/banking77/train", embed("Banking77")),
+        "stsb": dev.sts(data, "sts/stsb/dev", embed("STS")),
+        "sickr": dev.sts(data, "sts/sickr/trial", embed("STS")),
+    }
+    model.float()
+    return {name: round(100 * score, 3) for name, score in scores.items()}
+
+
+# Runs
+
+
+def finish_run(run: Run, data: Path, folder: Path, settings: Settings) -> str:
+    """Train and score one run and write its file; returns the run's name."""
+    torch.set_num_threads(1)
+    examples = load_examples(folder / "examples.jsonl", settings)
+    tokenizer = load_tokenizer()
+    model = build_model(run, settings)
+    record: dict[str, Any] = {**asdict(run), "weights": count_weights(model), "stages": []}
+    for stage in plan_stages(examples, run, settings):
+        trained = train_stage(model, stage, settings)
+        check_attention(model, run.attention)
+        begin = time.perf_counter()
+        scores = evaluate(model, tokenizer, data, settings)
+        scoring_s = round(time.perf_counter() - begin, 1)
+        record["stages"].append(
+            {"name": stage.name, **trained, "scores": scores, "scoring_s": scoring_s}
+        )
+    write_atomically(folder / f"{run.name}.json", json.dumps(record, indent=1))
+    return run.name
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole file or none."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def run_folder(work: Path, settings: Settings) -> Path:
+    """Where runs of these settings and this bundled model are kept: others are never mixed in."""
+    digest = hashlib.sha256((bundled_folder() / "model.safetensors").read_bytes())
+    digest.update(json.dumps(asdict(settings), sort_keys=True).encode())
+    folder = work / f"ablation-{digest.hexdigest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def prepare_examples(data: Path, folder: Path, settings: Settings) -> None:
+    """Mine once and keep."""
+    path = folder / "examples.jsonl"
+    if not path.exists():
+        rows = collect_examples(data, settings)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_all(
+    runs: Sequence[Run], finish: Callable[[Run], str], folder: Path, jobs: int
+) -> Iterator[str]:
+    """Finish the runs that are missing, `jobs` at a time; yields the name of each that is done."""
+    missing = [run for run in runs if not (folder / f"{run.name}.json").exists()]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(finish, missing)
+
+
+class Finish:
+    """`finish_run` with all but the run given; goes through a pickle to the other processes."""
+
+    def __init__(self, data: Path, folder: Path, settings: Settings) -> None:
+        self.data, self.folder, self.settings = data, folder, settings
+
+    def __call__(self, run: Run) -> str:
+        """Finish one run."""
+        return finish_run(run, self.data, self.folder, self.settings)
+
+
+def main() -> None:
+    """Finish what is missing, gather the results, write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with eval/ and train/")
+    parser.add_argument("--work", type=Path, help="folder for this run's files")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="of each stage")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--write-docs", action="store_true", help="only write the tables anew")
+    options = parser.parse_args()
+    if not options.write_docs:
+        if options.data is None or options.work is None:
+            parser.error("--data and --work are needed to train")
+        settings = replace(Settings(), steps=options.steps)
+        folder = run_folder(options.work, settings)
+        prepare_examples(options.data, folder, settings)
+        runs = list_runs(options.seeds)
+        begin = time.perf_counter()
+        for name in run_all(runs, Finish(options.data, folder, settings), folder, options.jobs):
+            print(f"{time.perf_counter() - begin:6.0f} s  {name}", flush=True)
+        records = [json.loads((folder / f"{run.name}.json").read_text()) for run in runs]
+        write_results(records, asdict(settings), options.out / f"{NAME}.json")
+    write_docs(options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
