@@ -329,11 +329,19 @@ def ranking_summary(
     >>> ranking_summary({"q": {"a": 1}}, {"q": {"a": 0.7, "b": 0.9}}, k_values=[2])["ndcg_at_2"]
     0.63093
     """
-    return {
-        name: mean if name.startswith("mrr") else round(mean, _DIGITS)
-        for name, values in ranking_metrics(relevance, scores, k_values=k_values).items()
-        for mean in [_mean(values)]
-    }
+    return round_means(ranking_metrics(relevance, scores, k_values=k_values))
+
+
+def round_means(metrics: Mapping[str, _Floats]) -> dict[str, float]:
+    """Return the means of what `ranking_metrics` gives, rounded as mteb rounds.
+
+    >>> import numpy as np
+    >>> from skembed._ranking import round_means
+    >>> round_means({"ndcg_at_1": np.array([0.0, 0.0, 1.0])})
+    {'ndcg_at_1': 0.33333}
+    """
+    means = {name: _mean(values) for name, values in metrics.items()}
+    return {k: mean if k.startswith("mrr") else round(mean, _DIGITS) for k, mean in means.items()}
 
 
 def search_to_run(

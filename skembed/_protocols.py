@@ -1,0 +1,387 @@
+"""The protocols of mteb 2.26, from a task's data to its scores.
+
+Each takes embeddings through an `Embedder` and returns an `Outcome`. The operations and their order
+are mteb's, so that scores are equal to its last digit; what is drawn stands in the data already.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import clone
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics.pairwise import (
+    paired_cosine_distances,
+    paired_euclidean_distances,
+    paired_manhattan_distances,
+)
+
+from skembed._evaluation_tasks import (
+    CLUSTERING_METRICS,
+    STS_METRICS,
+    ClassificationTask,
+    ClusteringTask,
+    RerankingTask,
+    RetrievalTask,
+    STSTask,
+    Task,
+)
+from skembed._ranking import round_means
+from skembed._task_data import ClassificationData, ClusteringData, RankingData, STSData, TaskData
+from skembed.metrics import (
+    ami,
+    classification_metrics,
+    pearson,
+    ranking_metrics,
+    spearman,
+    v_measure,
+)
+from skembed.similarity import Vectors, check_vectors
+
+__all__ = ["Embedder", "Outcome", "run_protocol"]
+
+CHUNK_SIZE = 50_000  # documents at a time, as in mteb: the same products, to the last bit
+BLOCK_BYTES = 256 * 2**20  # of the scores of one chunk
+KMEANS_BATCH_SIZE = 512
+
+_Floats = npt.NDArray[np.float64]
+_Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The scores of one vectorizer on one task.
+
+    Attributes
+    ----------
+    metrics : dict of str to float
+        All metrics, the main score among them.
+    values : ndarray of float64, shape (n,)
+        The main score of each draw or query; of STS, the similarity of each pair.
+    replicates : ndarray of float64, shape (n_replicates,)
+        The main score of each draw, or of each bootstrap sample of the queries or pairs. Of one
+        task, they belong together across vectorizers.
+    unit : {"draws", "queries", "pairs"}
+        What `values` are of.
+    """
+
+    metrics: dict[str, float]
+    values: _Floats
+    replicates: _Floats
+    unit: str
+
+
+class Embedder:
+    """A vectorizer whose results are checked and whose time is taken.
+
+    Parameters
+    ----------
+    vectorizer : object with `transform`, or with `encode_query` and `encode_document`
+        Already fitted, where it has to be.
+    name : str
+        Name to use in errors.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skembed._protocols import Embedder
+    >>> class Lengths:
+    ...     def transform(self, texts):
+    ...         return np.array([[len(text)] for text in texts])
+    >>> Embedder(Lengths(), "lengths").embed(["a cat"])
+    array([[5.]], dtype=float32)
+    """
+
+    def __init__(self, vectorizer: Any, name: str) -> None:
+        self.vectorizer = vectorizer
+        self.name = name
+        self.seconds = 0.0
+        self.n_texts = 0
+
+    def embed(self, texts: list[str], side: str | None = None) -> Vectors:
+        """Return the vectors of texts, float32, (n_texts, dim).
+
+        `side` is "query", "document", or None where there is but one. Raises TypeError for a sparse
+        matrix, ValueError for another shape, NaN and infinity.
+        """
+        call = self._choose(side)
+        start = time.perf_counter()
+        found = call(texts)
+        self.seconds += time.perf_counter() - start
+        self.n_texts += len(texts)
+        owner = f"evaluate: vectorizer {self.name!r}"
+        vectors = check_vectors(found, name="result", owner=owner)
+        if len(vectors) != len(texts):
+            raise ValueError(
+                f"The vectorizer {self.name!r} must return one vector a text; it returned "
+                f"{len(vectors)} for {len(texts)}."
+            )
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(bad):
+            raise ValueError(
+                f"The vectorizer {self.name!r} must return finite numbers; {len(bad)} of "
+                f"{len(texts)} vectors hold NaN or infinity, the first that of text {bad[0]}."
+            )
+        return vectors
+
+    def _choose(self, side: str | None) -> Callable[[list[str]], Any]:
+        """Return the method for a side."""
+        names = ["transform", "encode_query"] if side is None else [f"encode_{side}", "transform"]
+        for name in names:
+            call: Callable[[list[str]], Any] | None = getattr(self.vectorizer, name, None)
+            if callable(call):
+                return call
+        raise TypeError(
+            f"The vectorizer {self.name!r} must have `transform`, or `encode_query` and "
+            f"`encode_document`; got an object of type {type(self.vectorizer).__name__}."
+        )
+
+
+def run_protocol(task: Task, data: TaskData, embedder: Embedder, *, n_bootstraps: int) -> Outcome:
+    """Run the protocol of a task.
+
+    Parameters
+    ----------
+    task : ClassificationTask, ClusteringTask, STSTask, RetrievalTask or RerankingTask
+        The task.
+    data : ClassificationData, ClusteringData, STSData or RankingData
+        What `read_task` made of it.
+    embedder : Embedder
+        Where vectors come from.
+    n_bootstraps : int
+        Bootstrap samples, where there are no draws.
+
+    Returns
+    -------
+    Outcome
+        The scores.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the vectors are not as they must be.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skembed._evaluation_tasks import STSTask
+    >>> from skembed._protocols import Embedder, run_protocol
+    >>> from skembed._task_data import read_task
+    >>> class Letters:
+    ...     def transform(self, texts):
+    ...         return np.array([[text.count(letter) for letter in "acr"] for text in texts])
+    >>> task = STSTask([("cat", "cats"), ("cat", "car"), ("cat", "roar")], [5.0, 2.5, 0.0])
+    >>> run_protocol(task, read_task(task), Embedder(Letters(), ""), n_bootstraps=0).metrics[
+    ...     "cosine_spearman"
+    ... ]
+    1.0
+    """
+    if isinstance(task, ClassificationTask) and isinstance(data, ClassificationData):
+        return _run_classification(task, data, embedder)
+    if isinstance(task, ClusteringTask) and isinstance(data, ClusteringData):
+        return _run_clustering(task, data, embedder)
+    if isinstance(task, STSTask) and isinstance(data, STSData):
+        return _run_sts(task, data, embedder, n_bootstraps)
+    if isinstance(task, (RetrievalTask, RerankingTask)) and isinstance(data, RankingData):
+        return _run_ranking(task, data, embedder, n_bootstraps)
+    raise TypeError(f"No protocol for {type(task).__name__} with {type(data).__name__}.")
+
+
+# Draws
+
+
+def _run_classification(
+    task: ClassificationTask, data: ClassificationData, embedder: Embedder
+) -> Outcome:
+    """Fit a classifier on each draw and test it; metrics are means over draws."""
+    pooled = data.test_texts is None
+    used = np.arange(len(data.texts)) if pooled else np.unique(np.concatenate(data.draws))
+    vectors = embedder.embed([data.texts[row] for row in used.tolist()])  # (U, D)
+    place = np.full(len(data.texts), -1)
+    place[used] = np.arange(len(used))
+    test = vectors if data.test_texts is None else embedder.embed(data.test_texts)
+    _check_width(vectors, test, embedder)
+    found = []
+    for draw in data.draws:
+        rows = np.setdiff1d(used, draw) if pooled else np.arange(len(test))
+        labels = data.labels if data.test_labels is None else data.test_labels
+        classifier = _make_classifier(task)
+        with warnings.catch_warnings():
+            if task.classifier is None:  # 100 iterations are the protocol, enough or not
+                warnings.simplefilter("ignore", ConvergenceWarning)
+            classifier.fit(vectors[place[draw]], data.labels[draw])
+        found.append(classification_metrics(labels[rows], classifier.predict(test[rows])))
+    names = [name for name in found[0] if all(name in metrics for metrics in found)]
+    if task.metric not in names:
+        raise ValueError(
+            f"The `metric` parameter of `ClassificationTask` must be one of {names} for the labels "
+            f"of {task.name!r}; got {task.metric!r}, which needs two labels."
+        )
+    means = {name: float(np.mean([metrics[name] for metrics in found])) for name in names}
+    values = np.array([metrics[task.metric] for metrics in found])
+    return Outcome(means, values, values, "draws")
+
+
+def _make_classifier(task: ClassificationTask) -> Any:
+    """Return a fresh classifier, seeded where it takes a seed and has none."""
+    if task.classifier is None:
+        return LogisticRegression(max_iter=100, random_state=task.random_state)
+    classifier = clone(task.classifier)
+    if classifier.get_params().get("random_state", task) is None:
+        classifier.set_params(random_state=task.random_state)
+    return classifier
+
+
+def _run_clustering(task: ClusteringTask, data: ClusteringData, embedder: Embedder) -> Outcome:
+    """Cluster each sample of each level; metrics are means over all of them."""
+    vectors = embedder.embed(data.texts)  # (N, D)
+    found: dict[str, list[float]] = {name: [] for name in CLUSTERING_METRICS}
+    for rows, labels, samples in data.levels:
+        kmeans = MiniBatchKMeans(
+            n_clusters=len(np.unique(labels)),
+            batch_size=KMEANS_BATCH_SIZE,
+            init="k-means++",
+            n_init=1,
+            random_state=task.random_state,
+        )
+        for sample in samples:
+            clusters = kmeans.fit_predict(vectors[rows[sample]])
+            found["v_measure"].append(v_measure(labels[sample], clusters))
+            found["ami"].append(ami(labels[sample], clusters))
+    means = {}
+    for name, scores in found.items():
+        means[name], means[f"{name}_std"] = float(np.mean(scores)), float(np.std(scores))
+    values = np.array(found[task.metric])
+    return Outcome(means, values, values, "draws")
+
+
+# Pairs and queries
+
+
+def _run_sts(task: STSTask, data: STSData, embedder: Embedder, n_bootstraps: int) -> Outcome:
+    """Correlate three similarities with the scores."""
+    left, right = embedder.embed(data.left), embedder.embed(data.right)
+    _check_width(left, right, embedder)
+    similarities = {
+        "cosine": 1 - paired_cosine_distances(left, right),
+        "manhattan": -paired_manhattan_distances(left, right),
+        "euclidean": -paired_euclidean_distances(left, right),
+    }
+    correlations = {"pearson": pearson, "spearman": spearman}
+    found = {}
+    for metric in STS_METRICS:
+        similarity, name = metric.split("_")
+        found[metric] = correlations[name](data.scores, similarities[similarity])
+    similarity, name = task.metric.split("_")
+    values = np.asarray(similarities[similarity], dtype=np.float64)
+    correlate = correlations[name]
+    replicates = _bootstrap(
+        len(values), n_bootstraps, task.random_state, lambda i: correlate(data.scores[i], values[i])
+    )
+    return Outcome(found, values, replicates, "pairs")
+
+
+def _run_ranking(
+    task: RetrievalTask | RerankingTask, data: RankingData, embedder: Embedder, n_bootstraps: int
+) -> Outcome:
+    """Rank documents for each query; metrics are means over queries, rounded as mteb rounds."""
+    queries = embedder.embed(data.queries, "query")  # (Q, D)
+    documents = embedder.embed(data.documents, "document")  # (N, D)
+    _check_width(queries, documents, embedder)
+    if data.candidates is None:
+        found = _search_corpus(queries, documents, _rank_ids(data.document_ids), task.top_k)
+    else:
+        found = _rank_candidates(queries, documents, data, task.top_k)
+    run: dict[Any, dict[Any, float]] = {}
+    for i, (query, (places, scores)) in enumerate(zip(data.query_ids, found, strict=True)):
+        ids = data.document_ids if data.candidate_ids is None else data.candidate_ids[i]
+        run[query] = {ids[j]: s for j, s in zip(places.tolist(), scores.tolist(), strict=True)}
+        if isinstance(task, RetrievalTask) and task.ignore_identical_ids:
+            run[query].pop(query, None)
+    metrics = ranking_metrics(data.relevance, run)
+    values = metrics[task.metric]
+    replicates = _bootstrap(
+        len(values), n_bootstraps, task.random_state, lambda i: float(values[i].mean())
+    )
+    return Outcome(round_means(metrics), values, replicates, "queries")
+
+
+def _search_corpus(
+    queries: Vectors, documents: Vectors, ranks: _Ints, top_k: int
+) -> list[tuple[_Ints, Vectors]]:
+    """Return the rows and cosines of the best documents of each query, in chunks of the corpus."""
+    best = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in queries]
+    for start in range(0, len(documents), CHUNK_SIZE):
+        chunk = documents[start : start + CHUNK_SIZE]
+        n_rows = max(1, BLOCK_BYTES // (4 * len(chunk)))
+        for first in range(0, len(queries), n_rows):
+            scores = _cosines(queries[first : first + n_rows], chunk)  # (B, C)
+            for i, row in enumerate(scores, start=first):
+                new = _choose_best(row, ranks[start : start + len(chunk)], top_k)
+                rows = np.concatenate([best[i][0], new + start])
+                values = np.concatenate([best[i][1], row[new]])
+                kept = _choose_best(values, ranks[rows], top_k)
+                best[i] = rows[kept], values[kept]
+    return best
+
+
+def _rank_candidates(
+    queries: Vectors, documents: Vectors, data: RankingData, top_k: int
+) -> list[tuple[_Ints, Vectors]]:
+    """Return the best candidates of each query, as places in its list or rows of the corpus."""
+    ranks, found = _rank_ids(data.document_ids), []
+    for i, rows in enumerate(data.candidates or ()):
+        scores = _cosines(queries[i : i + 1], documents[rows])[0]  # (C,)
+        own_ids = data.candidate_ids is not None
+        order = np.arange(len(rows))[::-1] if own_ids else ranks[rows]
+        kept = _choose_best(scores, order, top_k)
+        found.append((kept if own_ids else rows[kept], scores[kept]))
+    return found
+
+
+def _cosines(queries: Vectors, documents: Vectors) -> Vectors:
+    """Return cosine similarities (Q, N) by the same operations as mteb."""
+    import torch
+
+    sides = (torch.from_numpy(np.ascontiguousarray(side)) for side in (queries, documents))
+    left, right = (torch.nn.functional.normalize(side, p=2, dim=1) for side in sides)
+    return (left @ right.transpose(0, 1)).numpy()
+
+
+def _rank_ids(ids: list[Any]) -> _Ints:
+    """Return the place of each id in descending order, (N,)."""
+    ranks = np.empty(len(ids), dtype=np.int64)
+    ranks[sorted(range(len(ids)), key=ids.__getitem__, reverse=True)] = np.arange(len(ids))
+    return ranks
+
+
+def _choose_best(scores: Vectors, ranks: _Ints, top_k: int) -> _Ints:
+    """Return where the highest scores are, the best first, equal ones by rank, (<= top_k,)."""
+    kept = np.arange(len(scores))
+    if len(scores) > top_k:
+        floor = np.partition(scores, len(scores) - top_k)[len(scores) - top_k]
+        kept = np.flatnonzero(scores >= floor)
+    return kept[np.lexsort((ranks[kept], -scores[kept]))][:top_k]
+
+
+def _bootstrap(n: int, n_bootstraps: int, seed: int, score: Callable[[_Ints], float]) -> _Floats:
+    """Return the score of each bootstrap sample of n; the same samples for the same seed."""
+    generator = np.random.default_rng(seed)
+    return np.array([score(generator.integers(n, size=n)) for _ in range(n_bootstraps)])
+
+
+def _check_width(left: Vectors, right: Vectors, embedder: Embedder) -> None:
+    """Raise unless two sides have vectors of one width."""
+    if left.shape[1] != right.shape[1]:
+        raise ValueError(
+            f"The vectorizer {embedder.name!r} must give vectors of one width; got "
+            f"{left.shape[1]} and {right.shape[1]} on the two sides of a task."
+        )

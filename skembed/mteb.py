@@ -1,0 +1,314 @@
+"""`MTEBEncoder`: a vectorizer inside ``mteb.evaluate``, with NV-Embed's task instructions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import joblib
+from sklearn.utils.validation import check_is_fitted
+
+from skembed._protocols import Embedder
+from skembed._validation import check_choice, check_string, import_optional
+from skembed.instructions import INSTRUCTIONS, resolve_instruction
+from skembed.similarity import Vectors
+from skembed.vectorizer import NVEmbedVectorizer
+
+__all__ = ["MTEBEncoder", "find_task"]
+
+OWNER = "MTEBEncoder"
+# What mteb passes to any encoder; batches are sized by their tokens here.
+_KNOWN_OPTIONS = {"batch_size", "show_progress_bar"}
+# Ends and middles that mteb puts into the names of later versions and smaller sets of a task.
+_VARIANTS = (r"\.v\d+$", r"HardNegatives$", r"Hierarchical", r"(Retrieval|Summarization)$")
+_TASKS = {name.casefold(): name for name in INSTRUCTIONS}
+_ASYMMETRIC = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
+
+
+def find_task(name: str) -> str | None:
+    """Return the known task that an mteb task name stands for.
+
+    Parameters
+    ----------
+    name : str
+        Name of a task in mteb, also of a later version or a smaller set of it.
+
+    Returns
+    -------
+    str or None
+        Its name in `skembed.instructions.INSTRUCTIONS`; None for an unknown task.
+
+    Examples
+    --------
+    >>> from skembed.mteb import find_task
+    >>> find_task("FEVERHardNegatives"), find_task("MyTask")
+    ('FEVER', None)
+    """
+    for pattern in ("$.^", *_VARIANTS):  # the first matches nothing: the name as it is
+        name = re.sub(pattern, "", name)
+        if name.casefold() in _TASKS:
+            return _TASKS[name.casefold()]
+    return None
+
+
+class MTEBEncoder:
+    """Run a vectorizer inside ``mteb.evaluate``, with the instruction of each task.
+
+    Needs mteb 2.26 or newer of version 2 (``pip install skembed[mteb]``).
+
+    Parameters
+    ----------
+    vectorizer : NVEmbedVectorizer, or any object with `transform`
+        Already fitted, where it has to be. Used as it is, never changed. Queries go through
+        `encode_query` and documents through `encode_document`, where they are there.
+    instructions : "auto", None, or dict of str to str, default="auto"
+        Instructions by name of the mteb task, where the vectorizer takes one. "auto" leaves a
+        vectorizer with an `instruction` of its own as it is, and else takes the task's from
+        `skembed.instructions`; for a task unknown there, the prompt that mteb has for it, if any.
+        A dict (task texts, or names of known tasks) goes before that, and before the vectorizer's
+        own. None leaves every vectorizer as it is.
+    name : str, optional
+        Name of the model in mteb's results; None makes one from the vectorizer.
+    revision : str, optional
+        Revision in mteb's results, which mteb looks cached results up by. None takes a hash of the
+        vectorizer and `instructions`, so that another model never finds them.
+
+    Notes
+    -----
+    Retrieval and reranking documents stay bare, unless the task asks for more: in
+    `skembed.instructions` (QuoraRetrieval and the duplicate questions), or in mteb by a prompt for
+    documents. mteb's own wrapper of NV-Embed puts a prompt that is a single text on documents too.
+
+    References
+    ----------
+    N. Muennighoff et al., MTEB: Massive Text Embedding Benchmark, arXiv 2210.07316.
+
+    Examples
+    --------
+    >>> from skembed import NVEmbedVectorizer
+    >>> from skembed.mteb import MTEBEncoder
+    >>> encoder = MTEBEncoder(NVEmbedVectorizer())
+    >>> encoder.instructions_for("NFCorpus", "Retrieval")
+    ('Given a question, retrieve relevant documents that answer the question', None)
+    """
+
+    def __init__(
+        self,
+        vectorizer: Any,
+        *,
+        instructions: str | Mapping[str, str] | None = "auto",
+        name: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        if instructions is not None and not isinstance(instructions, Mapping):
+            check_choice(instructions, name="instructions", owner=OWNER, allowed=("auto",))
+        if isinstance(vectorizer, NVEmbedVectorizer):
+            check_is_fitted(vectorizer)
+        self.vectorizer = vectorizer
+        self.instructions = instructions
+        self.name = check_string(name, name="name", owner=OWNER, allow_none=True)
+        self.revision = check_string(revision, name="revision", owner=OWNER, allow_none=True)
+        self._meta: Any = None
+
+    def __repr__(self) -> str:
+        """The vectorizer and the instructions."""
+        return f"MTEBEncoder({self.vectorizer!r}, instructions={self.instructions!r})"
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: Any = None,
+        **kwargs: Any,
+    ) -> Vectors:
+        """Embed the texts of a task; called by mteb.
+
+        Parameters
+        ----------
+        inputs : iterable of mapping
+            Batches, whose texts stand under "text".
+        task_metadata : mteb.TaskMetadata
+            Whose name, type and prompt decide on the instruction.
+        hf_split, hf_subset : str
+            Split and subset of the task; without influence.
+        prompt_type : mteb.types.PromptType, optional
+            Query or document; None for tasks with one kind of text.
+        **kwargs
+            `batch_size` and `show_progress_bar`, without influence: batches are sized by tokens.
+
+        Returns
+        -------
+        ndarray of float32, shape (n_texts, dim)
+            In input order.
+
+        Raises
+        ------
+        TypeError
+            If mteb was told to pass on another option, which would go unheeded.
+        ValueError
+            If the vectorizer returns NaN, or an array of another shape.
+        """
+        unknown = sorted(set(kwargs) - _KNOWN_OPTIONS)
+        if unknown:
+            raise TypeError(
+                f"`{OWNER}.encode` takes no option {unknown[0]!r}. Set it on the vectorizer, and "
+                "leave it out of mteb's `encode_kwargs`."
+            )
+        texts = [str(text) for batch in inputs for text in batch["text"]]
+        prompts = task_metadata.prompt
+        query, document = self.instructions_for(task_metadata.name, task_metadata.type, prompts)
+        vectorizer = _instruct(self.vectorizer, query, document)
+        side = None if prompt_type is None else str(getattr(prompt_type, "value", prompt_type))
+        return Embedder(vectorizer, type(self.vectorizer).__name__).embed(texts, side)
+
+    def instructions_for(
+        self, task: str, task_type: str, prompt: str | Mapping[str, str] | None = None
+    ) -> tuple[str | None, str | None]:
+        """Return the task texts that a task's queries and documents get from this encoder.
+
+        Parameters
+        ----------
+        task, task_type : str
+            Name and type of the task in mteb.
+        prompt : str or mapping, optional
+            mteb's own prompt for the task: one text, or one each for "query" and "document".
+
+        Returns
+        -------
+        tuple of (str or None, str or None)
+            For queries, and the texts of tasks without; and for documents. None where the
+            vectorizer's own is left as it is.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a text is neither the name of a known task nor a task text.
+        """
+        parameters = _get_parameters(self.vectorizer)
+        if self.instructions is None or "instruction" not in parameters:
+            return None, None
+        own = self.instructions.get(task) if isinstance(self.instructions, Mapping) else None
+        if own is None and parameters["instruction"] is not None:
+            return None, None
+        known = own if own is not None else find_task(task)
+        if known is not None:
+            query = resolve_instruction(known, name="instructions", owner=OWNER)
+            if find_task(known) is None:  # a text of the user's own
+                return query, None if task_type in _ASYMMETRIC else query
+            return query, resolve_instruction(known, owner=OWNER, side="document")
+        if isinstance(prompt, Mapping):
+            return prompt.get("query") or None, prompt.get("document") or None
+        return prompt or None, None if task_type in _ASYMMETRIC else prompt or None
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Return the cosine similarity of all rows with all rows; called by mteb.
+
+        Parameters
+        ----------
+        embeddings1, embeddings2 : array-like of float, shapes (n, dim) and (m, dim)
+            Embeddings.
+
+        Returns
+        -------
+        torch.Tensor of float32, shape (n, m)
+            Cosines.
+
+        Raises
+        ------
+        ImportError
+            If mteb is not installed.
+        """
+        return _import_mteb("mteb.similarity_functions").cos_sim(embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Return the cosine similarity of each row with the same row; called by mteb.
+
+        Parameters
+        ----------
+        embeddings1, embeddings2 : array-like of float, shape (n, dim)
+            Embeddings.
+
+        Returns
+        -------
+        torch.Tensor of float32, shape (n,)
+            Cosines.
+
+        Raises
+        ------
+        ImportError
+            If mteb is not installed.
+        """
+        return _import_mteb("mteb.similarity_functions").pairwise_cos_sim(embeddings1, embeddings2)
+
+    @property
+    def mteb_model_meta(self) -> Any:
+        """What mteb writes down of the model, an ``mteb.ModelMeta``.
+
+        Raises
+        ------
+        ImportError
+            If mteb is not installed.
+        """
+        if self._meta is None:
+            module = _import_mteb("mteb.models.model_meta")
+            described = _describe(self.vectorizer)
+            key = (described.get("fingerprint"), self.vectorizer, self.instructions)
+            self._meta = module.ModelMeta.create_empty(
+                {
+                    "name": self.name or f"skembed/{described['name']}",
+                    "revision": self.revision or joblib.hash(key),
+                    "embed_dim": described.get("dim"),
+                    "similarity_fn_name": module.ScoringFunction.COSINE,
+                    "framework": ["PyTorch", "safetensors"] if "fingerprint" in described else [],
+                    "use_instructions": "instruction" in _get_parameters(self.vectorizer),
+                }
+            )
+        return self._meta
+
+
+def _import_mteb(module: str) -> Any:
+    """Import a module of mteb."""
+    import_optional("mteb", extra="mteb", purpose=f"`{OWNER}`")
+    return import_optional(module, extra="mteb", purpose=f"`{OWNER}`")
+
+
+def _get_parameters(vectorizer: Any) -> dict[str, Any]:
+    """Return the parameters of an estimator; none of any other object."""
+    get_params = getattr(vectorizer, "get_params", None)
+    return dict(get_params(deep=False)) if callable(get_params) else {}
+
+
+def _instruct(vectorizer: Any, query: str | None, document: str | None) -> Any:
+    """Return the vectorizer, or a shallow copy of it with other instructions."""
+    changes = {"instruction": query, "document_instruction": document}
+    changes = {
+        name: text
+        for name, text in changes.items()
+        if text is not None and name in _get_parameters(vectorizer)
+    }
+    return _copy(vectorizer).set_params(**changes) if changes else vectorizer
+
+
+def _copy(vectorizer: Any) -> Any:
+    """Return a copy that shares weights and fitted values; a clone would lose an adapter."""
+    copied = object.__new__(type(vectorizer))
+    copied.__dict__.update(vectorizer.__dict__)
+    return copied
+
+
+def _describe(vectorizer: Any) -> dict[str, Any]:
+    """Return name and, of our own models, fingerprint and width."""
+    if not isinstance(vectorizer, NVEmbedVectorizer):
+        return {"name": type(vectorizer).__name__}
+    if not hasattr(vectorizer, "model_"):  # frozen: `fit` reads what there is, and no weights
+        vectorizer = _copy(vectorizer).fit(["text"])
+    return {
+        "name": Path(str(vectorizer.model_["name"])).name,
+        "fingerprint": vectorizer.model_["fingerprint"],
+        "dim": int(vectorizer.embedding_dim_),
+    }
