@@ -55,9 +55,9 @@ class Stage:
     in_batch_negatives: bool
     blend: bool  # several files in one batch
     max_steps: int
-    examples_per_file: int = 1_500
+    examples_per_file: int = 400
     n_negatives: int = 1
-    batch_size: int = 64
+    batch_size: int = 48
     r: int = 32
     learning_rate: float = 3e-4
     temperature: float = 0.05
@@ -98,6 +98,7 @@ class Recipe:
     ridge: float = 1e-3  # relative to the mean variance of the inputs
 
     # Distillation
+    steps: int = 1_250
     batch_size: int = 256  # texts
     learning_rate: float = 4e-4
     embedding_learning_rate: float = 2e-4
@@ -110,17 +111,17 @@ class Recipe:
 
     # Contrastive stages
     stages: tuple[Stage, ...] = (
-        Stage(RETRIEVAL_FILES, in_batch_negatives=True, blend=False, max_steps=180),
+        Stage(RETRIEVAL_FILES, in_batch_negatives=True, blend=False, max_steps=100),
         Stage(
             (*RETRIEVAL_FILES, *OTHER_FILES),
             in_batch_negatives=False,
             blend=True,
-            max_steps=120,
+            max_steps=70,
             n_negatives=3,
             learning_rate=2e-4,
         ),
     )
-    shares: tuple[float, ...] = (0.0, 0.3, 0.6, 1.0)  # of a stage's change that are tried
+    shares: tuple[float, ...] = (0.0, 0.5, 1.0)  # of a stage's change that are tried
 
     def to_dict(self) -> dict[str, object]:
         """The recipe as plain values, for the model card and the checkpoint."""

@@ -1,8 +1,9 @@
-"""What was tried before the architecture was chosen: each variant trained for the same minutes.
+"""What was tried for the architecture: each variant trained on the same texts, and its speed.
 
-    python examples/train_mini/search.py --work WORK --data DATA --minutes 3 [--only NAME ...]
+    python examples/train_mini/search.py --work WORK --data DATA [--steps 80] [--only NAME ...]
 
-Chosen by development splits and train folds only. Results gather in WORK/search.json.
+Scores are of development splits and train folds only. A variant that has a result is not run
+again; results gather in benchmarks/results/architecture.json, and the table in architecture.md.
 """
 
 from __future__ import annotations
@@ -10,15 +11,28 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
+import time
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import torch
 from prepare import inherit, load_tokenizer, read_texts, write_corpus
 from recipe import Recipe, work_paths
-from train import Distillation
+from train import Distillation, embedder
 
+from skembed.model import NVEmbedModel
+from skembed.tokenization import TextTokenizer
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from _results import RESULTS, describe_machine, package_versions
+
+NAME = "architecture"
+SCORES = ("stsb", "sickr", "banking77", "hwu64", "emotion", "trecqa", "scifact")
+MAX_TOKENS = 512
 FOUR = ((0,), (1, 2), (3, 4), (5,))
 SIX = tuple((k,) for k in range(6))
 # Name: what differs from the recipe.
@@ -67,6 +81,59 @@ VARIANTS = {
 }
 
 
+def measure_speed(model: NVEmbedModel, tokenizer: TextTokenizer, texts: list[str]) -> int:
+    """Tokens a second of the folded model in bfloat16, best of three passes over the texts."""
+    model.to(torch.bfloat16)
+    model.use_lean_modules()
+    model.fold_pooling()
+    embed = embedder(model, tokenizer, MAX_TOKENS)
+    count = int(tokenizer.encode(texts, prefix="", max_length=MAX_TOKENS).lengths.sum())
+    times = []
+    for _ in range(4):  # the first prepares the matrix products
+        begin = time.perf_counter()
+        embed(texts)
+        times.append(time.perf_counter() - begin)
+    return round(count / min(times[1:]))
+
+
+def write_table(results: dict[str, dict], steps: int) -> None:
+    """benchmarks/results/architecture.json, and its table as architecture.md."""
+    record = {
+        "benchmark": NAME,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": "python examples/train_mini/search.py",
+        "machine": describe_machine(),
+        "versions": package_versions(),
+        "steps": steps,
+        "values": results,
+    }
+    (RESULTS / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n")
+    names = [name for name in next(iter(results.values()))["end"] if name in SCORES]
+    lines = [
+        f"# Architectures tried, {steps} steps each",
+        "",
+        f"`{record['command']}`, {record['date']}. Scores of development splits, percent.",
+        "",
+        f"| variant | M weights | tokens/s | mean at the start | {' | '.join(names)} | mean |",
+        "|---" * (len(names) + 5) + "|",
+    ]
+    for variant, result in results.items():
+        scores = [result["end"][name] for name in names]
+        start = [value for name, value in result["start"].items() if name in SCORES]
+        cells = [
+            variant,
+            f"{result['parameters without word vectors'] / 1e6:.1f}",
+            f"{result['tokens/s']:,}",
+            f"{sum(start) / len(start):.1f}",
+            *(f"{score:.1f}" for score in scores),
+            f"{sum(scores) / len(scores):.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    machine = record["machine"]
+    lines += ["", f"Machine: {machine['processor']}, {machine['cores']} cores.", ""]
+    (RESULTS / f"{NAME}.md").write_text("\n".join(lines), encoding="utf-8")
+
+
 def try_variant(name: str, arguments: argparse.Namespace, shared: dict[str, Path]) -> dict:
     """Inherit, train for the given minutes, and score on the development splits."""
     recipe = replace(Recipe(), **VARIANTS[name])
@@ -79,11 +146,12 @@ def try_variant(name: str, arguments: argparse.Namespace, shared: dict[str, Path
     texts, tokenizer = read_texts(paths), load_tokenizer(paths)
     model, report = inherit(texts, tokenizer, np.load(paths["teacher_ids"]), recipe)
     torch.save(model.state_dict(), paths["start"])
-    Distillation(recipe, paths, texts, tokenizer).run(arguments.minutes, arguments.data)
+    Distillation(recipe, paths, texts, tokenizer).run(arguments.steps, arguments.data)
     log = [json.loads(line) for line in paths["log"].open()]
     body = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
     return {
         "parameters without word vectors": body,
+        "tokens/s": measure_speed(model, tokenizer, texts[: recipe.held_out_texts]),
         "left of the token vectors": round(report["end"]["token vectors"], 3),
         "start": log[0],
         "end": log[-1],
@@ -95,17 +163,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder with eval/ and train/")
-    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--only", nargs="*", default=list(VARIANTS))
     arguments = parser.parse_args()
     shared = work_paths(arguments.work)
     write_corpus(arguments.data / "train" / "permissive", shared, Recipe())
-    path = arguments.work / "search.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    path = RESULTS / f"{NAME}.json"
+    results = json.loads(path.read_text())["values"] if path.exists() else {}
     for name in arguments.only:
         if name not in results:
             results[name] = try_variant(name, arguments, shared)
-            path.write_text(json.dumps(results, indent=1))
+            write_table(results, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Distil the teacher into the inherited student.
 
-    python examples/train_mini/train.py --work WORK [--data DATA]
+    python examples/train_mini/train.py --work WORK --data DATA
 
 Texts pass once, in the corpus's order; the teacher runs beside the student on the same packed
 batch, so its vector of every token is there to learn from. State is written atomically every two
@@ -149,17 +149,16 @@ class Distillation:
         self.spent_s += time.perf_counter() - begin
         return loss.item()
 
-    def run(self, minutes: float, data: Path) -> None:
-        """Train until this many minutes are spent, scoring on development splits now and then."""
+    def run(self, steps: int, data: Path) -> None:
+        """Train up to this step, scoring on development splits now and then."""
         if self.step == 0:
             self.log({"step": 0, **dev.dev_scores(data, self.embed, quick=True)})
-        budget = minutes * 60
         losses: list[float] = []
         saved = logged = self.spent_s
         since, logs = self.tokens, 0
         for ids in batches(self.texts, self.tokenizer, self.recipe, self.step):
-            losses.append(self.take_step(ids, self.spent_s / budget))
-            done = self.spent_s >= budget
+            losses.append(self.take_step(ids, self.step / steps))
+            done = self.step >= steps
             if done or self.spent_s - logged > LOG_EVERY_S:
                 entry: dict[str, Any] = {
                     "step": self.step,
@@ -185,11 +184,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder that prepare.py filled")
     parser.add_argument("--data", type=Path, required=True, help="folder with eval/")
-    parser.add_argument("--minutes", type=float, required=True, help="length of the run")
     arguments = parser.parse_args()
-    paths = work_paths(arguments.work)
-    run = Distillation(Recipe(), paths, read_texts(paths), load_tokenizer(paths))
-    run.run(arguments.minutes, arguments.data)
+    recipe, paths = Recipe(), work_paths(arguments.work)
+    run = Distillation(recipe, paths, read_texts(paths), load_tokenizer(paths))
+    run.run(recipe.steps, arguments.data)
 
 
 if __name__ == "__main__":
