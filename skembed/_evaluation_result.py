@@ -30,7 +30,7 @@ _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#9
 class TaskScore:
     """The score of one vectorizer on one task.
 
-    Attributes
+    Parameters
     ----------
     task, vectorizer : str
         Their names.
@@ -75,7 +75,7 @@ class TaskScore:
 class Comparison:
     """Two vectorizers on the same draws or queries of one task.
 
-    Attributes
+    Parameters
     ----------
     task, first, second : str
         Names of the task and of the two vectorizers.

@@ -60,7 +60,7 @@ _Ints = npt.NDArray[np.int64]
 class Outcome:
     """The scores of one vectorizer on one task.
 
-    Attributes
+    Parameters
     ----------
     metrics : dict of str to float
         All metrics, the main score among them.
