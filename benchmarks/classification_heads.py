@@ -28,6 +28,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.svm import LinearSVC
 
 from skembed import NVEmbedVectorizer
+from skembed.classification import DEFAULT_C
 
 SETS = ("ag_news", "amazon_counterfactual_en_ext", "banking77", "hwu64", "sst2", "tweet_emotion")
 SHOTS = (8, 16)
@@ -56,6 +57,17 @@ HEADS: dict[str, Callable[[], Any]] = {
     "5 nearest neighbours": lambda: KNeighborsClassifier(5),
     "nearest centroid": NearestCentroid,
 }
+
+DEFAULT = f"logistic regression, C={DEFAULT_C:g}"
+SHOWN = (
+    "logistic regression, C=1",
+    DEFAULT,
+    "logistic regression, C searched",
+    "ridge, alpha=1",
+    "linear SVM, C=1",
+    "5 nearest neighbours",
+    "nearest centroid",
+)
 
 
 def load_set(data: Path, name: str, rows: int) -> tuple[list[str], np.ndarray]:
@@ -141,10 +153,14 @@ def main() -> int:
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
     means = average(values)
     figures = [
-        Figure(f"{case}, {name}: accuracy, %", scores["accuracy"])
-        for case, heads in means.items()
-        for name, scores in heads.items()
+        Figure(f"{case}, {name}: accuracy, %", means[case][name]["accuracy"])
+        for case in means
+        for name in SHOWN
     ]
+    for case, heads in means.items():
+        for name in (DEFAULT, "logistic regression, C searched"):
+            error = heads[name]["calibration_error"]
+            figures.append(Figure(f"{case}, {name}: calibration error, points", error))
     title = "Heads on frozen vectors of skembed-mini, train parts only"
     return finish("classification_heads", title, figures, {"mean": means, **values}, args=args)
 

@@ -300,10 +300,11 @@ def check_labels(X: Any, y: Any, *, owner: str) -> npt.NDArray[Any]:
         if len(labels) and len(np.unique(labels)) < 2:
             raise ValueError(
                 f"The `y` parameter of `{owner}` must hold at least 2 classes; got 1 class: "
-                f"{labels[0]!r}."
+                f"{name_some(labels[:1])}."
             )
     check_classification_targets(labels)
-    if hasattr(X, "__len__") or hasattr(X, "shape"):
+    # A bare str has a length, too; it and what has none get errors of their own.
+    if not isinstance(X, (str, bytes)) and (hasattr(X, "__len__") or hasattr(X, "shape")):
         check_consistent_length(X, labels)
     return labels
 

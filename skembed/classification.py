@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from sklearn.utils.validation import (
 from skembed._text_estimator import (
     TextEstimatorMixin,
     Vectors,
+    check_embeddings,
     check_labels,
     check_text_column,
     embed_side,
@@ -31,7 +32,7 @@ from skembed._text_estimator import (
     refuse_foreign_labels,
     refuse_missing_labels,
 )
-from skembed._validation import check_real, check_string
+from skembed._validation import check_real, check_string, check_texts
 
 __all__ = ["DEFAULT_C", "EmbeddingClassifier", "ZeroShotClassifier"]
 
@@ -343,7 +344,10 @@ class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
         weight = _check_weight(self.description_weight, owner=owner)
         check_real(self.temperature, name="temperature", owner=owner, low=0, inclusive="neither")
         given = X if self.descriptions is None else self.descriptions
-        rows, labels = _read_descriptions(given, y if given is X else None, owner=owner)
+        names = y if self.descriptions is None else None
+        if names is None and self.vectorizer is not None and not isinstance(given, Mapping):
+            names = None if given is None else check_texts(given, owner=owner).columns[0]
+        rows, labels = _read_descriptions(given, names, owner=owner)
         classes, places = np.unique(labels, return_inverse=True)
         examples = None
         if self.descriptions is not None and X is not None:
@@ -449,8 +453,8 @@ class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
         vectorizer = make_vectorizer(self.vectorizer, owner=owner)
         if vectorizer is None:
             vectors = self._fit_vectors(rows)
-            others = vectors[:0] if examples is None else self._embed_vectors(examples.X)
-            return vectors, others
+            others = vectors[:0] if examples is None else check_embeddings(self, examples.X)
+            return vectors.astype(np.float64), others.astype(np.float64)
         _set_label_instruction(vectorizer, self.label_instruction, owner=owner)
         texts = check_text_column(rows, vectorizer=vectorizer, owner=owner)
         more: list[str | None] = []
@@ -518,11 +522,6 @@ def _read_descriptions(X: Any, y: Any, *, owner: str) -> tuple[Any, Labels]:
         )
     else:
         rows, names = X, y
-        if y is None and not isinstance(X, str):
-            first = X[0] if isinstance(X, Sequence) and X else None
-            if not isinstance(first, str):
-                check_labels(X, None, owner=owner)
-            names = X
     labels = check_labels(rows, names, owner=owner)
     if labels.ndim != 1:
         raise ValueError(
@@ -566,7 +565,7 @@ def _read_examples(X: Any, y: Any, classes: Labels, *, owner: str) -> _Examples 
         raise ValueError(
             f"The `y` parameter of `{owner}` must hold labels that have a description, "
             f"{name_some(classes)}; got {len(unknown)} without, the first at y[{unknown[0]}]: "
-            f"{labels[unknown[0]]!r}."
+            f"{name_some(labels[unknown[0] :][:1])}."
         )
     return _Examples(X, labels)
 

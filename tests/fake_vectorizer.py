@@ -1,0 +1,67 @@
+"""A vectorizer without a model: each word has a random direction of its own, fixed by its hash."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from sklearn.base import BaseEstimator, TransformerMixin
+
+
+class FakeVectorizer(TransformerMixin, BaseEstimator):
+    """Unit vectors of summed word vectors; `n_texts` counts what all instances embedded."""
+
+    n_texts: ClassVar[int] = 0
+
+    def __init__(self, dim: int = 64, *, lowercase: bool = True, missing: str = "error") -> None:
+        self.dim = dim
+        self.lowercase = lowercase
+        self.missing = missing
+
+    def fit(self, X: Any, y: Any = None) -> FakeVectorizer:
+        self.n_fitted_ = len(X)
+        return self
+
+    def transform(self, X: Sequence[str]) -> np.ndarray:
+        type(self).n_texts += len(X)
+        return np.array([self._embed(text) for text in X], np.float32).reshape(len(X), self.dim)
+
+    def _embed(self, text: str | None) -> np.ndarray:
+        if text is None:
+            return np.zeros(self.dim) if self.missing == "zero" else np.full(self.dim, np.nan)
+        words = (text.lower() if self.lowercase else text).split()
+        seeds = [zlib.crc32(word.encode()) for word in words]
+        vector = sum((np.random.default_rng(s).normal(size=self.dim) for s in seeds), 0.0)
+        norm = np.linalg.norm(vector)
+        return np.zeros(self.dim) + vector / (norm or 1.0)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string = True
+        tags.input_tags.two_d_array = False
+        tags.requires_fit = False
+        return tags
+
+
+class TwoSidedVectorizer(FakeVectorizer):
+    """Also has the two sides of retrieval, documents with a word of their own in front."""
+
+    def __init__(
+        self,
+        dim: int = 64,
+        *,
+        lowercase: bool = True,
+        missing: str = "error",
+        document_instruction: str | None = None,
+    ) -> None:
+        super().__init__(dim, lowercase=lowercase, missing=missing)
+        self.document_instruction = document_instruction
+
+    def encode_query(self, X: Sequence[str]) -> np.ndarray:
+        return self.transform(X)
+
+    def encode_document(self, X: Sequence[str]) -> np.ndarray:
+        front = f"{self.document_instruction} " if self.document_instruction else ""
+        return self.transform([front + text for text in X])
