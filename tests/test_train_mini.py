@@ -247,7 +247,7 @@ def test_a_stage_learns_its_examples(ablation: ModuleType, settings: Any) -> Non
 def test_examples_by_label_take_another_of_the_class(ablation: ModuleType, tmp_path: Path) -> None:
     rows = [{"text": f"{word} {k}", "label": word} for word in WORDS for k in range(3)]
     write_rows(tmp_path / "eval/classification/hwu64/train.jsonl.gz", rows)
-    found = ablation.labelled_rows(tmp_path, "hwu64", 3, 100)
+    found = sys.modules["ablation_examples"].labelled_rows(tmp_path, "hwu64", 3, 100)
     assert len(found) == len(rows)
     for anchor, positive, *negatives in found:
         assert positive != anchor

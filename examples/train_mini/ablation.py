@@ -15,21 +15,35 @@ side by side, one thread each (`--jobs`). The second command writes the tables f
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from multiprocessing import get_context
+from dataclasses import asdict, replace
+from functools import lru_cache, partial
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from ablation_examples import (
+    PASSAGES,
+    Example,
+    Run,
+    Settings,
+    Stage,
+    Tokens,
+    bundled_folder,
+    collect_examples,
+    encode,
+    load_examples,
+    load_tokenizer,
+    plan_stages,
+)
 from ablation_report import NAME, RESULTS, write_docs, write_results
 from masters import MasterAdamW
 from safetensors.torch import load_file
@@ -38,9 +52,6 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import dev
-from skembed import NVEmbedVectorizer, mine_hard_negatives
-from skembed.checkpoint import resolve_source
-from skembed.instructions import format_instruction, resolve_instruction
 from skembed.lean import plan_buckets
 from skembed.losses import info_nce
 from skembed.model import NVEmbedConfig, NVEmbedModel
@@ -53,70 +64,6 @@ from skembed.tokenization import (
 )
 
 CAUSAL = "skembed-causal"
-TEMPLATE = "Instruct: {instruction}\nQuery: "
-PASSAGES = "NQ"  # names known to skembed.instructions stand for their task text
-TITLE = "Given a title, retrieve the text that it belongs to"
-# Stage 1: pairs as in retrieval; the query carries the task, the document is bare.
-RETRIEVAL = {
-    "squad_question_sentence": PASSAGES,
-    "medquad": "NFCorpus",
-    "pubmedqa_labelled": PASSAGES,
-    "covid_qa_passages": PASSAGES,
-    "wordnet_definitions": "Given a term, retrieve its definition",
-    "scitldr": "Given a summary, retrieve the abstract of the paper",
-    "acl_title_abstract_2016plus": TITLE,
-    "wikipedia_section_paragraph": TITLE,
-    "open_trivia_qa": "Given a question, retrieve its answer",
-    "snli_dev_test_triplets": "Given a premise, retrieve a hypothesis that it entails",
-}
-# Stage 2 adds texts of one kind, all with the task in front.
-SYMMETRIC = {"botframework_chitchat": "STS", "disfl_qa": "STS", "stsb": "STS"}
-LABELLED = {"hwu64": "Given a user utterance as query, find the user intents"}
-SIDES = ("sentence1", "sentence2")
-ALIKE = 4.0  # lowest STS-B score of a positive pair, as in the paper (section 4)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that the runs have in common; sizes in the unit that the comment names."""
-
-    hidden_size: int = 192
-    intermediate_size: int = 512
-    num_layers: int = 3
-    num_heads: int = 6
-    num_latents: int = 32
-    steps: int = 120  # of each stage; one stage takes twice as many
-    batch_size: int = 32  # examples
-    n_negatives: int = 3
-    max_tokens: int = 48  # of a text in training, the instruction not counted
-    max_tokens_scored: int = 128
-    temperature: float = 0.05
-    learning_rate: float = 1e-3
-    embedding_learning_rate: float = 3e-4
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    warmup_share: float = 0.1
-
-    @property
-    def examples_per_set(self) -> int:
-        """Largest number of examples that a set may give; together more than the runs need."""
-        return 10 * self.steps
-
-
-@dataclass(frozen=True)
-class Run:
-    """One model to train."""
-
-    pooling: str
-    attention: str
-    schedule: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Its file's name."""
-        parts = (self.pooling, self.attention, self.schedule, self.seed)
-        return "-".join(str(part) for part in parts).replace(" ", "_")
 
 
 def list_runs(seeds: Sequence[int]) -> list[Run]:
@@ -197,16 +144,6 @@ def check_attention(model: NVEmbedModel, attention: str) -> None:
 # The start
 
 
-def bundled_folder() -> Path:
-    """Where the bundled model lies: its tokenizer and word vectors are the start."""
-    return resolve_source("skembed-mini").folder
-
-
-def load_tokenizer() -> TextTokenizer:
-    """The bundled model's."""
-    return TextTokenizer.from_folder(bundled_folder(), bos_token_id=1, eos_token_id=2)
-
-
 @lru_cache(maxsize=1)
 def word_vectors(width: int) -> Tensor:
     """The bundled model's word vectors on their first principal components, (V, width).
@@ -265,34 +202,7 @@ def count_weights(model: NVEmbedModel) -> dict[str, int]:
     return {"word vectors": words, "layers": backbone - words, "pooling": pooling}
 
 
-# Texts to packs
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Token ids of a text and its first pooled position."""
-
-    ids: np.ndarray
-    pool_start: int
-
-
-def encode(
-    tokenizer: TextTokenizer, texts: Sequence[str], instruction: str | None, max_tokens: int
-) -> list[Tokens]:
-    """Token ids behind the instruction; a text that is cut keeps its end token.
-
-    The package cuts the end token off, as the published model does. Here so many texts are cut
-    that end-of-sequence pooling would be another thing than in the paper.
-    """
-    prefix = format_instruction(TEMPLATE, resolve_instruction(instruction))
-    encoded = tokenizer.encode(texts, prefix=prefix, max_length=100_000)
-    limit = encoded.pool_start + max_tokens
-    return [
-        Tokens(
-            ids if len(ids) <= limit else np.append(ids[: limit - 1], ids[-1]), encoded.pool_start
-        )
-        for ids in encoded.ids
-    ]
+# Texts to vectors
 
 
 def pack(texts: Sequence[Tokens]) -> PackedBatch:
@@ -320,132 +230,6 @@ def embed_tokens(model: NVEmbedModel, texts: Sequence[Tokens]) -> Tensor:
     order = np.argsort([-len(text.ids) for text in texts], kind="stable")
     vectors = model(pack([texts[i] for i in order]))[: len(texts)]
     return F.normalize(vectors[torch.from_numpy(np.argsort(order))], dim=-1)
-
-
-# Examples
-
-
-def read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
-    """Rows of a gzip-compressed JSON-lines file; a fixed random choice where there are more."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:limit]]
-
-
-def pair_rows(data: Path, name: str, limit: int) -> list[tuple[str, ...]]:
-    """Distinct rows (anchor, positive) or (anchor, positive, negative)."""
-    if name == "stsb":
-        rows = read_rows(data / "eval/sts/stsb/train.jsonl.gz", 1_000_000)
-        rows = [row for row in rows if row["score"] >= ALIKE]
-        found = [(row[a], row[b]) for row in rows for a, b in (SIDES, SIDES[::-1])][:limit]
-    else:
-        rows = read_rows(data / f"train/permissive/pairs/{name}.jsonl.gz", limit)
-        keys = ("query", "positive", "negative")
-        found = [tuple(row[key] for key in keys if row.get(key)) for row in rows]
-    stripped = [tuple(text.strip() for text in row) for row in found]
-    return list(dict.fromkeys(row for row in stripped if all(row) and len(set(row)) == len(row)))
-
-
-def with_negatives(rows: list[tuple[str, ...]], n: int) -> list[tuple[str, ...]]:
-    """Rows of n negatives: the given one first, then mined ones (arXiv 2407.15831's rule)."""
-    mined = mine_hard_negatives(
-        [row[:2] for row in rows], vectorizer=NVEmbedVectorizer(), n_negatives=n
-    )
-    complete = []
-    for position, found in zip(mined.positions, mined.indices, strict=True):
-        row = rows[position]
-        more = [mined.corpus[i] for i in found if i >= 0]
-        negatives = list(dict.fromkeys([*row[2:], *more]))[:n]
-        if len(negatives) == n and not set(negatives) & set(row[:2]):
-            complete.append((*row[:2], *negatives))
-    return complete
-
-
-def labelled_rows(data: Path, name: str, n: int, limit: int) -> list[tuple[str, ...]]:
-    """Example-based rows (section 4.2): another text of the class, and texts of other classes."""
-    rows = read_rows(data / f"eval/classification/{name}/train.jsonl.gz", 1_000_000)
-    texts = np.array([row["text"].strip() for row in rows])
-    labels = np.array([row["label"] for row in rows])
-    rng = np.random.default_rng(0)
-    found = []
-    for i in range(min(limit, len(texts))):
-        same = np.flatnonzero((labels == labels[i]) & (texts != texts[i]))
-        others = rng.choice(np.flatnonzero(labels != labels[i]), n, replace=False)
-        if len(same):
-            found.append((str(texts[i]), str(texts[rng.choice(same)]), *map(str, texts[others])))
-    return found
-
-
-def collect_examples(data: Path, settings: Settings) -> list[dict[str, Any]]:
-    """All examples that the seeds draw from."""
-    n, limit = settings.n_negatives, settings.examples_per_set
-    examples = []
-    for name, instruction in {**RETRIEVAL, **SYMMETRIC, **LABELLED}.items():
-        if name in LABELLED:
-            rows = labelled_rows(data, name, n, limit)
-        else:
-            rows = with_negatives(pair_rows(data, name, limit), n)
-        print(f"{name}: {len(rows)} examples", flush=True)
-        kind = {"set": name, "instruction": instruction, "retrieval": name in RETRIEVAL}
-        examples += [{**kind, "texts": row} for row in rows]
-    return examples
-
-
-@dataclass(frozen=True)
-class Example:
-    """Anchor, positive and negatives, tokenised."""
-
-    retrieval: bool
-    texts: list[Tokens]
-
-
-@lru_cache(maxsize=1)
-def load_examples(path: Path, settings: Settings) -> list[Example]:
-    """The examples of a file, tokenised; documents of retrieval bare."""
-    tokenizer = load_tokenizer()
-    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
-    tokens: dict[tuple[int, int], Tokens] = {}
-    wanted: dict[str | None, list[tuple[int, int]]] = {}
-    for i, row in enumerate(rows):
-        for k in range(len(row["texts"])):
-            bare = row["retrieval"] and k > 0
-            wanted.setdefault(None if bare else row["instruction"], []).append((i, k))
-    for instruction, places in wanted.items():
-        texts = [rows[i]["texts"][k] for i, k in places]
-        encoded = encode(tokenizer, texts, instruction, settings.max_tokens)
-        tokens.update(zip(places, encoded, strict=True))
-    return [
-        Example(row["retrieval"], [tokens[i, k] for k in range(len(row["texts"]))])
-        for i, row in enumerate(rows)
-    ]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A pass over examples with one optimizer."""
-
-    name: str
-    examples: list[Example]
-    in_batch: bool
-
-
-def plan_stages(examples: list[Example], run: Run, settings: Settings) -> list[Stage]:
-    """The stages of a run; the examples of a seed are the same in all its runs."""
-    rng = np.random.default_rng(run.seed)
-    size = settings.steps * settings.batch_size
-    retrieval = rng.permutation([i for i, example in enumerate(examples) if example.retrieval])
-    first = retrieval[:size]
-    second = rng.permutation(np.setdiff1d(np.arange(len(examples)), first))[:size]
-    if len(second) < size:
-        raise ValueError(f"{len(examples)} examples are too few for {2 * size}; lower --steps")
-    if run.schedule == "two stages":
-        return [
-            Stage("stage 1", [examples[i] for i in first], in_batch=True),
-            Stage("stage 2", [examples[i] for i in second], in_batch=False),
-        ]
-    blended = rng.permutation(np.concatenate([first, second]))
-    in_batch = run.schedule == "in-batch on"
-    return [Stage(run.schedule, [examples[i] for i in blended], in_batch)]
 
 
 # Training
@@ -478,13 +262,13 @@ def contrastive_loss(
 
 
 def train_stage(model: NVEmbedModel, stage: Stage, settings: Settings) -> dict[str, Any]:
-    """One pass in batches, the optimizer new; -> tokens, seconds and the loss of each tenth."""
+    """One pass in batches, the optimizer new; -> tokens, seconds of the processor, losses."""
     model.float()
     optimizer = MasterAdamW(model, settings)  # it reads the rates' names, which are the same
     size = settings.batch_size
     n_steps = len(stage.examples) // size
     warmup = max(1, round(settings.warmup_share * n_steps))
-    begin, tokens, losses = time.perf_counter(), 0, []
+    begin, tokens, losses = time.process_time(), 0, []
     for step in range(n_steps):
         batch = stage.examples[step * size : (step + 1) * size]
         texts = [text for example in batch for text in example.texts]
@@ -498,7 +282,7 @@ def train_stage(model: NVEmbedModel, stage: Stage, settings: Settings) -> dict[s
     return {
         "steps": n_steps,
         "tokens": tokens,
-        "seconds": round(time.perf_counter() - begin, 1),
+        "seconds": round(time.process_time() - begin, 1),
         "loss": [
             round(float(np.mean(part)), 4) for part in np.array_split(losses, 10) if len(part)
         ],
@@ -576,9 +360,9 @@ def finish_run(run: Run, data: Path, folder: Path, settings: Settings) -> str:
     for stage in plan_stages(examples, run, settings):
         trained = train_stage(model, stage, settings)
         check_attention(model, run.attention)
-        begin = time.perf_counter()
+        begin = time.process_time()
         scores = evaluate(model, tokenizer, data, settings)
-        scoring_s = round(time.perf_counter() - begin, 1)
+        scoring_s = round(time.process_time() - begin, 1)
         record["stages"].append(
             {"name": stage.name, **trained, "scores": scores, "scoring_s": scoring_s}
         )
@@ -619,15 +403,11 @@ def run_all(
         yield from pool.map(finish, missing)
 
 
-class Finish:
-    """`finish_run` with all but the run given; goes through a pickle to the other processes."""
-
-    def __init__(self, data: Path, folder: Path, settings: Settings) -> None:
-        self.data, self.folder, self.settings = data, folder, settings
-
-    def __call__(self, run: Run) -> str:
-        """Finish one run."""
-        return finish_run(run, self.data, self.folder, self.settings)
+def stop(*_: Any) -> None:
+    """End with the processes that were started: alone they would go on."""
+    for process in active_children():
+        process.terminate()
+    sys.exit("terminated; the same command goes on with the runs that are missing")
 
 
 def main() -> None:
@@ -648,8 +428,10 @@ def main() -> None:
         folder = run_folder(options.work, settings)
         prepare_examples(options.data, folder, settings)
         runs = list_runs(options.seeds)
+        signal.signal(signal.SIGTERM, stop)
         begin = time.perf_counter()
-        for name in run_all(runs, Finish(options.data, folder, settings), folder, options.jobs):
+        finish = partial(finish_run, data=options.data, folder=folder, settings=settings)
+        for name in run_all(runs, finish, folder, options.jobs):
             print(f"{time.perf_counter() - begin:6.0f} s  {name}", flush=True)
         records = [json.loads((folder / f"{run.name}.json").read_text()) for run in runs]
         write_results(records, asdict(settings), options.out / f"{NAME}.json")
