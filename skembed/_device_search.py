@@ -20,16 +20,30 @@ _MIN_COLUMNS = 8192
 _NO_KEY = np.iinfo(np.int64).min
 
 
-def choose_search_device(device: str) -> torch.device:
+def choose_search_device(device: str, *, owner: str) -> torch.device:
     """Return where to search: for "auto" a CUDA device if there is one, else the CPU.
 
+    Raises ValueError for any other device, and for one that is not there.
+
     >>> from skembed._device_search import choose_search_device
-    >>> choose_search_device("cpu")
+    >>> choose_search_device("cpu", owner="Retriever")
     device(type='cpu')
     """
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if count else torch.device("cpu")
+    subject = (
+        f"The `device` parameter of `{owner}` must be 'auto', 'cpu', 'cuda' or 'cuda:<number>'"
+    )
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{subject}; got {device!r}.") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"{subject}; got {device!r}.")
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise ValueError(f"{subject}; got {device!r}, but torch sees {count} CUDA devices here.")
+    return found
 
 
 def top_k_rows_on_device(

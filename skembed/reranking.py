@@ -185,7 +185,7 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
             first = not hasattr(self, "n_features_in_")  # after `fit` without pairs
             pairs = check_embeddings(_Plain() if first else self, X, reset=first)
             dim = _half_width(pairs.shape[1])
-            return self._score(pairs[:, :dim], pairs[:, dim:])
+            return self._score(pairs[:, :dim], pairs[:, -dim:])
         queries, documents = check_pair_columns(X, vectorizer=vectorizer, owner=OWNER)
         return self._score(
             embed_side(vectorizer, queries, "query", owner=OWNER),
@@ -223,12 +223,20 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
             flat = np.concatenate([*parts, found[:0]])
             sizes = np.array([len(part) for part in parts], dtype=np.int64)
         else:
-            texts = check_text_column(queries, vectorizer=vectorizer, owner=OWNER, name="queries")
-            lists = _check_text_lists(candidates, len(texts), vectorizer=vectorizer)
-            found = embed_side(vectorizer, texts, "query", owner=OWNER)
-            documents = [text for part in lists for text in part]
-            flat = embed_side(vectorizer, documents, "document", owner=OWNER)
+            options = {"vectorizer": vectorizer, "owner": f"{OWNER}.rank", "min_rows": 0}
+            texts = check_text_column(queries, name="queries", **options)
+            _check_lists(candidates, len(texts))
+            lists = [
+                check_text_column(part, name=f"candidates[{i}]", **options)
+                for i, part in enumerate(candidates)
+            ]
             sizes = np.array([len(part) for part in lists], dtype=np.int64)
+            documents = [text for part in lists for text in part]
+            if not documents:
+                nothing = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+                return Ranking(*([part] * len(texts) for part in nothing))
+            found = embed_side(vectorizer, texts, "query", owner=OWNER)
+            flat = embed_side(vectorizer, documents, "document", owner=OWNER)
         scores = self._score(found, flat, rows=np.repeat(np.arange(len(sizes)), sizes))
         ranked = Ranking([], [])
         for part in np.split(scores, np.cumsum(sizes)[:-1]) if len(sizes) else ():
@@ -327,7 +335,7 @@ def _half_width(width: int) -> int:
     if width % 2:
         raise ValueError(
             f"The `X` parameter of `{OWNER}` must hold two embeddings a row, side by side, so an "
-            f"even number of columns; got {width}."
+            f"even number of columns; got n_features = {width}."
         )
     return width // 2
 
@@ -361,17 +369,6 @@ def _number_groups(groups: Any, keys: Sequence[Any], *, owner: str, n: int) -> I
         )
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
-
-
-def _check_text_lists(candidates: Any, n: int, *, vectorizer: Any) -> list[list[str | None]]:
-    """Return the candidates of n queries as lists of texts."""
-    _check_lists(candidates, n)
-    return [
-        check_text_column(
-            part, vectorizer=vectorizer, owner=f"{OWNER}.rank", name=f"candidates[{i}]"
-        )
-        for i, part in enumerate(candidates)
-    ]
 
 
 def _check_vector_lists(

@@ -23,7 +23,13 @@ from skembed._document_index import DocumentIndex
 from skembed._index_file import read_index, write_index
 from skembed._model_mark import check_mark, mark_model
 from skembed._stored_vectors import STORAGE_KINDS
-from skembed._text_estimator import TextEstimatorMixin, check_embeddings, make_vectorizer
+from skembed._text_estimator import (
+    TextEstimatorMixin,
+    check_embeddings,
+    check_text_column,
+    embed_side,
+    make_vectorizer,
+)
 from skembed._validation import check_choice, check_int, check_string
 from skembed.metrics import ndcg_at_k, search_to_run
 from skembed.similarity import TopK, Vectors
@@ -154,7 +160,9 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             When `algorithm` is "hnsw" and usearch is not installed.
         """
         self._check_parameters()
-        choose_search_device(self.device)  # a wrong one is known now, not at the first search
+        choose_search_device(
+            self.device, owner=OWNER
+        )  # a wrong one is known now, not at the first search
         known = check_ids(ids, owner=OWNER)
         documents = X if self.vectorizer is None else join_titles(X, owner=OWNER)
         # On a copy, so that an error leaves an index that is there, and its model, as they were.
@@ -207,7 +215,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             raise ValueError(f"This {OWNER} holds no documents. Call `add` or `fit` first.")
         top_k = check_int(top_k, name="top_k", owner=OWNER, low=1, high=n)
         rescore = check_int(self.rescore, name="rescore", owner=OWNER, low=1)
-        device = choose_search_device(self.device)
+        device = choose_search_device(self.device, owner=OWNER)
         vectors = self._embed_queries(queries)
         return self._index.search(vectors, top_k, rescore=rescore, device=device)
 
@@ -459,10 +467,17 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
 
     def _embed_queries(self, queries: Any) -> Vectors:
         """Return the vectors of queries, (n_queries, dim); an empty list gives none."""
-        if getattr(self, "vectorizer_", None) is None:
-            vectors = check_embeddings(self, queries, name="queries", min_rows=0)
+        name, vectorizer = "queries", getattr(self, "vectorizer_", None)
+        if vectorizer is None:
+            vectors = check_embeddings(self, queries, name=name, min_rows=0)
         else:
-            vectors = self._embed_vectors(queries, side="query", name="queries")
+            texts = check_text_column(
+                queries, vectorizer=vectorizer, owner=OWNER, name=name, min_rows=0
+            )
+            vectors = np.empty((0, self.embedding_dim_), dtype=np.float32)
+            if texts:
+                dim = self.embedding_dim_
+                vectors = embed_side(vectorizer, texts, "query", owner=OWNER, dim=dim)
         return prepare_vectors(vectors, self.similarity, owned=False, owner=f"{OWNER}.search")
 
 
