@@ -75,6 +75,24 @@ def collect_texts(data: Path, recipe: Recipe) -> list[str]:
     return shuffled[: recipe.max_texts]
 
 
+def collect_long_texts(data: Path, recipe: Recipe) -> list[str]:
+    """Distinct texts above `span_words`, cut to `long_words` words, in random order."""
+    rng = random.Random(recipe.random_state + 1)
+    texts: dict[str, None] = {}
+    for path in source_files(data):
+        found = set()
+        for row in read_rows(path):
+            for value in row.values():
+                words = value.split() if isinstance(value, str) else []
+                if len(words) > recipe.span_words[1]:
+                    found.add(" ".join(words[: recipe.long_words]))
+        chosen = rng.sample(sorted(found), min(recipe.long_texts_per_file, len(found)))
+        texts.update(dict.fromkeys(chosen))
+    shuffled = list(texts)
+    rng.shuffle(shuffled)
+    return shuffled
+
+
 def build_tokenizer(texts: list[str], recipe: Recipe) -> tuple[Tokenizer, np.ndarray]:
     """WordPiece over the pieces of the teacher that the corpus uses most.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import build_tokenizer, collect_texts
+from corpus import build_tokenizer, collect_long_texts, collect_texts
 from inherit import Inheritance
 from recipe import Recipe, work_paths
 from teacher import PackedTeacher
@@ -55,10 +55,17 @@ def load_tokenizer(paths: dict[str, Path]) -> TextTokenizer:
     return TextTokenizer(tokenizer, bos_token_id=1, eos_token_id=2)
 
 
-def read_texts(paths: dict[str, Path]) -> list[str]:
-    """The corpus; the first `held_out_texts` are for measuring only."""
-    with paths["texts"].open(encoding="utf-8") as file:
+def read_texts(paths: dict[str, Path], name: str = "texts") -> list[str]:
+    """The corpus; of "texts" the first `held_out_texts` are for measuring only."""
+    with paths[name].open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def write_texts(texts: list[str], path: Path) -> None:
+    """One JSON string a line, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
+    partial.replace(path)
 
 
 def calibration_batch(texts: list[str], tokenizer: TextTokenizer, recipe: Recipe) -> PackedBatch:
@@ -84,10 +91,9 @@ def inherit(
 def write_corpus(data: Path, paths: dict[str, Path], recipe: Recipe) -> None:
     """Texts, tokenizer and the teacher's ids, where they are missing."""
     if not paths["texts"].exists():
-        texts = collect_texts(data, recipe)
-        partial = paths["texts"].with_suffix(".partial")
-        partial.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
-        partial.replace(paths["texts"])
+        write_texts(collect_texts(data, recipe), paths["texts"])
+    if not paths["long_texts"].exists():
+        write_texts(collect_long_texts(data, recipe), paths["long_texts"])
     if not paths["tokenizer"].exists():
         tokenizer, teacher_ids = build_tokenizer(read_texts(paths), recipe)
         np.save(paths["teacher_ids"], teacher_ids)

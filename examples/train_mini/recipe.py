@@ -73,6 +73,7 @@ class Recipe:
     long_share: float = 0.25  # of the texts above `span_words` kept long instead of cut to a span
     span_words: tuple[int, int] = (6, 48)  # words of a span cut from a long text
     long_words: int = 180  # words, cap of the texts kept long
+    long_texts_per_file: int = 6_000  # of those used late in training
     held_out_texts: int = 4_096  # never trained on, to measure agreement with the teacher
     random_state: int = 0
 
@@ -98,7 +99,9 @@ class Recipe:
     ridge: float = 1e-3  # relative to the mean variance of the inputs
 
     # Distillation
-    steps: int = 1_250
+    steps: int = 1_330
+    long_from_step: int = 694  # from here on, half of a batch's texts give way to long ones
+    long_per_batch: int = 24
     batch_size: int = 256  # texts
     learning_rate: float = 4e-4
     embedding_learning_rate: float = 2e-4
@@ -132,6 +135,7 @@ def work_paths(work: Path) -> dict[str, Path]:
     """Files of one run below the folder `work` (kept out of git)."""
     return {
         "texts": work / "texts.jsonl",
+        "long_texts": work / "long_texts.jsonl",
         "tokenizer": work / "tokenizer.json",
         "teacher_ids": work / "teacher_ids.npy",
         "start": work / "start.pt",

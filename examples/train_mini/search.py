@@ -141,12 +141,13 @@ def try_variant(name: str, arguments: argparse.Namespace, shared: dict[str, Path
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     paths = work_paths(folder)
-    for part in ("texts", "tokenizer", "teacher_ids"):
+    for part in ("texts", "long_texts", "tokenizer", "teacher_ids"):
         paths[part] = shared[part]
     texts, tokenizer = read_texts(paths), load_tokenizer(paths)
     model, report = inherit(texts, tokenizer, np.load(paths["teacher_ids"]), recipe)
     torch.save(model.state_dict(), paths["start"])
-    Distillation(recipe, paths, texts, tokenizer).run(arguments.steps, arguments.data)
+    long_texts = read_texts(paths, "long_texts")
+    Distillation(recipe, paths, texts, long_texts, tokenizer).run(arguments.steps, arguments.data)
     log = [json.loads(line) for line in paths["log"].open()]
     body = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
     return {

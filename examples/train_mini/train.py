@@ -74,15 +74,20 @@ def embedder(model: NVEmbedModel, tokenizer: TextTokenizer, max_length: int) -> 
 
 
 def batches(
-    texts: list[str], tokenizer: TextTokenizer, recipe: Recipe, start: int
+    texts: list[str], long_texts: list[str], tokenizer: TextTokenizer, recipe: Recipe, start: int
 ) -> Iterator[list[np.ndarray]]:
-    """Token ids of `batch_size` texts at a time, from step `start` on, round and round."""
-    train = texts[recipe.held_out_texts :]
-    per_pass = len(train) // recipe.batch_size
+    """Token ids of one batch after the other from step `start` on, round and round.
+
+    From `long_from_step` on, half of the short texts give way to `long_per_batch` long ones.
+    """
+    train, size, many = texts[recipe.held_out_texts :], recipe.batch_size, recipe.long_per_batch
     step = start
     while True:
-        first = step % per_pass * recipe.batch_size
-        part = train[first : first + recipe.batch_size]
+        first = step % (len(train) // size) * size
+        part = train[first : first + size]
+        if step >= recipe.long_from_step:
+            first = (step - recipe.long_from_step) % (len(long_texts) // many) * many
+            part = part[: size // 2] + long_texts[first : first + many]
         yield tokenizer.encode(part, prefix="", max_length=recipe.max_length).ids
         step += 1
 
@@ -96,18 +101,23 @@ class Distillation:
         Sizes and rates.
     paths : dict of str to Path
         Files of the run: `work_paths`.
-    texts : list of str
-        The corpus.
+    texts, long_texts : list of str
+        The corpus, and the long texts of the later part.
     tokenizer : TextTokenizer
         The student's tokenizer.
     """
 
     def __init__(
-        self, recipe: Recipe, paths: dict[str, Path], texts: list[str], tokenizer: TextTokenizer
+        self,
+        recipe: Recipe,
+        paths: dict[str, Path],
+        texts: list[str],
+        long_texts: list[str],
+        tokenizer: TextTokenizer,
     ) -> None:
         torch.manual_seed(recipe.random_state)
         self.recipe, self.paths = recipe, paths
-        self.texts, self.tokenizer = texts, tokenizer
+        self.texts, self.long_texts, self.tokenizer = texts, long_texts, tokenizer
         self.model = NVEmbedModel(build_config(recipe))
         self.model.load_state_dict(torch.load(paths["start"], weights_only=True))
         self.model.use_lean_modules()
@@ -156,7 +166,8 @@ class Distillation:
         losses: list[float] = []
         saved = logged = self.spent_s
         since, logs = self.tokens, 0
-        for ids in batches(self.texts, self.tokenizer, self.recipe, self.step):
+        corpora = self.texts, self.long_texts
+        for ids in batches(*corpora, self.tokenizer, self.recipe, self.step):
             losses.append(self.take_step(ids, self.step / steps))
             done = self.step >= steps
             if done or self.spent_s - logged > LOG_EVERY_S:
@@ -186,7 +197,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with eval/")
     arguments = parser.parse_args()
     recipe, paths = Recipe(), work_paths(arguments.work)
-    run = Distillation(recipe, paths, read_texts(paths), load_tokenizer(paths))
+    texts, long_texts = read_texts(paths), read_texts(paths, "long_texts")
+    run = Distillation(recipe, paths, texts, long_texts, load_tokenizer(paths))
     run.run(recipe.steps, arguments.data)
 
 
