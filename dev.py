@@ -204,7 +204,7 @@ def run_demo(arguments: list[str]) -> int:
 
 def run_test(arguments: list[str]) -> int:
     """Run the tests."""
-    set_up("plot", "test", "train")
+    set_up("ann", "interactive", "mteb", "plot", "test", "train")
     return step("pytest", "-m", "pytest", *arguments)
 
 

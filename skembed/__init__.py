@@ -8,8 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from skembed import datasets
+    from skembed import datasets, metrics
     from skembed.cache import EmbeddingCache
+    from skembed.classification import EmbeddingClassifier, ZeroShotClassifier
+    from skembed.clustering import EmbeddingClusterer
+    from skembed.evaluation import evaluate
     from skembed.examples import TrainingTask
     from skembed.exceptions import (
         CacheError,
@@ -23,6 +26,11 @@ if TYPE_CHECKING:
         TruncationWarning,
     )
     from skembed.mining import MinedNegatives, mine_hard_negatives
+    from skembed.mteb import MTEBEncoder
+    from skembed.plotting import EmbeddingMapDisplay
+    from skembed.reranking import Reranker
+    from skembed.retrieval import Retriever
+    from skembed.sts import SimilarityRegressor
     from skembed.trainer import ContrastiveTrainer
     from skembed.vectorizer import NVEmbedVectorizer
 
@@ -34,16 +42,26 @@ __all__ = [
     "CheckpointError",
     "ContrastiveTrainer",
     "EmbeddingCache",
+    "EmbeddingClassifier",
+    "EmbeddingClusterer",
+    "EmbeddingMapDisplay",
     "FreshPoolingWarning",
+    "MTEBEncoder",
     "MinedNegatives",
     "ModelNotFoundError",
     "NVEmbedVectorizer",
+    "Reranker",
+    "Retriever",
+    "SimilarityRegressor",
     "SkembedError",
     "SkembedWarning",
     "TrainingError",
     "TrainingTask",
     "TruncationWarning",
+    "ZeroShotClassifier",
     "datasets",
+    "evaluate",
+    "metrics",
     "mine_hard_negatives",
 ]
 
@@ -54,16 +72,26 @@ _HOMES = {
     "CheckpointError": "skembed.exceptions",
     "ContrastiveTrainer": "skembed.trainer",
     "EmbeddingCache": "skembed.cache",
+    "EmbeddingClassifier": "skembed.classification",
+    "EmbeddingClusterer": "skembed.clustering",
+    "EmbeddingMapDisplay": "skembed.plotting",
     "FreshPoolingWarning": "skembed.exceptions",
+    "MTEBEncoder": "skembed.mteb",
     "MinedNegatives": "skembed.mining",
     "ModelNotFoundError": "skembed.exceptions",
     "NVEmbedVectorizer": "skembed.vectorizer",
+    "Reranker": "skembed.reranking",
+    "Retriever": "skembed.retrieval",
+    "SimilarityRegressor": "skembed.sts",
     "SkembedError": "skembed.exceptions",
     "SkembedWarning": "skembed.exceptions",
     "TrainingError": "skembed.exceptions",
     "TrainingTask": "skembed.examples",
     "TruncationWarning": "skembed.exceptions",
+    "ZeroShotClassifier": "skembed.classification",
     "datasets": "skembed.datasets",
+    "evaluate": "skembed.evaluation",
+    "metrics": "skembed.metrics",
     "mine_hard_negatives": "skembed.mining",
 }
 
