@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,7 @@ class MTEBEncoder:
 def _import_mteb(module: str) -> Any:
     """Import a module of mteb."""
     import_optional("mteb", extra="mteb", purpose=f"`{OWNER}`")
-    return import_optional(module, extra="mteb", purpose=f"`{OWNER}`")
+    return import_module(module)
 
 
 def _get_parameters(vectorizer: Any) -> dict[str, Any]:

@@ -353,8 +353,9 @@ def iter_documented(name: str) -> Iterator[tuple[str, object]]:
     yield home, found
     for owner in found.__mro__ if inspect.isclass(found) else ():
         if owner.__module__.split(".")[0] == "skembed":
-            for part in vars(owner):
-                if not part.startswith("_") and not isinstance(vars(owner)[part], ModuleType):
+            for part, value in vars(owner).items():
+                made = type(value).__module__.split(".")[0] == "sklearn"  # `set_score_request`
+                if not part.startswith("_") and not made and not isinstance(value, ModuleType):
                     yield f"{home}.{part}", getattr(owner, part)
 
 
