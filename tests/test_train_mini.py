@@ -336,6 +336,26 @@ def test_the_page_has_a_place_for_every_table(report: ModuleType) -> None:
 MACHINE = {"processor": "P", "cores": 2}
 
 
+def test_results_and_page_are_written_together(
+    report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, page = tmp_path / "benchmarks" / "results", tmp_path / "docs" / "ablation.md"
+    page.parent.mkdir()
+    page.write_text(report.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    for name, value in (("ROOT", tmp_path), ("RESULTS", results), ("PAGE", page)):
+        monkeypatch.setattr(report, name, value)
+    report.write_results(make_runs(report, 1.0), {"steps": 5}, results / "ablation.json")
+    report.write_docs(results)
+    scores = report.Scores(make_runs(report, 1.0))
+    text, link = page.read_text(encoding="utf-8"), "(../benchmarks/results/ablation.md)"
+    assert text.count(report.claims_table(scores)) == 1  # the first table of the results
+    assert link in text
+    assert text.count(report.schedules_table(scores)) == 1
+    assert "Settings: steps 5." in (results / "ablation.md").read_text(encoding="utf-8")
+    report.write_docs(results)
+    assert page.read_text(encoding="utf-8") == text
+
+
 def test_the_page_shows_the_measured(report: ModuleType) -> None:
     path = report.RESULTS / "ablation.json"
     if not path.is_file():
