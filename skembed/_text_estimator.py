@@ -302,7 +302,13 @@ def check_labels(X: Any, y: Any, *, owner: str) -> npt.NDArray[Any]:
                 f"The `y` parameter of `{owner}` must hold at least 2 classes; got 1 class: "
                 f"{name_some(labels[:1])}."
             )
-    check_classification_targets(labels)
+        if labels.dtype.kind == "f" and (labels != np.rint(labels)).any():
+            raise ValueError(
+                f"Unknown label type: continuous. The `y` parameter of `{owner}` must hold class "
+                "labels; got fractions."
+            )
+    else:
+        check_classification_targets(labels)
     # A bare str has a length, too; it and what has none get errors of their own.
     if not isinstance(X, (str, bytes)) and (hasattr(X, "__len__") or hasattr(X, "shape")):
         check_consistent_length(X, labels)

@@ -378,6 +378,13 @@ def test_ways_to_give_descriptions() -> None:
     assert names.predict(["lost"]).tolist() == ["card lost"]
 
 
+def test_many_labels_with_one_description_each() -> None:
+    # scikit-learn takes so many different labels for numbers to predict, and warns: an error here.
+    described = {f"label {i}": f"word{i}" for i in range(40)}
+    clf = ZeroShotClassifier(FakeVectorizer()).fit(described)
+    assert clf.predict(["word7"]).tolist() == ["label 7"]
+
+
 def test_several_descriptions_are_averaged_by_direction() -> None:
     one, two = FakeVectorizer().transform(["card lost", "plastic"])
     clf = ZeroShotClassifier(FakeVectorizer())
