@@ -23,8 +23,9 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
-# What a block may be; "text" right after "python" is what that block prints.
-KINDS = {"python", "python no-run", "sh", "text"}
+# What a block may be; "text" right after "python" is what that block prints, "{eval-rst}" is for the
+# site only.
+KINDS = {"python", "python no-run", "sh", "text", "{eval-rst}"}
 # Blocks that are shown and not run. Each must need a GPU or a model of the hub; whoever adds one
 # changes this number too.
 N_NO_RUN = 4
@@ -129,6 +130,35 @@ def test_calls_use_parameters_that_exist(page: Path) -> None:
                     assert not unknown, f"{page.name}:{block.line}: {node.func.id} of {unknown}"
 
 
+def public_classes() -> dict[str, type]:
+    """Return the classes of public modules and of the package, by name."""
+    found = {}
+    for name in [name for name in MODULES if not name.rpartition(".")[2].startswith("_")]:
+        module = importlib.import_module(name)
+        for public in getattr(module, "__all__", [skembed.NVEmbedVectorizer.__name__]):
+            if inspect.isclass(value := getattr(module, public, None)):
+                found[public] = value
+    return found | {name: getattr(skembed, name) for name in skembed.__all__}
+
+
+@every_page
+def test_calls_in_the_text_use_parameters_that_exist(page: Path) -> None:
+    """Such as `Retriever(storage="int8")` in a table; spans that are no Python are left out."""
+    classes = public_classes()
+    for span in re.findall(r"`([^`\n]+)`", prose(page)):
+        try:
+            tree = ast.parse(span.replace("...", "None"))
+        except SyntaxError:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                found = classes.get(node.func.id)
+                if inspect.isclass(found):
+                    known = set(inspect.signature(found).parameters)
+                    unknown = {word.arg for word in node.keywords if word.arg} - known
+                    assert not unknown, f"{page.name}: `{span}` of {unknown}"
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_doctests(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_model: object
@@ -169,6 +199,66 @@ def test_every_page_is_reachable_from_the_index() -> None:
     index = ROOT / "docs" / "index.md"
     linked = {(index.parent / link).resolve() for link in find_links(index)}
     assert set(PAGES) - {index} <= linked
+
+
+def read_contents() -> list[str]:
+    """Return the entries of the site's table of contents, generated pages left out."""
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^:::\{toctree\}\n(.*?)^:::$", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith((":", "generated/"))]
+
+
+def test_every_page_is_in_the_contents_of_the_site() -> None:
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert sorted(read_contents()) == sorted(pages)
+
+
+def read_api() -> list[str]:
+    """Return the names that the API page describes, as they are imported."""
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    return re.findall(r"^ {3}(skembed\.[\w.]+)$", text, flags=re.MULTILINE)
+
+
+def test_api_page_describes_every_public_name() -> None:
+    described = []
+    for name in read_api():
+        module, _, attribute = name.rpartition(".")
+        described.append(getattr(importlib.import_module(module), attribute))
+    assert len({id(value) for value in described}) == len(described), "a name stands there twice"
+    public = {name: getattr(skembed, name) for name in skembed.__all__}
+    missing = [
+        name
+        for name, value in public.items()
+        if not inspect.ismodule(value) and not any(value is other for other in described)
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("module", ["metrics", "evaluation", "reranking", "classification", "sts"])
+def test_api_page_describes_all_of_a_module(module: str) -> None:
+    """Modules whose every public function and class is for users."""
+    found = importlib.import_module(f"skembed.{module}")
+    described = {name.rpartition(".")[2] for name in read_api()}
+    named = {name for name in found.__all__ if callable(getattr(found, name))}
+    assert named <= described
+
+
+@every_page
+def test_benchmarks_named_in_commands_exist(page: Path) -> None:
+    names = re.findall(r"\bdev\.py bench ([\w-]+)", page.read_text(encoding="utf-8"))
+    missing = [name for name in names if not (ROOT / "benchmarks" / f"{name}.py").is_file()]
+    assert not missing
+
+
+def test_benchmarks_page_shows_each_result_below_its_command() -> None:
+    """A result belongs to the script that wrote it: its file says which."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    parts = re.findall(r"bench ([\w-]+)\n```\n\n<!-- results:([\w-]+) -->", text)
+    assert len(parts) == text.count("<!-- results:") > 0
+    for script, name in parts:
+        result = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8")
+        assert f"`python benchmarks/{script}.py" in result
 
 
 @every_page

@@ -1,0 +1,58 @@
+"""
+Instructions compared
+=====================
+
+An instruction tells the model what texts are to be compared for. Whether it helps depends on model
+and data, so measure it: on the same draws, with an interval.
+"""
+
+# %%
+# Three tasks on one set of documentation: classify passages by subpackage, cluster them, and find
+# the description that belongs to a summary.
+
+from skembed.datasets import load_docstrings
+from skembed.evaluation import ClassificationTask, ClusteringTask, RetrievalTask, evaluate
+
+docs = load_docstrings(min_per_class=150)
+texts, labels = docs.data[::6], docs.target[::6]
+pairs = docs.pairs[::4]
+tasks = [
+    ClassificationTask(texts, labels, samples_per_label=8),
+    ClusteringTask(texts, labels),
+    RetrievalTask(
+        [query for query, _ in pairs],
+        [document for _, document in pairs],
+        [[i] for i in range(len(pairs))],
+    ),
+]
+
+# %%
+# The same model with no instruction, with a general one, and with one that names the subject. An
+# instruction is the task in words; the template around it is NV-Embed's.
+
+from skembed import NVEmbedVectorizer
+from skembed.instructions import format_instruction
+
+general = "Retrieve semantically similar text"
+subject = "Identify the mathematical topic that the documentation of a function is about"
+vectorizers = {
+    "none": NVEmbedVectorizer(),
+    "general": NVEmbedVectorizer(instruction=general),
+    "subject": NVEmbedVectorizer(instruction=subject),
+}
+print(format_instruction(vectorizers["subject"].instruction_template, subject) + texts[0][:60])
+
+# %%
+# :func:`~skembed.evaluation.evaluate` scores each by MTEB's protocol for the task.
+
+result = evaluate(vectorizers, tasks)
+_ = result.plot()
+print(result)
+
+# %%
+# The intervals above say how much a score depends on the draw. For the question which instruction
+# is better, the paired difference says more: both see the same draws and the same queries. An
+# interval that holds zero means that this data cannot tell.
+
+print(result.compare("subject", "none"))
+print(result.compare("general", "none"))
