@@ -65,7 +65,8 @@ def top_k_rows_on_device(
     scores = np.empty((n, k), dtype=np.float32)
     indices = np.empty((n, k), dtype=np.int64)
     budget = max(1, block_bytes // _BYTES_PER_SCORE)
-    width = max(1, min(m, budget, max(_MIN_COLUMNS, 2 * k)))
+    widest = block_bytes // (8 * max(1, queries.shape[1]))  # the block there, and its copy here
+    width = max(1, min(m, budget, max(_MIN_COLUMNS, 2 * k), widest))
     height = max(1, min(n, budget // (width + k)))
     for first in range(0, n, height):
         rows = slice(first, min(first + height, n))

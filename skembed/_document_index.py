@@ -178,9 +178,9 @@ class DocumentIndex:
     def _score_pairs(self, queries: Vectors, rows: Indices) -> Vectors:
         """Return the score of each query with each of its candidates, (n_queries, n)."""
         finest = self.stored if self.fine is None else self.fine
-        scores = np.empty(rows.shape, dtype=np.float32)
-        for block in iterate_blocks(len(rows), rows.shape[1] * finest.dim):
-            vectors = finest.read_rows(rows[block].ravel())
-            vectors = vectors.reshape(*rows[block].shape, finest.dim)  # (B, n, D)
-            np.einsum("bd,bnd->bn", queries[block], vectors, out=scores[block])
-        return scores
+        places, scores = rows.ravel(), np.empty(rows.size, dtype=np.float32)
+        for block in iterate_blocks(rows.size, finest.dim):
+            vectors = finest.read_rows(places[block])  # (B, D)
+            own = np.arange(block.start, block.stop) // rows.shape[1]
+            np.einsum("nd,nd->n", queries[own], vectors, out=scores[block])
+        return scores.reshape(rows.shape)

@@ -233,8 +233,8 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
             sizes = np.array([len(part) for part in lists], dtype=np.int64)
             documents = [text for part in lists for text in part]
             if not documents:
-                nothing = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-                return Ranking(*([part] * len(texts) for part in nothing))
+                indices = [np.empty(0, dtype=np.int64) for _ in texts]
+                return Ranking(indices, [np.empty(0, dtype=np.float32) for _ in texts])
             found = embed_side(vectorizer, texts, "query", owner=OWNER)
             flat = embed_side(vectorizer, documents, "document", owner=OWNER)
         scores = self._score(found, flat, rows=np.repeat(np.arange(len(sizes)), sizes))
@@ -344,14 +344,17 @@ def _check_relevance(y: Any, n: int, *, owner: str) -> npt.NDArray[np.float64]:
     """Return relevance as float64, (n,)."""
     subject = f"The `y` parameter of `{owner}`"
     array = np.asarray(y)
-    if array.dtype.kind not in "fiub":
+    try:
+        if array.dtype.kind not in "fiubO":
+            raise TypeError
+        found = array.astype(np.float64)
+    except (TypeError, ValueError) as error:
         raise TypeError(
             f"{subject} must hold the relevance of each document as a number; "
             f"got dtype {array.dtype}."
-        )
+        ) from error
     if array.shape != (n,):
         raise ValueError(f"{subject} must be of shape ({n},); got shape {array.shape}.")
-    found = array.astype(np.float64)
     if not np.isfinite(found).all():
         row = int(np.argmin(np.isfinite(found)))
         raise ValueError(f"{subject} must hold finite numbers; y[{row}] is {found[row]}.")

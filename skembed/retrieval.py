@@ -97,7 +97,8 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
     have equal scores, and a query finds the same in any company. Equal scores are sorted as
     trec_eval does: by descending id; str as text, int as numbers.
 
-    Beside the stored vectors a search holds about 32 MiB and what it returns. float32 embeddings
+    Beside the stored vectors a search holds at most about 64 MiB, and some times what it returns;
+    half of that where vectors are stored as float32. float32 embeddings
     of unit length (any float32 under ``similarity="dot"``) are stored without a copy: leave such
     an array as it is after `fit`.
 

@@ -292,7 +292,7 @@ def top_k_rows(
     k : int
         How many to find, in [1, n_corpus].
     block_bytes : int, default=67108864
-        Bound on the working memory in bytes; what `read_rows` returns comes on top.
+        Bound on the working memory in bytes, and once more on what `read_rows` returns.
 
     Returns
     -------
@@ -313,6 +313,7 @@ def top_k_rows(
     scores = np.empty((n, k), dtype=np.float32)
     indices = np.empty((n, k), dtype=np.int64)
     n_rows, n_columns = _choose_block(n, m, k, block_bytes=block_bytes)
+    n_columns = max(1, min(n_columns, block_bytes // (4 * max(1, queries.shape[1]))))
     for rows in _iterate_slices(n, n_rows):
         keys = _find_keys(queries[rows], read_rows, m, k, n_columns=n_columns, ranks=ranks)
         scores[rows] = _unpack_keys(keys)[0]
