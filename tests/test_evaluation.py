@@ -264,6 +264,7 @@ def test_labels_of_any_type_give_the_same_score() -> None:
             container([convert(x) for x in binary]),
             test_texts=TEST,
             test_labels=container([convert(x) for x in tested]),
+            n_experiments=2,
         )
         row = evaluate(Words(noise=1.0), task)[0]
         assert 0 < row.metrics["ap"] < 1
