@@ -115,8 +115,8 @@ def check_ids(ids: Any, *, owner: str) -> Ids | None:
             f"{type(values[place]).__name__}."
         )
     if len(set(values)) != len(values):
-        seen: set[Any] = set()
-        place = next(i for i, value in enumerate(values) if value in seen or seen.add(value))
+        first = {value: i for i, value in reversed(list(enumerate(values)))}
+        place = next(i for i, value in enumerate(values) if first[value] != i)
         raise ValueError(
             f"{subject} must hold each id once; ids[{place}], {values[place]!r}, is there before."
         )

@@ -141,7 +141,7 @@ class DocumentIndex:
         if ids is None:
             ids = unpack_strings(arrays["characters"], arrays["ends"])
         labels = np.array(arrays["labels"])
-        if any(len(rows) != len(ids) for rows in (*parts.values(), labels)):
+        if {*map(len, parts.values()), len(labels)} != {len(ids)}:
             raise ValueError("ids and vectors differ in number")
         graph = HnswGraph.from_array(arrays["graph"]) if "graph" in arrays else None
         return cls(

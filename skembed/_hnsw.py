@@ -60,7 +60,7 @@ class HnswGraph:
             found = self._index.search(queries[rows], k, threads=torch.get_num_threads())
             # One query gives one row of matches, without its count.
             keys = np.atleast_2d(found.keys).astype(np.int64)
-            counts = np.atleast_1d(getattr(found, "counts", keys.shape[1]))
+            counts = np.atleast_1d(np.asarray(getattr(found, "counts", keys.shape[1])))
             width = keys.shape[1]
             places = np.arange(width) < counts[:, None]
             labels[rows, :width] = np.where(places, keys, -1)

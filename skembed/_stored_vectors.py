@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,9 +69,10 @@ class StoredVectors:
 
     def read_rows(self, rows: Rows) -> Vectors:
         """Return some vectors as float32, (n_rows, dim); a slice of float32 is not copied."""
-        values = self.arrays["values"][rows]
+        values: Any = self.arrays["values"][rows]
         if self.kind == "int8":
-            return values * self.arrays["scales"][rows][:, None]  # type: ignore[no-any-return]
+            scaled: Vectors = values * self.arrays["scales"][rows][:, None]
+            return scaled
         if self.kind == "binary":
             _, below, above = self.arrays["levels"]
             found = np.unpackbits(values.view(np.uint8), axis=-1, count=self.dim).astype(np.float32)

@@ -141,6 +141,7 @@ class EmbeddingMapDisplay:
         self.colors = colors
         self.reducer_ = reducer
         self.vectorizer_ = vectorizer
+        self.embedding_dim_: int | None = None
 
     @classmethod
     def from_embeddings(
