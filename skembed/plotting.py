@@ -76,7 +76,7 @@ class EmbeddingMapDisplay:
         What embeds the texts that `place` gets; None where it gets embeddings.
     ax_ : matplotlib Axes
         Where the map was drawn.
-    embedding_dim_ : int
+    embedding_dim_ : int or None
         Width of the embeddings; absent where the display was made of coordinates alone.
     figure_ : matplotlib Figure
         The figure of the axes.
@@ -432,7 +432,7 @@ class EmbeddingMapDisplay:
         """
         as_vectors = self.vectorizer_ is None or is_matrix(X)
         vectors = embed_input(None if as_vectors else self.vectorizer_, X, owner=_OWNER)
-        width = getattr(self, "embedding_dim_", vectors.shape[1])
+        width = self.embedding_dim_ or vectors.shape[1]
         if vectors.shape[1] != width:
             raise ValueError(
                 f"The `X` parameter of `{_OWNER}.place` must be of shape (n_texts, {width}); "
