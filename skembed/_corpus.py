@@ -49,14 +49,13 @@ def join_titles(X: Any, *, owner: str, name: str = "X") -> Any:
     ]
 
 
-def prepare_vectors(vectors: Any, similarity: str, *, owned: bool, owner: str) -> Vectors:
+def prepare_vectors(vectors: Any, similarity: str, *, owner: str) -> Vectors:
     """Return vectors as float32, of unit length for "cosine"; a copy only where they change.
 
-    With `owned`, they may be changed in place. Raises ValueError for what float32 cannot hold.
+    Raises ValueError for what float32 cannot hold.
     """
     with np.errstate(over="ignore"):
         found = np.ascontiguousarray(vectors, dtype=np.float32)
-    owned = owned or found is not vectors
     for rows in iterate_blocks(*found.shape):
         if not np.isfinite(found[rows]).all():
             row = rows.start + int(np.argmin(np.isfinite(found[rows]).all(axis=1)))
@@ -68,7 +67,7 @@ def prepare_vectors(vectors: Any, similarity: str, *, owned: bool, owner: str) -
         _is_unit(found[rows]) for rows in iterate_blocks(*found.shape)
     ):
         return found
-    unit = found if owned else np.empty_like(found)
+    unit = np.empty_like(found)
     for rows in iterate_blocks(*found.shape):
         unit[rows] = normalize_rows(found[rows])
     return unit

@@ -97,10 +97,10 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
     have equal scores, and a query finds the same in any company. Equal scores are sorted as
     trec_eval does: by descending id; str as text, int as numbers.
 
-    Beside the stored vectors a search holds at most about 64 MiB, and some times what it returns;
-    half of that where vectors are stored as float32. float32 embeddings
-    of unit length (any float32 under ``similarity="dot"``) are stored without a copy: leave such
-    an array as it is after `fit`.
+    Beside the stored vectors a search on the CPU holds at most about 64 MiB (32 MiB where they are
+    stored as float32), and a few times what it returns. float32 embeddings of unit length (any
+    float32 under ``similarity="dot"``) are stored without a copy: leave such an array as it is
+    after `fit`.
 
     Of "int8", each vector has 255 levels of its own. Of "binary", each component has two levels
     of its own: the mean of what lies below, and above, its mean over the corpus of `fit`. Queries
@@ -161,9 +161,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             When `algorithm` is "hnsw" and usearch is not installed.
         """
         self._check_parameters()
-        choose_search_device(
-            self.device, owner=OWNER
-        )  # a wrong one is known now, not at the first search
+        choose_search_device(self.device, owner=OWNER)  # an error now, not at the first search
         known = check_ids(ids, owner=OWNER)
         documents = X if self.vectorizer is None else join_titles(X, owner=OWNER)
         # On a copy, so that an error leaves an index that is there, and its model, as they were.
@@ -172,10 +170,9 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         if known is None:
             known = np.arange(len(vectors), dtype=np.int64)
         _check_count(known, len(vectors), owner=OWNER)
-        owned = self.vectorizer is not None
         index = DocumentIndex.build(
             known,
-            prepare_vectors(vectors, self.similarity, owned=owned, owner=OWNER),
+            prepare_vectors(vectors, self.similarity, owner=OWNER),
             storage=self.storage,
             rescore_storage=self.rescore_storage,
             hnsw=self.algorithm == "hnsw",
@@ -464,7 +461,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         if getattr(self, "vectorizer_", None) is not None:
             documents = join_titles(documents, owner=owner, name="documents")
         vectors = self._embed_vectors(documents, side="document", name="documents")
-        return prepare_vectors(vectors, self.similarity, owned=False, owner=owner)
+        return prepare_vectors(vectors, self.similarity, owner=owner)
 
     def _embed_queries(self, queries: Any) -> Vectors:
         """Return the vectors of queries, (n_queries, dim); an empty list gives none."""
@@ -479,7 +476,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             if texts:
                 dim = self.embedding_dim_
                 vectors = embed_side(vectorizer, texts, "query", owner=OWNER, dim=dim)
-        return prepare_vectors(vectors, self.similarity, owned=False, owner=f"{OWNER}.search")
+        return prepare_vectors(vectors, self.similarity, owner=f"{OWNER}.search")
 
 
 def _check_count(ids: Ids, n: int, *, owner: str) -> None:

@@ -176,6 +176,17 @@ def test_no_queries_find_nothing(corpus: np.ndarray) -> None:
     assert texts.indices.shape == (0, 3)
 
 
+def test_what_a_vectorizer_keeps_is_left_alone() -> None:
+    class Kept(LetterVectorizer):
+        table = np.arange(1, 11, dtype=np.float32).reshape(5, 2)
+
+        def transform(self, texts: list[str]) -> np.ndarray:
+            return self.table[: len(texts)]
+
+    Retriever(Kept()).fit(TEXTS).search(TEXTS, 1)
+    np.testing.assert_array_equal(Kept.table, np.arange(1, 11).reshape(5, 2))
+
+
 def test_unit_vectors_are_not_copied(corpus: np.ndarray) -> None:
     retriever = Retriever(None).fit(corpus)
     assert np.shares_memory(retriever._index.stored.arrays["values"], corpus)
