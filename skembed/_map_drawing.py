@@ -16,7 +16,7 @@ from skembed._map_layout import (
     choose_point_size,
     find_anchors,
     find_frame,
-    place_boxes,
+    place_names,
 )
 from skembed._validation import import_optional
 
@@ -31,8 +31,6 @@ _LEGEND_LENGTH, _NAME_LENGTH = 32, 26
 _N_TURNS = 8
 _RASTERIZED_FROM = 3000
 _EDGED_UP_TO = 1000
-_AVOIDED_UP_TO = 1500  # of more points, names lie on their clouds
-_LEADER_FROM = 0.8  # heights of the name between its box and the anchor
 _PADDING = 4.0  # between names and the frame, in points
 
 _Points = npt.NDArray[np.floating[Any]]
@@ -183,25 +181,21 @@ def draw_names(axes: Any, positions: _Points, groups: MapGroups) -> list[Any]:
     pixels = axes.transData.transform(anchors[shown]) * scale
     frame = axes.get_window_extent()
     bounds = (np.array(frame.min) * scale + _PADDING, np.array(frame.max) * scale - _PADDING)
-    points = (
-        axes.transData.transform(positions) * scale if len(positions) <= _AVOIDED_UP_TO else None
-    )
-    moved = place_boxes(pixels, sizes + (5, 2), bounds, groups.counts[shown], points)
+    points = axes.transData.transform(positions) * scale
     halo = [effects.withStroke(linewidth=2.6, foreground="white", alpha=0.85)]
+    line = {"arrowstyle": "-", "color": "0.3", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
     drawn = []
-    for i, name, offset, size in zip(shown, names, moved - pixels, sizes, strict=True):
-        if not np.isfinite(offset).all():
-            continue  # no room
-        far = _is_far(offset, size)
-        line = {"arrowstyle": "-", "color": "0.3", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
+    for place, offset, far in place_names(
+        pixels, sizes + (5, 2), bounds, points, groups.codes, shown
+    ):
         note = axes.annotate(
-            name,
-            anchors[i],
+            names[place],
+            anchors[shown[place]],
             xytext=offset,
             textcoords="offset points",
             ha="center",
             va="center",
-            color=darken(groups.colors[i]),
+            color=darken(groups.colors[shown[place]]),
             path_effects=halo,
             arrowprops=line if far else None,
             zorder=5,
@@ -223,12 +217,6 @@ def _pick_names(positions: _Points, groups: MapGroups) -> tuple[_Points, _Codes]
 def _choose_font_size(n: int) -> float:
     """Return the size in points of n names on one map."""
     return 10.0 if n <= 12 else 8.5 if n <= 30 else 7.0 if n <= 60 else 6.2
-
-
-def _is_far(offset: _Points, size: _Points) -> bool:
-    """Tell whether a name of some size is so far from its anchor that a line helps."""
-    gap = np.maximum(np.abs(offset) - size / 2, 0)
-    return bool(np.hypot(*gap) > _LEADER_FROM * size[1])
 
 
 def _measure(axes: Any, name: str, options: dict[str, Any]) -> tuple[float, float]:
@@ -375,22 +363,22 @@ def _annotate_plotly(figure: Any, positions: _Points, groups: MapGroups) -> None
     # A bold character of the font is about this wide; what is measured is in the browser.
     font_size = _PLOTLY_FONT * _choose_font_size(len(shown))
     sizes = np.array([(0.62 * font_size * len(name) + 8, 1.35 * font_size) for name in names])
-    moved = place_boxes(pixels, sizes.reshape(-1, 2), ((0, 0), area), groups.counts[shown])
-    for i, name, (right, up), size in zip(shown, names, moved - pixels, sizes, strict=True):
-        if not np.isfinite([right, up]).all():
-            continue
-        far = _is_far(np.array([right, up]), size)
-        place = {"ax": right, "ay": -up} if far else {"xshift": right, "yshift": up}
+    points = (positions - low) / (high - low) * area
+    bounds = ((0, 0), area)
+    for place, (right, up), far in place_names(
+        pixels, sizes.reshape(-1, 2), bounds, points, groups.codes, shown
+    ):
+        shift = {"ax": right, "ay": -up} if far else {"xshift": right, "yshift": up}
         figure.add_annotation(
-            x=anchors[i, 0],
-            y=anchors[i, 1],
-            text=f"<b>{html.escape(name)}</b>",
-            font={"size": font_size, "color": darken(groups.colors[i])},
+            x=anchors[shown[place], 0],
+            y=anchors[shown[place], 1],
+            text=f"<b>{html.escape(names[place])}</b>",
+            font={"size": font_size, "color": darken(groups.colors[shown[place]])},
             bgcolor="rgba(255, 255, 255, 0.6)",
             showarrow=far,
             arrowhead=0,
             arrowwidth=0.8,
             arrowcolor="grey",
             borderpad=0,
-            **place,
+            **shift,
         )

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 
-__all__ = ["choose_alpha", "choose_point_size", "find_anchors", "find_frame", "place_boxes"]
+__all__ = [
+    "choose_alpha",
+    "choose_point_size",
+    "find_anchors",
+    "find_frame",
+    "place_boxes",
+    "place_names",
+]
 
 _Points = npt.NDArray[np.floating[Any]]
 
@@ -23,6 +30,10 @@ _MARGIN = 0.04
 # Sought share of the area that points cover, and the smallest and largest point (points squared).
 _COVERAGE = 0.25
 _SMALLEST, _LARGEST = 2.0, 36.0
+
+
+_AVOIDED_UP_TO = 1500  # of more points, names lie on their clouds
+_LEADER_FROM = 0.8  # heights of the name between it and the nearest point of its group
 
 
 def find_frame(positions: _Points, anchors: _Points) -> tuple[_Points, _Points]:
@@ -94,6 +105,40 @@ def choose_alpha(n: int) -> float:
     return round(float(0.85 - 0.35 * share), 3)
 
 
+class PlacedName(NamedTuple):
+    """Where a name goes: how far from its group's anchor, and whether a line should join them."""
+
+    place: int
+    offset: _Points
+    far: bool
+
+
+def place_names(
+    anchors: _Points,
+    sizes: _Points,
+    bounds: tuple[Any, Any],
+    points: _Points,
+    codes: npt.NDArray[np.int64],
+    shown: npt.NDArray[np.int64],
+) -> list[PlacedName]:
+    """Place the names of the groups `shown`, the largest first, so that none overlaps another.
+
+    `anchors` and `sizes` (n_shown, 2), `bounds` and `points` (n, 2) are in one unit. `place` is
+    the row in `shown`; names that find no room are left out.
+    """
+    avoided = points if len(points) <= _AVOIDED_UP_TO else None
+    counts = np.bincount(codes[codes >= 0], minlength=int(shown.max(initial=-1)) + 1)[shown]
+    centres = place_boxes(anchors, sizes, bounds, counts, avoided)
+    found = []
+    for place, (centre, size) in enumerate(zip(centres, sizes, strict=True)):
+        if np.isfinite(centre).all():
+            own = points[codes == shown[place]]
+            gap = np.maximum(np.abs(own - centre) - size / 2, 0)  # (n_own, 2)
+            far = bool(np.hypot(*gap.T).min() > _LEADER_FROM * size[1])
+            found.append(PlacedName(place, centre - anchors[place], far))
+    return found
+
+
 def place_boxes(
     anchors: _Points,
     sizes: _Points,
@@ -134,7 +179,7 @@ def place_boxes(
     placed = np.full(anchors.shape, np.nan)
     step = float(np.median(sizes[:, 1])) if len(sizes) else 1.0
     points = np.empty((0, 2)) if points is None else points
-    offsets = _make_offsets(step, reach=0.35 * float((high - low).max()))
+    offsets = _make_offsets(step, reach=0.25 * float((high - low).max()))
     done: list[int] = []
     for box in np.argsort(-np.asarray(priority), kind="stable"):
         half = sizes[box] / 2
@@ -159,7 +204,7 @@ def _count_within(tries: _Points, points: _Points, half: _Points) -> npt.NDArray
 
 # A box is wide: a step aside looks shorter than a step up.
 _STRETCH = np.array([1.6, 1.0])
-_GROWTH = 0.1  # from ring to ring
+_GROWTH = 0.06  # from ring to ring
 # To cover a point is as bad as to stand this many heights away; to cover many, at most this.
 _COVER_COST, _MAX_COVER_COST = 0.7, 3.5
 

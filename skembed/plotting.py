@@ -77,7 +77,7 @@ class EmbeddingMapDisplay:
     ax_ : matplotlib Axes
         Where the map was drawn.
     embedding_dim_ : int or None
-        Width of the embeddings; absent where the display was made of coordinates alone.
+        Width of the embeddings; None where the display was made of coordinates alone.
     figure_ : matplotlib Figure
         The figure of the axes.
     points_ : list of matplotlib PathCollection
