@@ -79,6 +79,7 @@ sphinx_gallery_conf = {
 }
 
 # Pages
+smartquotes = False  # "auto" is a value, to be copied as it stands
 html_theme = "furo"
 html_title = f"skembed {version}"
 html_static_path = ["_static"]
@@ -93,35 +94,44 @@ copybutton_exclude = ".linenos, .gp, .go"
 # Files beside the folder docs
 
 
+# Paths in the repository -> pages of the site.
 PAGE_OF = {
-    "README.md": "index.md",
-    "CHANGELOG.md": "changelog.md",
-    "benchmarks/README.md": "generated/results/all_scripts.md",
-    "examples/gallery": "generated/gallery/index.rst",
-    "skembed/data/skembed-mini": "model_card.md",
-    "skembed/data/skembed-mini/README.md": "model_card.md",
+    "README.md": "/generated/readme.md",
+    "CHANGELOG.md": "/changelog.md",
+    "benchmarks/README.md": "/generated/results/all_scripts.md",
+    "examples/gallery": "/generated/gallery/index.rst",
+    "skembed/data/skembed-mini": "/model_card.md",
+    "skembed/data/skembed-mini/README.md": "/model_card.md",
 }
+PATTERNS = {
+    r"docs/([\w-]+)\.md": r"/\1.md",
+    r"benchmarks/results/([\w-]+)\.md": r"/generated/results/\1.md",
+    r"examples/([\w-]+)\.py": r"/generated/scripts/\1.md",
+}
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)[^)\s]+")
 
 
-def find_page(link: str) -> str:
-    """Return the page of the site that stands for a link out of docs, or the link itself."""
-    if not link.startswith("../"):
-        return link
+def find_page(link: str, folder: str) -> str:
+    """Return the page of the site that stands for a link in a file of a folder, or the link."""
     path, mark, anchor = link.partition("#")
-    target = posixpath.normpath(posixpath.join("docs", path))
+    target = posixpath.normpath(posixpath.join(folder, path))
     if target in PAGE_OF:
         return PAGE_OF[target]
-    if found := re.fullmatch(r"benchmarks/results/([\w-]+)\.md", target):
-        return f"generated/results/{found[1]}.md{mark}{anchor}"
-    if found := re.fullmatch(r"examples/([\w-]+)\.py", target):
-        return f"generated/scripts/{found[1]}.md"
+    for pattern, page in PATTERNS.items():
+        if re.fullmatch(pattern, target):
+            return re.sub(pattern, page, target) + mark + anchor
     return link
 
 
-def map_links(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Point the links of a page at pages of the site (Sphinx's event source-read)."""
-    if app.env.doc2path(docname).suffix == ".md":
-        source[0] = re.sub(r"(?<=\]\()[^)\s]+", lambda match: find_page(match[0]), source[0])
+def map_links(text: str, folder: str) -> str:
+    """Point the links of a Markdown file, which lies in a folder, at pages of the site."""
+    return LINK.sub(lambda match: find_page(match[0], folder), text)
+
+
+def map_page(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Point the links of a page at pages of the site (event source-read)."""
+    if app.env.doc2path(docname).suffix == ".md" and not docname.startswith("generated/"):
+        source[0] = map_links(source[0], "docs")
 
 
 def write_pages(app: Sphinx) -> None:
@@ -138,6 +148,9 @@ def write_pages(app: Sphinx) -> None:
         page = f"---\norphan: true\n---\n# {script.name}\n\n"
         page += f":::{{literalinclude}} ../../../examples/{script.name}\n:::\n"
         (GENERATED / "scripts" / f"{script.stem}.md").write_text(page, encoding="utf-8")
+    readme = map_links((ROOT / "README.md").read_text(encoding="utf-8"), "")
+    readme = readme.replace("# skembed", "# Overview", 1).replace("](LICENSE)", "](../../LICENSE)")
+    (GENERATED / "readme.md").write_text(readme, encoding="utf-8")
     card = (ROOT / "skembed" / "data" / "skembed-mini" / "README.md").read_text(encoding="utf-8")
     body = re.sub(r"\A---\n.*?^---\n\s*# [^\n]*\n", "", card, flags=re.DOTALL | re.MULTILINE)
     (GENERATED / "model_card.txt").write_text(body, encoding="utf-8")
@@ -199,7 +212,7 @@ def setup(app: Sphinx) -> None:
     """Connect the functions above."""
     app.add_html_math_renderer("mathml", (visit_formula, None), (visit_formula_block, None))
     app.connect("builder-inited", write_pages)
-    app.connect("source-read", map_links)
+    app.connect("source-read", map_page)
     app.connect("build-finished", refuse_remote)
     app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-docstring", escape_shapes, priority=1)  # before numpydoc

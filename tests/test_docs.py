@@ -23,8 +23,8 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
-# What a block may be; "text" right after "python" is what that block prints, "{eval-rst}" is for the
-# site only.
+# What a block may be: "text" right after "python" is what that block prints, "{eval-rst}" is for
+# the site only.
 KINDS = {"python", "python no-run", "sh", "text", "{eval-rst}"}
 # Blocks that are shown and not run. Each must need a GPU or a model of the hub; whoever adds one
 # changes this number too.

@@ -12,18 +12,19 @@ Find groups in texts that nobody has labelled, name them, and look at them from 
 from skembed.datasets import load_docstrings
 
 docs = load_docstrings(min_per_class=150)
-texts, labels = docs.data[::4], docs.target[::4]
+kept = [i for i, text in enumerate(docs.data) if len(text) <= 1000][::4]
+texts, labels = [docs.data[i] for i in kept], docs.target[kept]
 print(len(texts), "texts")
 
 # %%
 # Clusters and their names
 # ------------------------
 #
-# :class:`~skembed.clustering.EmbeddingClusterer` embeds the texts, tries the numbers of clusters
+# :class:`~skembed.EmbeddingClusterer` embeds the texts, tries the numbers of clusters
 # that it is given, and keeps the one with the best silhouette. The names come from the words that
 # set a cluster apart from the others (class-based TF-IDF).
 
-from skembed.clustering import EmbeddingClusterer
+from skembed import EmbeddingClusterer
 
 clusterer = EmbeddingClusterer(n_clusters=[4, 6, 8, 12, 16, 24], random_state=0).fit(texts)
 for cluster, terms in clusterer.top_terms_.items():
@@ -49,10 +50,10 @@ for text in clusterer.representative_texts_[largest]:
 # The map
 # -------
 #
-# :class:`~skembed.plotting.EmbeddingMapDisplay` projects the embeddings with UMAP. The vectorizer's
+# :class:`~skembed.EmbeddingMapDisplay` projects the embeddings with UMAP. The vectorizer's
 # cache holds them already.
 
-from skembed.plotting import EmbeddingMapDisplay
+from skembed import EmbeddingMapDisplay
 
 embeddings = clusterer.vectorizer_.transform(texts)
 display = EmbeddingMapDisplay.from_embeddings(

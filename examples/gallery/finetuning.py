@@ -42,7 +42,7 @@ _ = tuned.history_.plot()
 #
 # Every held-out summary searches all held-out descriptions.
 
-from skembed.retrieval import Retriever
+from skembed import Retriever
 
 queries = [query for query, _ in test]
 corpus = [document for _, document in test]

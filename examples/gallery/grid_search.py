@@ -15,8 +15,9 @@ import numpy as np
 from skembed.datasets import load_docstrings
 
 docs = load_docstrings(min_per_class=150)
-texts, groups = docs.data[::6], docs.groups[::6]
-labels = np.array(docs.target_names)[docs.target[::6]]
+kept = [i for i, text in enumerate(docs.data) if len(text) <= 1000][::6]
+texts, groups = [docs.data[i] for i in kept], docs.groups[kept]
+labels = np.array(docs.target_names)[docs.target[kept]]
 
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold

@@ -10,12 +10,14 @@ and data, so measure it: on the same draws, with an interval.
 # Three tasks on one set of documentation: classify passages by subpackage, cluster them, and find
 # the description that belongs to a summary.
 
+from skembed import evaluate
 from skembed.datasets import load_docstrings
-from skembed.evaluation import ClassificationTask, ClusteringTask, RetrievalTask, evaluate
+from skembed.evaluation import ClassificationTask, ClusteringTask, RetrievalTask
 
 docs = load_docstrings(min_per_class=150)
-texts, labels = docs.data[::6], docs.target[::6]
-pairs = docs.pairs[::4]
+kept = [i for i, text in enumerate(docs.data) if len(text) <= 1000][::6]
+texts, labels = [docs.data[i] for i in kept], docs.target[kept]
+pairs = [(summary, document) for summary, document in docs.pairs if len(document) <= 1000][::3]
 tasks = [
     ClassificationTask(texts, labels, samples_per_label=8),
     ClusteringTask(texts, labels),
@@ -43,7 +45,7 @@ vectorizers = {
 print(format_instruction(vectorizers["subject"].instruction_template, subject) + texts[0][:60])
 
 # %%
-# :func:`~skembed.evaluation.evaluate` scores each by MTEB's protocol for the task.
+# :func:`~skembed.evaluate` scores each by MTEB's protocol for the task.
 
 result = evaluate(vectorizers, tasks)
 _ = result.plot()

@@ -7,13 +7,15 @@ Find the document that a query is about among all of them, then sort what anothe
 
 # %%
 # A query is the one-line summary of a function or class, and its document is the longer
-# description. Exactly one document is right for each query.
+# description. Exactly one document is right for each query. The longest are left out to keep this
+# page to seconds.
 
 import numpy as np
 
 from skembed.datasets import load_docstrings
 
 pairs = load_docstrings(min_per_class=150).pairs
+pairs = [(summary, document) for summary, document in pairs if len(document) <= 1000]
 corpus = [document for _, document in pairs]
 chosen = np.random.default_rng(0).permutation(len(pairs))[:250]
 queries = [pairs[i][0] for i in chosen]
@@ -24,11 +26,10 @@ print(repr(queries[0]))
 # Search
 # ------
 #
-# :class:`~skembed.retrieval.Retriever` embeds the corpus once and compares each query with every
+# :class:`~skembed.Retriever` embeds the corpus once and compares each query with every
 # document. An instruction says what the search is for; it stands in front of queries only.
 
-from skembed import NVEmbedVectorizer
-from skembed.retrieval import Retriever
+from skembed import NVEmbedVectorizer, Retriever
 
 question = "Given a question, retrieve passages that answer the question"
 with_instruction = Retriever(NVEmbedVectorizer(instruction=question)).fit(corpus)
@@ -66,12 +67,12 @@ for options in (
 # Rerank what a keyword search found
 # ----------------------------------
 #
-# TF-IDF proposes twenty documents for each query; :class:`~skembed.reranking.Reranker` sorts them
+# TF-IDF proposes twenty documents for each query; :class:`~skembed.Reranker` sorts them
 # by their embeddings. The lists may be of any length.
 
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from skembed.reranking import Reranker
+from skembed import Reranker
 
 tfidf = TfidfVectorizer(sublinear_tf=True, stop_words="english").fit(corpus)
 similarities = (tfidf.transform(queries) @ tfidf.transform(corpus).T).toarray()

@@ -16,13 +16,15 @@ import numpy as np
 from skembed.datasets import load_docstrings
 
 docs = load_docstrings(min_per_class=150)
-subpackages = np.array(docs.target_names)[docs.target]
+kept = [i for i, text in enumerate(docs.data) if len(text) <= 1000]
+texts, functions = [docs.data[i] for i in kept], docs.groups[kept]
+subpackages = np.array(docs.target_names)[docs.target[kept]]
 packages = np.array([name.partition(".")[0] for name in subpackages])
 rng = np.random.default_rng(0)
 
 pairs, scores, objects = [], [], []
-for i in rng.permutation(len(docs.data)):
-    same = np.array([docs.groups == docs.groups[i], subpackages == subpackages[i]])
+for i in rng.permutation(len(texts)):
+    same = np.array([functions == functions[i], subpackages == subpackages[i]])
     same = np.vstack([same, packages == packages[i]])  # function, subpackage, package
     same[0, i] = False
     score = len(pairs) % 4
@@ -30,9 +32,9 @@ for i in rng.permutation(len(docs.data)):
     others = np.flatnonzero(kinds[score])
     others = others[others != i]
     if len(others):
-        pairs.append((docs.data[i], docs.data[rng.choice(others)]))
+        pairs.append((texts[i], texts[rng.choice(others)]))
         scores.append(float(score))
-        objects.append(docs.groups[i])
+        objects.append(functions[i])
     if len(pairs) == 400:
         break
 scores = np.array(scores)
@@ -42,10 +44,10 @@ print(len(pairs), "pairs; the first counts", scores[0])
 # The cosine
 # ----------
 #
-# Fitted without scores, :class:`~skembed.sts.SimilarityRegressor` predicts the cosine. It learns
+# Fitted without scores, :class:`~skembed.SimilarityRegressor` predicts the cosine. It learns
 # nothing, so every pair is a fair test. ``score`` is Spearman's rank correlation.
 
-from skembed.sts import SimilarityRegressor
+from skembed import SimilarityRegressor
 
 cosine = SimilarityRegressor().fit(pairs)
 print(f"Spearman correlation of the cosine: {cosine.score(pairs, scores):.3f}")
