@@ -70,10 +70,13 @@ def describe_distillation(log: list[dict], recipe: Recipe) -> list[str]:
         + " (development scores, percent).",
         f"2. **Distillation** (`train.py`). {last['step']:,} steps of {recipe.batch_size} texts, "
         f"{last['tokens'] / 1e6:.1f} million tokens, each text once, {last['spent_s'] / 60:.0f} "
-        "minutes on two CPU cores. Loss: 1 - cosine of each token's vector and of each text's, "
+        "minutes on two CPU cores shared with other work; from step "
+        f"{recipe.long_from_step} on half of a batch's texts gave way to {recipe.long_per_batch} "
+        f"long ones. Loss: 1 - cosine of each token's vector and of each text's, "
         f"and {recipe.similarity_weight:g} times the squared error of the similarities inside a "
         f"batch. AdamW on float32 masters of bfloat16 weights, learning rate "
-        f"{recipe.learning_rate:g} falling to nothing. At its end: "
+        f"{recipe.learning_rate:g} falling to nothing (in this run with the time spent, and with "
+        "the steps in the later part). At its end: "
         + ", ".join(
             f"{name} {last[name]}"
             for name in ("stsb", "sickr", "banking77", "hwu64", "emotion", "trecqa", "scifact")
@@ -131,8 +134,6 @@ def write_card(work: Path, data: Path, scores: Path, out: Path) -> str:
         "",
         *describe_architecture(config, recipe, size),
         "",
-        "What else was tried stands in docs/skembed_mini.md.",
-        "",
         "## Recipe",
         "",
         "`examples/train_mini/`; every choice is in `recipe.py`. The corpus: at most "
@@ -147,9 +148,9 @@ def write_card(work: Path, data: Path, scores: Path, out: Path) -> str:
         "SciFact's train queries on a part of its documents. No evaluation set was trained on; "
         "rows that share 13 words with one were dropped from the corpus by its makers.",
         "",
-        "To retrain: `prepare.py`, `train.py`, `stages.py`, `export.py`, then "
-        "`benchmarks/quality.py` and `card.py`, as the heads of these files say. Each resumes "
-        "after a kill.",
+        "To retrain: `prepare.py`, `train.py`, `export.py`, then `benchmarks/quality.py` and "
+        "`card.py`, as the heads of these files say; `stages.py` before `export.py` adds the "
+        "contrastive stages. Each resumes after a kill.",
         "",
         "## Scores",
         "",

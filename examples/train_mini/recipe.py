@@ -55,7 +55,7 @@ class Stage:
     in_batch_negatives: bool
     blend: bool  # several files in one batch
     max_steps: int
-    examples_per_file: int = 400
+    examples_per_file: int = 300
     n_negatives: int = 1
     batch_size: int = 48
     r: int = 32
@@ -114,7 +114,7 @@ class Recipe:
 
     # Contrastive stages
     stages: tuple[Stage, ...] = (
-        Stage(RETRIEVAL_FILES, in_batch_negatives=True, blend=False, max_steps=100),
+        Stage(RETRIEVAL_FILES, in_batch_negatives=True, blend=False, max_steps=80),
         Stage(
             (*RETRIEVAL_FILES, *OTHER_FILES),
             in_batch_negatives=False,

@@ -117,13 +117,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of the distillation")
     parser.add_argument("--data", type=Path, required=True, help="folder with eval/ and train/")
+    parser.add_argument("--stages", type=int, default=len(Recipe().stages), help="how many")
     arguments = parser.parse_args()
     recipe, work = Recipe(), arguments.work
     folder = work / "distilled"
     export(work_paths(work), folder, recipe)
     log_path = work / "stages.json"
     log = json.loads(log_path.read_text()) if log_path.exists() else {}
-    for number in range(len(recipe.stages)):
+    for number in range(arguments.stages):
         folder = run_stage(number, folder, work, arguments.data, recipe, log)
     (work / "final.txt").write_text(folder.name)
 
