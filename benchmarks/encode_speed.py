@@ -1,8 +1,8 @@
 """Texts per second of skembed-mini against sentence-transformers with all-MiniLM-L6-v2.
 
 Run: python benchmarks/encode_speed.py [--texts 5000] [--repeats 3]
-Both sides with their default settings, the same real texts, in turn, no cache. Also for
-information: the peer with bfloat16 weights; where our time goes; and the share of the processor's
+Both sides with their default settings, the same real texts, in turn, no cache; then the same with
+bfloat16 weights in the peer. For information: where our time goes, and the share of the processor's
 own matrix-product rate, measured in the same run, that the encode reaches.
 """
 
@@ -32,6 +32,7 @@ from skembed import NVEmbedVectorizer
 from skembed.checkpoint import read_config, resolve_source
 
 MIN_RATIO = 3.0
+MIN_BFLOAT16_RATIO = 1.5
 PEAK_SHARE_AIM = 0.6
 
 
@@ -87,7 +88,7 @@ def main() -> int:
     # Frozen, and no cache: every repetition runs every text through the model.
     vectorizer = NVEmbedVectorizer(cache=None, trainer=None).fit(texts[:8])
     default = compare_with_peer(vectorizer, texts, None, args.repeats)
-    bfloat16 = compare_with_peer(vectorizer, texts, "bfloat16", 1)
+    bfloat16 = compare_with_peer(vectorizer, texts, "bfloat16", args.repeats)
     dtype = vectorizer.model_["dtype"]
     peak = measure_peak()
     share = measure_share(vectorizer, texts, peak[dtype])
@@ -96,14 +97,14 @@ def main() -> int:
         Figure(f"skembed-mini ({dtype}), texts/s", n / default.median_s(0)),
         Figure("sentence-transformers, all-MiniLM-L6-v2, texts/s", n / default.median_s(1)),
         Figure("ratio, both with default settings", default.ratio, MIN_RATIO),
-        Figure("ratio, the peer in bfloat16 too", bfloat16.ratio),
+        Figure("ratio, the peer in bfloat16 too", bfloat16.ratio, MIN_BFLOAT16_RATIO),
         Figure(
             f"share of the {dtype} matrix peak", share["share_of_peak"], PEAK_SHARE_AIM, aim=True
         ),
     ]
     values = {
         "default": default.to_dict(len(texts)),
-        "peer in bfloat16 (for information)": bfloat16.to_dict(len(texts)),
+        "peer in bfloat16": bfloat16.to_dict(len(texts)),
         "model": vectorizer.model_,
         "measured peak, GFLOP/s": peak,
         "encode": share,
