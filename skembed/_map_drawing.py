@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from skembed._map_groups import NOISE_COLOR, MapGroups, shorten
+from skembed._map_groups import NOISE_COLOR, MapGroups, shorten, shorten_name
 from skembed._map_layout import (
     choose_alpha,
     choose_point_size,
@@ -152,7 +152,7 @@ def list_legend(groups: MapGroups) -> list[tuple[str, str, str]]:
         kept = np.sort(largest)
     rows = [
         (
-            f"{shorten(groups.names[i], _LEGEND_LENGTH)} ({counts[i]:,})",
+            f"{shorten_name(groups.names[i], _LEGEND_LENGTH)} ({counts[i]:,})",
             groups.colors[i],
             groups.markers[i],
         )
@@ -172,7 +172,7 @@ def draw_names(axes: Any, positions: _Points, groups: MapGroups) -> list[Any]:
         "matplotlib.patheffects", extra="plot", purpose="`EmbeddingMapDisplay.plot`"
     )
     anchors, shown = _pick_names(positions, groups)
-    names = [shorten(groups.names[i], _NAME_LENGTH) for i in shown]
+    names = [shorten_name(groups.names[i], _NAME_LENGTH) for i in shown]
     options = {"fontsize": _choose_font_size(len(shown)), "fontweight": "bold"}
     figure = axes.figure.figure
     figure.draw_without_rendering()  # settles the layout, so that sizes are final
@@ -304,7 +304,8 @@ def _iterate_traces(groups: MapGroups) -> Iterator[tuple[str, _Codes, dict[str, 
         yield f"noise ({groups.n_noise:,})", noise, {"color": NOISE_COLOR}
     for code, count in enumerate(np.bincount(groups.codes[groups.codes >= 0])):
         if count:
-            label = f"{shorten(groups.names[code], _LEGEND_LENGTH)} ({count:,})"
+            name = groups.names[code] if groups.names else ""
+            label = f"{shorten_name(name, _LEGEND_LENGTH)} ({count:,})"
             rows = np.flatnonzero(groups.codes == code)
             look = {"color": groups.colors[code], "symbol": _SYMBOLS[groups.markers[code]]}
             yield label if groups.names else "", rows, look
@@ -354,7 +355,7 @@ def _set_plotly_layout(figure: Any, positions: _Points, groups: MapGroups, title
 def _annotate_plotly(figure: Any, positions: _Points, groups: MapGroups) -> None:
     """Write the names of the groups where they are densest, none over another."""
     anchors, shown = _pick_names(positions, groups)
-    names = [shorten(groups.names[i], _NAME_LENGTH) for i in shown]
+    names = [shorten_name(groups.names[i], _NAME_LENGTH) for i in shown]
     layout = figure.layout
     low = np.array([layout.xaxis.range[0], layout.yaxis.range[0]])
     high = np.array([layout.xaxis.range[1], layout.yaxis.range[1]])

@@ -10,7 +10,15 @@ import numpy.typing as npt
 
 from skembed._text_estimator import refuse_missing_labels
 
-__all__ = ["MARKERS", "NOISE_COLOR", "PALETTE", "MapGroups", "read_groups", "shorten"]
+__all__ = [
+    "MARKERS",
+    "NOISE_COLOR",
+    "PALETTE",
+    "MapGroups",
+    "read_groups",
+    "shorten",
+    "shorten_name",
+]
 
 # Seven colours of Okabe and Ito (all but yellow, too pale on white), then colours picked one after
 # the other, each as far as possible from all before it: distance in OKLab, the least of that seen
@@ -181,3 +189,15 @@ def shorten(text: str, length: int) -> str:
     """
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1].rstrip() + "…"
+
+
+def shorten_name(name: str, length: int) -> str:
+    """Cut the middle of a name: those of a family often begin alike.
+
+    >>> from skembed._map_groups import shorten_name
+    >>> shorten_name("balance_not_updated_after_bank_transfer", 24)
+    'balance_not…ank_transfer'
+    """
+    line = " ".join(name.split())
+    n_last = length // 2
+    return line if len(line) <= length else f"{line[: length - n_last - 1]}…{line[-n_last:]}"

@@ -24,7 +24,7 @@ _N_BINS = 64
 _SMOOTHING = 2.0
 # The frame reaches this much farther from the median than all but 0.5 % of the points.
 _FRAME_QUANTILE = 0.005
-_FRAME_STRETCH = 1.25
+_FRAME_STRETCH = 1.6
 _MARGIN = 0.04
 
 # Sought share of the area that points cover, and the smallest and largest point (points squared).
@@ -62,8 +62,7 @@ def find_anchors(positions: _Points, codes: npt.NDArray[np.int64], n_groups: int
     if not n_groups:
         return anchors
     low = positions.min(axis=0)
-    span = np.ptp(positions, axis=0)
-    scaled = (positions - low) / np.where(span > 0, span, 1.0)
+    scaled = (positions - low) / (float(np.ptp(positions, axis=0).max()) or 1.0)
     cells = np.minimum((scaled * _N_BINS).astype(np.int64), _N_BINS - 1)
     order = np.argsort(codes, kind="stable")
     bounds = np.searchsorted(codes[order], np.arange(n_groups + 1))
