@@ -232,7 +232,7 @@ def darken(color: str) -> str:
 
     >>> from skembed._map_drawing import darken
     >>> darken("#f0e442"), darken("#000000")
-    ('#736d1f', '#000000')
+    ('#706a1f', '#000000')
     """
     rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     luminance = float(rgb @ [0.2126, 0.7152, 0.0722])
@@ -269,14 +269,14 @@ def make_plotly(
     graph_objects: Any = import_optional(
         "plotly.graph_objects", extra="interactive", purpose="`EmbeddingMapDisplay.to_plotly`"
     )
-    figure = graph_objects.Figure()
     hover = _write_hover(texts, text_length)
     size = 1.6 * np.sqrt(choose_point_size(len(positions), 0.3 * _SIDE**2))
     marker = {"size": size, "opacity": choose_alpha(len(positions))}
+    traces = []
     for name, rows, look in _iterate_traces(groups):
         # Text is looked up only where there is some: an empty one would still open a box.
         trace = {"customdata": hover[rows]} if hover is not None else {}
-        figure.add_trace(
+        traces.append(
             graph_objects.Scattergl(
                 x=positions[rows, 0],
                 y=positions[rows, 1],
@@ -287,6 +287,7 @@ def make_plotly(
                 **trace,
             )
         )
+    figure = graph_objects.Figure(traces)
     _set_plotly_layout(figure, positions, groups, title)
     if annotate and groups.names:
         _annotate_plotly(figure, positions, groups)
@@ -366,11 +367,12 @@ def _annotate_plotly(figure: Any, positions: _Points, groups: MapGroups) -> None
     sizes = np.array([(0.62 * font_size * len(name) + 8, 1.35 * font_size) for name in names])
     points = (positions - low) / (high - low) * area
     bounds = ((0, 0), area)
+    notes = []
     for place, (right, up), far in place_names(
         pixels, sizes.reshape(-1, 2), bounds, points, groups.codes, shown
     ):
         shift = {"ax": right, "ay": -up} if far else {"xshift": right, "yshift": up}
-        figure.add_annotation(
+        note = dict(
             x=anchors[shown[place], 0],
             y=anchors[shown[place], 1],
             text=f"<b>{html.escape(names[place])}</b>",
@@ -383,3 +385,5 @@ def _annotate_plotly(figure: Any, positions: _Points, groups: MapGroups) -> None
             borderpad=0,
             **shift,
         )
+        notes.append(note)
+    figure.update_layout(annotations=notes)  # one by one, their cost grows with the square
