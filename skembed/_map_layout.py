@@ -32,7 +32,7 @@ _COVERAGE = 0.25
 _SMALLEST, _LARGEST = 2.0, 36.0
 
 
-_AVOIDED_UP_TO = 1500  # of more points, names lie on their clouds
+_N_AVOIDED = 1500  # names avoid this many of the points
 _LEADER_FROM = 0.8  # heights of the name between it and the nearest point of its group
 
 
@@ -125,7 +125,7 @@ def place_names(
     `anchors` and `sizes` (n_shown, 2), `bounds` and `points` (n, 2) are in one unit. `place` is
     the row in `shown`; names that find no room are left out.
     """
-    avoided = points if len(points) <= _AVOIDED_UP_TO else None
+    avoided = points[np.random.default_rng(0).permutation(len(points))[:_N_AVOIDED]]
     counts = np.bincount(codes[codes >= 0], minlength=int(shown.max(initial=-1)) + 1)[shown]
     centres = place_boxes(anchors, sizes, bounds, counts, avoided)
     found = []
@@ -188,7 +188,8 @@ def place_boxes(
         free = _count_within(tries, placed[done], (sizes[done] + sizes[box]) / 2) == 0
         if free.any():
             cost = np.linalg.norm((tries - anchors[box]) / _STRETCH, axis=1)
-            covered = _count_within(tries, points, half)
+            near = (points > tries.min(axis=0) - half) & (points < tries.max(axis=0) + half)
+            covered = _count_within(tries, points[near.all(axis=1)], half)
             cost += step * np.minimum(_COVER_COST * covered, _MAX_COVER_COST)
             placed[box] = tries[np.where(free, cost, np.inf).argmin()]
             done.append(int(box))
