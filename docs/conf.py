@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import tqdm.std
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
@@ -25,6 +26,16 @@ from sphinx.errors import ExtensionError
 import skembed
 
 matplotlib.use("Agg")  # pictures need no screen
+
+start_bar = tqdm.std.tqdm.__init__
+
+
+def start_no_bar(bar: tqdm.std.tqdm, *args: Any, **options: Any) -> None:
+    """Start a progress bar that shows nothing: pages are no place for one."""
+    start_bar(bar, *args, **options | {"disable": True})
+
+
+tqdm.std.tqdm.__init__ = start_no_bar
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -69,7 +80,6 @@ sphinx_gallery_conf = {
     "within_subsection_order": "sphinx_gallery.sorting.FileNameSortKey",
     "abort_on_example_error": True,
     "doc_module": ("skembed",),
-    "reference_url": {"skembed": None},
     "backreferences_dir": "generated/backreferences",
     "download_all_examples": False,
     "write_computation_times": False,
@@ -134,8 +144,12 @@ def map_page(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = map_links(source[0], "docs")
 
 
-def write_pages(app: Sphinx) -> None:
-    """Write the pages that are made of files beside docs (Sphinx's event builder-inited)."""
+def write_pages(app: Sphinx, config: object) -> None:
+    """Write the pages that are made of files beside docs (event config-inited)."""
+    api = (DOCS / "api.md").read_text(encoding="utf-8")
+    for stub in GENERATED.glob("api/*.rst"):
+        if f" {stub.stem}\n" not in api:
+            stub.unlink()  # of a name that has left the page
     for name in ("results", "scripts"):
         shutil.rmtree(GENERATED / name, ignore_errors=True)
         (GENERATED / name).mkdir(parents=True)
@@ -211,7 +225,7 @@ def refuse_remote(app: Sphinx, exception: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """Connect the functions above."""
     app.add_html_math_renderer("mathml", (visit_formula, None), (visit_formula_block, None))
-    app.connect("builder-inited", write_pages)
+    app.connect("config-inited", write_pages)
     app.connect("source-read", map_page)
     app.connect("build-finished", refuse_remote)
     app.connect("autodoc-skip-member", skip_member)
