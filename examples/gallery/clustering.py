@@ -5,6 +5,8 @@ Clustering with a map
 Find groups in texts that nobody has labelled, name them, and look at them from above.
 """
 
+# sphinx_gallery_thumbnail_number = 2
+
 # %%
 # Passages of documentation again. Their labels are put aside: they only serve to judge the result
 # at the end.

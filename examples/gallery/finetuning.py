@@ -5,6 +5,8 @@ Contrastive fine-tuning
 Teach the model what belongs together in your own texts, and measure on pairs it has not seen.
 """
 
+# sphinx_gallery_thumbnail_number = 2
+
 # %%
 # The pairs are one-line summaries of functions and the descriptions that go with them. Long ones
 # are left out to keep this page to seconds, and a third is held out.
