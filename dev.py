@@ -34,6 +34,7 @@ usage: python3 dev.py COMMAND [ARGUMENTS]
                      compare classifiers on it, draw a map
   test [ARGS]        the tests; arguments go to pytest (`test -k cache -x`)
   lint               ruff check, ruff format --check, mypy
+  docs [ARGS]        the documentation site; arguments go to sphinx (-D plot_gallery=0 is quick)
   ci                 test, then lint
   bench [NAME ARGS]  run benchmarks/NAME.py; without a name, list them
 
@@ -220,6 +221,13 @@ def run_lint(arguments: list[str]) -> int:
     return max(statuses)
 
 
+def run_docs(arguments: list[str]) -> int:
+    """Build the documentation site, warnings being errors."""
+    set_up("docs", "plot", "train")
+    sphinx = ("-m", "sphinx", "-W", "-b", "html")
+    return step("sphinx", *sphinx, *arguments, "docs", "docs/_build/html")
+
+
 def run_ci(arguments: list[str]) -> int:
     """Run the tests, then style and types, both even where the first fails."""
     refuse(arguments, "ci")
@@ -250,6 +258,7 @@ COMMANDS = {
     "demo": run_demo,
     "test": run_test,
     "lint": run_lint,
+    "docs": run_docs,
     "ci": run_ci,
     "bench": run_bench,
 }
