@@ -25,8 +25,9 @@ _EXPANSION_SEARCH = 64
 class HnswGraph:
     """Graph over the vectors of documents, each under a label that is never used again.
 
-    Holds a copy of the vectors in float16. Pickles and copies hold the graph itself. Uses as many
-    threads as torch: with its own choice, usearch's threads wait spinning on a busy machine.
+    Holds a copy of the vectors in float16. Pickles and copies hold the graph itself. One thread adds
+    and removes: of vectors added side by side usearch leaves some where no search reaches them. A
+    search uses as many threads as torch: usearch's own choice waits spinning on a busy machine.
     """
 
     def __init__(self, dim: int) -> None:
@@ -46,11 +47,11 @@ class HnswGraph:
         """Add vectors under new labels, (n,)."""
         for rows in iterate_blocks(len(vectors), vectors.dim):
             keys = labels[rows].astype(np.uint64)
-            self._index.add(keys, vectors.read_rows(rows), threads=torch.get_num_threads())
+            self._index.add(keys, vectors.read_rows(rows), threads=1)
 
     def remove(self, labels: Indices) -> None:
         """Take the vectors of these labels out."""
-        self._index.remove(labels.astype(np.uint64), threads=torch.get_num_threads())
+        self._index.remove(labels.astype(np.uint64), threads=1)
 
     def search(self, queries: Vectors, k: int) -> Indices:
         """Return labels of about the best k of each query, (n_queries, k); -1 where missing."""

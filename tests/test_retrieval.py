@@ -334,6 +334,15 @@ def test_graph_finds_nearly_all(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.usefixtures("usearch")
+def test_graph_loses_no_document() -> None:
+    """Threads that add to a graph side by side leave some vectors that no search reaches."""
+    for seed in range(60):
+        corpus = unit_rows(np.random.default_rng(seed), 60, 8)
+        found = Retriever(None, algorithm="hnsw").fit(corpus).search(corpus, 1)
+        assert found.indices[:, 0].tolist() == list(range(60))
+
+
+@pytest.mark.usefixtures("usearch")
 def test_graph_lives_through_changes_and_copies(tmp_path: Path, rng: np.random.Generator) -> None:
     corpus = unit_rows(rng, 60, 8)
     retriever = Retriever(None, algorithm="hnsw").fit(corpus)
