@@ -25,9 +25,9 @@ _EXPANSION_SEARCH = 64
 class HnswGraph:
     """Graph over the vectors of documents, each under a label that is never used again.
 
-    Holds a copy of the vectors in float16. Pickles and copies hold the graph itself. One thread adds
-    and removes: of vectors added side by side usearch leaves some where no search reaches them. A
-    search uses as many threads as torch: usearch's own choice waits spinning on a busy machine.
+    Holds a copy of the vectors in float16. Pickles and copies hold the graph itself. One thread
+    adds and removes: of vectors added side by side usearch leaves some where no search reaches
+    them. A search has as many threads as torch: usearch's own choice spins on a busy machine.
     """
 
     def __init__(self, dim: int) -> None:
