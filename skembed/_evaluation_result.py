@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from skembed._validation import check_bool, import_optional
+from skembed.exceptions import SkembedError
 
 __all__ = [
     "Comparison",
     "ComparisonResult",
+    "EvaluationError",
     "EvaluationResult",
     "TaskScore",
     "percentile_interval",
@@ -130,7 +132,10 @@ class _Table(Sequence[_Row], Generic[_Row]):
         cells = [list(self.columns)]
         cells += [[_show(getattr(row, name)) for name in self.columns] for row in self.rows]
         widths = [max(len(line[j]) for line in cells) for j in range(len(self.columns))]
-        numeric = [isinstance(getattr(self.rows[0], name), (int, float)) for name in self.columns]
+        numeric = [
+            any(isinstance(getattr(row, name), (int, float)) for row in self.rows[:1])
+            for name in self.columns
+        ]
         return "\n".join(
             "  ".join(
                 cell.rjust(width) if right else cell.ljust(width)
@@ -224,13 +229,18 @@ class EvaluationResult(_Table[TaskScore]):
         KeyError
             If there is none.
         """
-        for row in self.rows:
-            if (row.task, row.vectorizer) == (task, vectorizer):
-                return row
-        raise KeyError(
-            f"No row of task {task!r} and vectorizer {vectorizer!r}; tasks are {self.tasks}, "
-            f"vectorizers {self.vectorizers}."
-        )
+        row = self._find(task, vectorizer)
+        if row is None:
+            raise KeyError(
+                f"No row of task {task!r} and vectorizer {vectorizer!r}; tasks are {self.tasks}, "
+                f"vectorizers {self.vectorizers}."
+            )
+        return row
+
+    def _find(self, task: str, vectorizer: str) -> TaskScore | None:
+        """Return a row, or None: a vectorizer that failed has none."""
+        rows = (row for row in self.rows if (row.task, row.vectorizer) == (task, vectorizer))
+        return next(rows, None)
 
     @property
     def tasks(self) -> list[str]:
@@ -253,8 +263,8 @@ class EvaluationResult(_Table[TaskScore]):
         Returns
         -------
         ComparisonResult
-            One row a task: difference of the scores, its interval, and the share of draws or
-            bootstrap samples in which the first is ahead.
+            One row a task that has scores of both: difference of the scores, its interval, and
+            the share of draws or bootstrap samples in which the first is ahead.
 
         Raises
         ------
@@ -267,9 +277,13 @@ class EvaluationResult(_Table[TaskScore]):
         makes a draw easy or a query hard for both cancels. Over draws the interval tells how much
         the training samples matter; it does not cover the choice of test texts.
         """
+        for name in {first, second} - set(self.vectorizers):
+            raise KeyError(f"No row of vectorizer {name!r}; vectorizers are {self.vectorizers}.")
         rows = []
         for task in self.tasks:
-            a, b = self.get(task, first), self.get(task, second)
+            a, b = self._find(task, first), self._find(task, second)
+            if a is None or b is None:  # one of them failed
+                continue
             differences = a.replicates - b.replicates
             wins = (differences > 0) + 0.5 * (differences == 0)
             rows.append(
@@ -331,10 +345,14 @@ class EvaluationResult(_Table[TaskScore]):
 
         Raises
         ------
+        ValueError
+            If there are no rows.
         ImportError
             If matplotlib is not installed.
         """
         tasks, vectorizers = self.tasks, self.vectorizers
+        if not self.rows:
+            raise ValueError("`EvaluationResult.plot` needs a row to draw; there is none.")
         if ax is None:
             pyplot: Any = import_optional(
                 "matplotlib.pyplot", extra="plot", purpose="EvaluationResult.plot"
@@ -343,12 +361,14 @@ class EvaluationResult(_Table[TaskScore]):
             _, ax = pyplot.subplots(figsize=(width, 4), layout="constrained")
         places, share = np.arange(len(tasks)), 0.8 / len(vectorizers)
         for j, vectorizer in enumerate(vectorizers):
-            rows = [self.get(task, vectorizer) for task in tasks]
+            found = [(place, self._find(task, vectorizer)) for place, task in enumerate(tasks)]
+            rows = [row for _, row in found if row is not None]
+            own = places[[place for place, row in found if row is not None]]
             scores = np.array([row.score for row in rows])
             # A bar for a score beyond its own interval would have a negative length.
             errors = np.array([(r.score - r.low, r.high - r.score) for r in rows]).T.clip(min=0)
             ax.bar(
-                places + (j - (len(vectorizers) - 1) / 2) * share,
+                own + (j - (len(vectorizers) - 1) / 2) * share,
                 np.nan_to_num(scores),
                 width=0.9 * share,
                 yerr=np.nan_to_num(errors),
@@ -367,6 +387,46 @@ class EvaluationResult(_Table[TaskScore]):
             loc="lower left", bbox_to_anchor=(0, 1), ncols=min(3, len(vectorizers)), frameon=False
         )
         return ax
+
+
+class EvaluationError(SkembedError, RuntimeError):
+    """A vectorizer failed on a task of `evaluate`; what was finished before is kept.
+
+    The error of the vectorizer is the cause (`__cause__`).
+
+    Parameters
+    ----------
+    message : str
+        Which vectorizer failed on which task, and why.
+    results : EvaluationResult, optional
+        The finished rows; None for none.
+
+    Attributes
+    ----------
+    results : EvaluationResult
+        The finished rows. ``EvaluationResult([*error.results, *others])`` joins them with those of
+        another call.
+
+    See Also
+    --------
+    evaluate : Raises it.
+
+    Examples
+    --------
+    >>> from skembed.evaluation import EvaluationError, STSTask, evaluate
+    >>> class Broken:
+    ...     def transform(self, texts):
+    ...         raise OSError("disk full")
+    >>> try:
+    ...     evaluate(Broken(), STSTask([("a cat", "a feline"), ("a cat", "a car")], [5.0, 0.5]))
+    ... except EvaluationError as error:
+    ...     print(len(error.results), "rows;", repr(error.__cause__))
+    0 rows; OSError('disk full')
+    """
+
+    def __init__(self, message: str, results: EvaluationResult | None = None) -> None:
+        super().__init__(message)
+        self.results = EvaluationResult([]) if results is None else results
 
 
 def percentile_interval(replicates: _Floats, level: float) -> tuple[float, float]:

@@ -7,14 +7,16 @@ two vectorizers, or two instructions of one, are compared on the same data by
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
 from skembed._evaluation_result import (
     Comparison,
     ComparisonResult,
+    EvaluationError,
     EvaluationResult,
     TaskScore,
     percentile_interval,
@@ -33,7 +35,8 @@ from skembed._evaluation_tasks import (
 from skembed._protocols import Embedder, run_protocol
 from skembed._scorers import clustering_scorer, reranking_scorer, retrieval_scorer, sts_scorer
 from skembed._task_data import TaskData, read_task
-from skembed._validation import check_bool, check_int, check_real
+from skembed._validation import check_bool, check_choice, check_int, check_real
+from skembed.exceptions import SkembedWarning
 
 __all__ = [
     "CLASSIFICATION_METRICS",
@@ -43,6 +46,7 @@ __all__ = [
     "ClusteringTask",
     "Comparison",
     "ComparisonResult",
+    "EvaluationError",
     "EvaluationResult",
     "RerankingTask",
     "RetrievalTask",
@@ -62,6 +66,7 @@ def evaluate(
     *,
     confidence: float = 0.95,
     n_bootstraps: int = 1000,
+    on_error: Literal["raise", "warn"] = "raise",
     verbose: bool = False,
 ) -> EvaluationResult:
     """Score vectorizers on tasks by the protocols of mteb 2.26.
@@ -79,6 +84,9 @@ def evaluate(
         Of the intervals.
     n_bootstraps : int, default=1000
         Bootstrap samples of queries or pairs; 0 for no interval. Draws need none.
+    on_error : {"raise", "warn"}, default="raise"
+        What to do when a vectorizer fails on a task, or returns what is no vector: stop, with the
+        finished rows in the `results` of the error; or warn, leave its row out and go on.
     verbose : bool, default=False
         Show a progress bar.
 
@@ -90,8 +98,15 @@ def evaluate(
     Raises
     ------
     TypeError, ValueError
-        If a task or a parameter is not as it must be, before anything is embedded; or if a
-        vectorizer returns what is no vector.
+        If a task or a parameter is not as it must be, before anything is embedded.
+    EvaluationError
+        If a vectorizer fails on a task; with ``on_error="warn"`` only if all do on all. Its cause
+        is the error of the vectorizer.
+
+    Warns
+    -----
+    SkembedWarning
+        With ``on_error="warn"``, for each row that is left out.
 
     Notes
     -----
@@ -121,6 +136,7 @@ def evaluate(
     ('search', 'ndcg_at_10', 1.0)
     """
     owner = "evaluate"
+    check_choice(on_error, name="on_error", owner=owner, allowed=("raise", "warn"))
     level = check_real(
         confidence, name="confidence", owner=owner, low=0, high=1, inclusive="neither"
     )
@@ -131,11 +147,39 @@ def evaluate(
     shown = tqdm(
         steps, desc="evaluate", disable=not check_bool(verbose, name="verbose", owner=owner)
     )
-    rows = [
-        _evaluate_one(task, data, Embedder(named[name], name), n_bootstraps=n_samples, level=level)
-        for task, data, name in shown
-    ]
-    return EvaluationResult(rows, confidence=level)
+    result, failure = EvaluationResult([], confidence=level), None
+    for task, data, name in shown:
+        embedder = Embedder(named[name], name)
+        try:
+            row = _evaluate_one(task, data, embedder, n_bootstraps=n_samples, level=level)
+        except Exception as error:
+            failure = _describe_failure(task, name, error, result)
+            if on_error == "raise":
+                raise failure from error
+            warnings.warn(
+                f"{failure} Silence this with warnings.filterwarnings('ignore', "
+                "category=skembed.SkembedWarning).",
+                SkembedWarning,
+                stacklevel=2,
+            )
+        else:
+            result = EvaluationResult([*result, row], confidence=level)
+    if failure is not None and not result:
+        raise failure
+    return result
+
+
+def _describe_failure(
+    task: Task, name: str, error: Exception, result: EvaluationResult
+) -> EvaluationError:
+    """Return an error that says what failed and holds what was finished before."""
+    failure = EvaluationError(
+        f"The vectorizer {name!r} failed on the task {task.name!r} and has no row there. "
+        f"{type(error).__name__}: {error}",
+        result,
+    )
+    failure.__cause__ = error
+    return failure
 
 
 def _evaluate_one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 import warnings
 from typing import Any
@@ -21,6 +22,7 @@ from skembed._task_data import read_task
 from skembed.evaluation import (
     ClassificationTask,
     ClusteringTask,
+    EvaluationError,
     EvaluationResult,
     RerankingTask,
     RetrievalTask,
@@ -31,6 +33,7 @@ from skembed.evaluation import (
     retrieval_scorer,
     sts_scorer,
 )
+from skembed.exceptions import SkembedWarning
 from skembed.metrics import ndcg_at_k
 
 pd = pytest.importorskip("pandas")
@@ -250,7 +253,7 @@ def test_other_classifiers_and_main_scores() -> None:
     assert row.metric == "f1" and row.score == row.metrics["f1"] != row.metrics["accuracy"]
     assert not hasattr(nearest, "classes_"), "a clone was fitted"
     assert row.score != evaluate(Words(noise=1.5), ClassificationTask(**base, metric="f1"))[0].score
-    with pytest.raises(ValueError, match="must be one of .*got 'ap', which needs two labels"):
+    with pytest.raises(EvaluationError, match="must be one of .*got 'ap', which needs two labels"):
         evaluate(Words(), ClassificationTask(**base, metric="ap"))
 
 
@@ -716,19 +719,125 @@ class Returns:
     ],
 )
 def test_bad_vectors(result: Any, message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(EvaluationError, match=message) as caught:
         evaluate({"mine": Returns(result)}, STSTask(PAIRS, SCORES))
+    assert isinstance(caught.value.__cause__, (ValueError, TypeError))
 
 
 def test_sparse_vectors_and_two_widths() -> None:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    with pytest.raises(TypeError, match="got a sparse matrix. Reduce it first"):
+    with pytest.raises(EvaluationError, match="TypeError: .* got a sparse matrix. Reduce it first"):
         evaluate(TfidfVectorizer().fit(TEXTS), STSTask(PAIRS, SCORES))
     widths = iter([2, 3])
     uneven = Returns(lambda n: np.ones((n, next(widths))))
-    with pytest.raises(ValueError, match="vectors of one width; got 2 and 3"):
+    with pytest.raises(EvaluationError, match="ValueError: .* of one width; got 2 and 3"):
         evaluate(uneven, RetrievalTask(QUERIES, CORPUS, RELEVANCE))
+
+
+# A vectorizer that fails in the middle
+
+
+class FailsOn(Words):
+    """A transformer that fails when it is given a certain text."""
+
+    def __init__(self, text: str, error: BaseException) -> None:
+        super().__init__(noise=3.0)
+        self.text, self.error = text, error
+
+    def transform(self, texts: list[str]) -> np.ndarray:
+        if self.text in texts:
+            raise self.error
+        return super().transform(texts)
+
+
+BROKEN_TEXT = "a text that breaks"
+THREE_TASKS = [
+    STSTask(PAIRS, SCORES, name="first"),
+    RetrievalTask({"q": BROKEN_TEXT, **QUERIES}, CORPUS, {"q": ["d0"], **RELEVANCE}, name="second"),
+    STSTask(PAIRS[:20], SCORES[:20], name="third"),
+]
+
+
+def test_error_keeps_the_finished_rows_and_its_cause() -> None:
+    cause = OSError("disk full")
+    vectorizers = {"good": Words(), "bad": FailsOn(BROKEN_TEXT, cause), "last": Words(seed=1)}
+    with pytest.raises(EvaluationError) as caught:
+        evaluate(vectorizers, THREE_TASKS, confidence=0.9, n_bootstraps=50)
+    error = caught.value
+    assert str(error).startswith("The vectorizer 'bad' failed on the task 'second'")
+    assert str(error).endswith("OSError: disk full")
+    assert error.__cause__ is cause
+    found = [(row.task, row.vectorizer) for row in error.results]
+    first = [("first", name) for name in vectorizers]
+    assert found == [*first, ("second", "good")]
+    assert error.results.confidence == 0.9
+    # The same rows as in an undisturbed run, and usable as such.
+    whole = evaluate({"good": Words()}, THREE_TASKS, confidence=0.9, n_bootstraps=50)
+    for row in (error.results[0], error.results[3]):
+        expected = whole.get(row.task, "good")
+        assert (row.score, row.low, row.high) == (expected.score, expected.low, expected.high)
+    assert [row.task for row in error.results.compare("good", "bad")] == ["first"]
+    assert len(EvaluationResult([*error.results, *whole])) == 7
+
+
+def test_error_before_the_first_row_holds_an_empty_table() -> None:
+    broken = FailsOn(PAIRS[0][0], RuntimeError("no model"))
+    with pytest.raises(EvaluationError) as caught:
+        evaluate({"bad": broken, "good": Words()}, THREE_TASKS)
+    results = caught.value.results
+    assert len(results) == 0 and results.tasks == []
+    assert repr(results).split() == list(EvaluationResult.columns)
+    assert results.to_frame().empty
+    with pytest.raises(ValueError, match="needs a row to draw"):
+        results.plot()
+    assert len(EvaluationError("made elsewhere").results) == 0
+
+
+def test_error_survives_a_pickle() -> None:
+    with pytest.raises(EvaluationError) as caught:
+        evaluate(FailsOn(BROKEN_TEXT, OSError("disk full")), THREE_TASKS)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value)
+    assert [row.score for row in again.results] == [row.score for row in caught.value.results]
+
+
+def test_warning_leaves_the_row_out_and_goes_on() -> None:
+    vectorizers = {"good": Words(), "bad": FailsOn(BROKEN_TEXT, OSError("disk full"))}
+    with pytest.warns(SkembedWarning, match="'bad' failed on the task 'second'.*disk full") as seen:
+        result = evaluate(vectorizers, THREE_TASKS, n_bootstraps=50, on_error="warn")
+    assert len(seen) == 1 and seen[0].filename == __file__
+    rows = [(row.task, row.vectorizer) for row in result]
+    both = [(task, name) for task in ("first", "second", "third") for name in vectorizers]
+    assert rows == [row for row in both if row != ("second", "bad")]
+    assert [row.task for row in result.compare("bad", "good")] == ["first", "third"]
+    with pytest.raises(KeyError, match="No row of task 'second' and vectorizer 'bad'"):
+        result.get("second", "bad")
+
+
+def test_bars_leave_a_gap_where_a_row_is_missing() -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    vectorizers = {"good": Words(), "bad": FailsOn(BROKEN_TEXT, OSError("disk full"))}
+    with pytest.warns(SkembedWarning):
+        result = evaluate(vectorizers, THREE_TASKS, n_bootstraps=50, on_error="warn")
+    ax = result.plot()
+    good, bad = ([bar.get_x() + bar.get_width() / 2 for bar in c] for c in ax.containers[1::2])
+    pyplot.close(ax.figure)
+    assert np.allclose(good, [-0.2, 0.8, 1.8])
+    assert np.allclose(bad, [0.2, 2.2])
+
+
+def test_warning_for_all_rows_is_an_error() -> None:
+    broken = FailsOn(PAIRS[0][0], RuntimeError("no model"))
+    with pytest.warns(SkembedWarning), pytest.raises(EvaluationError, match="no model") as caught:
+        evaluate(broken, THREE_TASKS[::2], on_error="warn")
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_an_interrupt_stays_an_interrupt(on_error: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(FailsOn(BROKEN_TEXT, KeyboardInterrupt()), THREE_TASKS, on_error=on_error)
 
 
 def test_bad_calls() -> None:
@@ -751,6 +860,8 @@ def test_bad_calls() -> None:
         evaluate(Words(), task, n_bootstraps=-1)
     with pytest.raises(TypeError, match="`verbose` parameter"):
         evaluate(Words(), task, verbose=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`on_error` parameter of `evaluate` must be one of"):
+        evaluate(Words(), task, on_error="ignore")  # type: ignore[arg-type]
 
 
 def test_repr_of_a_task_shows_no_texts() -> None:
