@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,23 +14,11 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
-from skembed._validation import (
-    TextColumns,
-    check_bool,
-    check_texts,
-    count_columns,
-)
-from skembed.adapters import Adapter, merge_adapter
+from skembed._saving import read_settings, save_vectorizer
+from skembed._validation import TextColumns, check_bool, check_texts, count_columns
+from skembed.adapters import Adapter
 from skembed.cache import resolve_cache
-from skembed.checkpoint import (
-    ADAPTER_CONFIG_FILE,
-    CONFIG_FILE,
-    iterate_tensors,
-    pack_folder,
-    resolve_source,
-    save_checkpoint,
-    write_json,
-)
+from skembed.checkpoint import pack_folder
 from skembed.contrastive import TaskRequest, check_requests, fit_adapter
 from skembed.engine import EmbedReport, EmbedRequest, cache_namespace, embed_texts
 from skembed.examples import TrainingTask, check_examples, check_task
@@ -46,7 +32,6 @@ from skembed.resolution import (
     describe_model,
     find_source,
     load_resolved,
-    name_base,
     resolve_model,
     stored_files,
 )
@@ -54,18 +39,6 @@ from skembed.trainer import ContrastiveTrainer, check_trainer
 
 if TYPE_CHECKING:
     from skembed.cache import EmbeddingCache
-
-SETTINGS_FILE = "skembed.json"
-# Saved beside the weights: what belongs to the model's use, not to this machine.
-SAVED_PARAMETERS = (
-    "instruction",
-    "document_instruction",
-    "instruction_template",
-    "max_length",
-    "truncate_dim",
-    "normalize",
-    "missing",
-)
 
 
 class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -537,42 +510,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             When the folder cannot be written.
         """
         check_bool(merge, name="merge", owner=f"{OWNER}.save_pretrained")
-        resolved = self._resolve()
-        source, adapter = resolved.source, resolved.adapter
-        folder = Path(path).expanduser()
-        if folder.exists() and folder.resolve() in (source.folder, source.adapter_folder):
-            raise ValueError(
-                f"The `path` parameter of `{OWNER}.save_pretrained` must be another folder than "
-                f"the one the model is read from; got {str(path)!r}."
-            )
-        settings = {name: getattr(self, name) for name in SAVED_PARAMETERS}
-        if adapter is not None and not merge:
-            if (folder / CONFIG_FILE).is_file():
-                raise ValueError(
-                    f"The `path` parameter of `{OWNER}.save_pretrained` names a folder that holds "
-                    f"a whole model ({CONFIG_FILE}); got {str(path)!r}. Pass an empty folder for "
-                    "the adapter, or merge=True."
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-            # First of all: an adapter that is there already must not meet the new settings.
-            (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
-            write_json(folder / SETTINGS_FILE, {**settings, "pooling": self.pooling})
-            adapter.save(
-                folder,
-                base_name=name_base(source),
-                base_revision=source.revision,
-                pooling_kind=resolved.config.pooling,
-            )
-            return
-        tensors = iterate_tensors(source, resolved.config)
-        (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
-        save_checkpoint(
-            folder,
-            config=resolved.config,
-            tensors=tensors if adapter is None else merge_adapter(adapter, tensors),
-            tokenizer_folder=source.folder,
-            extra={SETTINGS_FILE: settings},
-        )
+        save_vectorizer(self, self._resolve(), path, merge=merge)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **parameters: Any) -> NVEmbedVectorizer:
@@ -597,9 +535,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         TypeError
             When a parameter is not one of the class.
         """
-        source = resolve_source(path, parameters.get("revision"))
-        settings = (source.adapter_folder or source.folder) / SETTINGS_FILE
-        saved = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        saved = read_settings(path, parameters.get("revision"))
         return cls(path, **{**saved, **parameters})
 
     # The way of the data
