@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -97,7 +97,7 @@ class Adapter:
     lora: dict[str, Tensor]
     pooling: dict[str, Tensor]
     base_fingerprint: str
-    _view: LoadedModel | None = field(default=None, repr=False)
+    _views: list[LoadedModel] = field(default_factory=list, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False)
     _fits: NVEmbedConfig | None = field(default=None, repr=False)
 
@@ -115,7 +115,7 @@ class Adapter:
             # Copied: joblib's maps are read-only, and torch's own alignment gives equal bits.
             tensors = {key: torch.tensor(value) for key, value in state[name].items()}
             setattr(self, name, tensors)
-        self._view, self._lock, self._fits = None, threading.Lock(), None
+        self._views, self._lock, self._fits = [], threading.Lock(), None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -147,12 +147,26 @@ class Adapter:
         CheckpointError
             When the adapter belongs to another model.
         """
-        self.check_base(base.key.fingerprint)
+        return self.bind_all([base])[0]
+
+    def bind_all(self, bases: Sequence[LoadedModel]) -> list[LoadedModel]:
+        """A view, as `bind` gives it, of each of several copies of the base model.
+
+        Raises
+        ------
+        CheckpointError
+            As `bind`.
+        """
+        for base in bases:
+            self.check_base(base.key.fingerprint)
         with self._lock:
-            view = self._view
-            if view is None or view.base is not base:
-                view = self._view = self._build_view(base)
-            return view
+            made = {id(view.base): view for view in self._views}
+            for base in bases:
+                if id(base) not in made:
+                    made[id(base)] = self._build_view(base)
+            views = [made[id(base)] for base in bases]
+            self._views = list(dict.fromkeys(views))  # and no longer those of other devices
+            return views
 
     def check_base(self, fingerprint: str) -> None:
         """Refuse a base model that the adapter was not trained on."""

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed, effective_n_jobs
+from joblib import effective_n_jobs
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from skembed._workers import name_process, run_tasks, share_cores, spread
 from skembed.cache import EmbeddingCache
 from skembed.exceptions import CacheError, SkembedWarning
-from skembed.registry import LoadedModel, ModelKey
+from skembed.registry import LoadedModel, ModelKey, registry
 from skembed.tokenization import EncodedTexts, iterate_batches, pack_texts
 
 logger = logging.getLogger(__name__)
@@ -99,6 +102,7 @@ def embed_texts(
     *,
     get_model: Callable[[], LoadedModel],
     load_in_worker: Callable[[], LoadedModel] | None = None,
+    load_replicas: Callable[[], Sequence[LoadedModel]] | None = None,
     cache: EmbeddingCache | None,
     batch_tokens: int | None = None,
     progress: bool | None = None,
@@ -116,6 +120,9 @@ def embed_texts(
         Gives the model; called only when a text is not in the cache.
     load_in_worker : callable, optional
         The same for worker processes: picklable, and holding nothing of this process.
+    load_replicas : callable, optional
+        Gives the model on each of several devices, which share the work; the first is that of
+        `get_model`.
     cache : EmbeddingCache or None
         Where vectors are looked up and kept.
     batch_tokens : int, optional
@@ -135,7 +142,9 @@ def embed_texts(
     out = np.empty((len(texts), request.dim), dtype=np.float32)
     distinct, source = find_distinct(texts)
     report = EmbedReport(n_texts=len(texts), n_distinct=len(distinct))
-    runner: _Runner | _ParallelRunner = _Runner(request, get_model, batch_tokens, report)
+    runner: _Runner | _ParallelRunner = _Runner(
+        request, get_model, batch_tokens, report, load_replicas
+    )
     workers = 1 if n_jobs is None else effective_n_jobs(n_jobs)
     if workers > 1 and load_in_worker is not None and len(distinct) >= PARALLEL_TEXTS:
         runner = _ParallelRunner(request, load_in_worker, batch_tokens, report, workers)
@@ -143,7 +152,7 @@ def embed_texts(
     with tqdm(
         total=len(distinct), unit="text", desc="embedding", delay=delay, disable=progress is False
     ) as bar:
-        for rows in _chunks(texts, distinct):
+        for rows in _chunks(texts, distinct, max(1, workers // 4)):
             _embed_chunk(texts, rows, out, cache, runner, bar)
     if source is not None:
         repeated = np.flatnonzero(source != np.arange(len(texts)))
@@ -172,16 +181,19 @@ def find_distinct(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
     return np.flatnonzero(source == np.arange(n)), source
 
 
-def _chunks(texts: Sequence[str], rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Rows, longest text first, in chunks bounded in texts and in characters."""
+def _chunks(texts: Sequence[str], rows: np.ndarray, scale: int = 1) -> Iterator[np.ndarray]:
+    """Rows, longest text first, in chunks bounded in texts and in characters.
+
+    `scale` makes them larger: many workers wait for each other at the end of each chunk.
+    """
     sizes = np.fromiter((len(texts[i]) for i in rows), dtype=np.int64, count=len(rows))
     order = np.argsort(-sizes, kind="stable")
     rows, ends = rows[order], np.cumsum(sizes[order])
     start = 0
     while start < len(rows):
         used = ends[start - 1] if start else 0
-        stop = int(np.searchsorted(ends, used + CHUNK_CHARACTERS, side="right"))
-        stop = min(max(stop, start + 1), start + CHUNK_TEXTS)
+        stop = int(np.searchsorted(ends, used + scale * CHUNK_CHARACTERS, side="right"))
+        stop = min(max(stop, start + 1), start + scale * CHUNK_TEXTS)
         yield rows[start:stop]
         start = stop
 
@@ -241,21 +253,27 @@ class _Runner:
         get_model: Callable[[], LoadedModel],
         batch_tokens: int | None,
         report: EmbedReport,
+        load_replicas: Callable[[], Sequence[LoadedModel]] | None = None,
     ) -> None:
         self.request = request
         self.report = report
         self.cache_failed = False
         self._get_model = get_model
+        self._load_replicas = load_replicas
         self._batch_tokens = batch_tokens
-        self._loaded: LoadedModel | None = None
+        self._replicas: list[LoadedModel] = []
+        self._guard = threading.Lock()
 
     @property
     def loaded(self) -> LoadedModel:
-        """The model, asked for at its first use."""
-        if self._loaded is None:
-            self._loaded = self._get_model()
-            self.report.batch_tokens = self._batch_tokens or default_batch_tokens(self._loaded)
-        return self._loaded
+        """The model, asked for at its first use; the first of several replicas."""
+        if not self._replicas:
+            several = self._load_replicas
+            self._replicas = [self._get_model()] if several is None else list(several())
+            self.report.batch_tokens = self._batch_tokens or min(
+                map(default_batch_tokens, self._replicas)
+            )
+        return self._replicas[0]
 
     def run(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Positions in `texts` and their vectors, batch by batch."""
@@ -302,33 +320,49 @@ class _Runner:
     def _run_batches(
         self, encoded: EncodedTexts, left: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Forward passes, on all replicas at once where there are several."""
+        replicas, budget = self._replicas, self.report.batch_tokens
+        lengths = encoded.lengths[left]
+        if len(replicas) > 1:  # no device stands idle while another has two batches to go
+            share = -(-int(lengths.sum()) // (2 * len(replicas)))
+            budget = min(budget, max(share, MIN_BATCH_TOKENS))
+        padded = any(loaded.model.attention_path == "padded" for loaded in replicas)
+        batches = iterate_batches(lengths, budget, shortest=SHORTEST_PADDED if padded else 0.0)
+        rows = (left[batch] for batch in batches)
+        if len(replicas) == 1:
+            yield from self._run_on(replicas[0], encoded, rows)
+            return
+        on_cpu = replicas[0].device.type == "cpu"
+        n_threads = max(1, torch.get_num_threads() // len(replicas)) if on_cpu else None
+        workers = [partial(self._run_on, loaded, encoded) for loaded in replicas]
+        yield from spread(rows, workers, n_threads=n_threads)
+
+    def _run_on(
+        self, loaded: LoadedModel, encoded: EncodedTexts, batches: Iterator[np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Forward passes; on CUDA the next one is queued before the last result is fetched."""
-        depth = 1 if self.loaded.device.type == "cuda" else 0
+        depth = 1 if loaded.device.type == "cuda" else 0
         pending: deque[tuple[np.ndarray, Callable[[], np.ndarray]]] = deque()
-        padded = self.loaded.model.attention_path == "padded"
-        batches = iterate_batches(
-            encoded.lengths[left],
-            self.report.batch_tokens,
-            shortest=SHORTEST_PADDED if padded else 0.0,
-        )
-        for batch in batches:
-            rows = left[batch]
-            pending.append((rows, self._start(encoded, rows)))
+        for rows in batches:
+            pending.append((rows, self._start(loaded, encoded, rows)))
             while len(pending) > depth:
                 yield _fetch(*pending.popleft())
         while pending:
             yield _fetch(*pending.popleft())
 
-    def _start(self, encoded: EncodedTexts, rows: np.ndarray) -> Callable[[], np.ndarray]:
+    def _start(
+        self, loaded: LoadedModel, encoded: EncodedTexts, rows: np.ndarray
+    ) -> Callable[[], np.ndarray]:
         """Launch one forward pass; the result gives its vectors (B, D) on the host."""
-        loaded = self.loaded
         on_cpu = loaded.device.type == "cpu"
         on_grid = on_cpu and loaded.key.dtype != "float32"
         batch = pack_texts([encoded.ids[i] for i in rows], encoded.pool_start, on_grid=on_grid)
         if loaded.model.attention_path == "padded":
-            self.report.n_positions += max(batch.lengths) * len(batch.lengths)
+            n_positions = max(batch.lengths) * len(batch.lengths)
         else:
-            self.report.n_positions += len(batch.input_ids)
+            n_positions = len(batch.input_ids)
+        with self._guard:
+            self.report.n_positions += n_positions
         with torch.inference_mode():
             if on_cpu:
                 return loaded.model(batch)[: batch.n_texts].numpy
@@ -347,7 +381,7 @@ def _copy_to_host(vectors: Tensor) -> Callable[[], np.ndarray]:
     host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
     host.copy_(vectors, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(vectors.device))  # not the current device's
 
     def wait() -> np.ndarray:
         copied.synchronize()
@@ -378,13 +412,11 @@ class _ParallelRunner:
         """Positions in `texts` and their vectors, part by part."""
         n_parts = max(self._workers, len(texts) // STORE_ROWS)
         parts = [np.arange(k, len(texts), n_parts) for k in range(n_parts)]  # alike in length
-        task = delayed(_embed_in_worker)
-        results = Parallel(n_jobs=self._workers, return_as="generator")(
-            task([texts[i] for i in rows], self.request, self._load, self._batch_tokens)
-            for rows in parts
-            if len(rows)
-        )
-        for rows, (vectors, report) in zip(parts, results, strict=False):
+        parts = [rows for rows in parts if len(rows)]
+        common = (self.request, self._load, self._batch_tokens, self._workers, name_process())
+        calls = (([texts[i] for i in rows], *common) for rows in parts)
+        results = run_tasks(_embed_in_worker, calls, self._workers)
+        for rows, (vectors, report) in zip(parts, results, strict=True):
             self.report.add(report)
             yield rows, vectors
 
@@ -394,11 +426,16 @@ def _embed_in_worker(
     request: EmbedRequest,
     load: Callable[[], LoadedModel],
     batch_tokens: int | None,
+    n_workers: int,
+    home: tuple[str, int],
 ) -> tuple[np.ndarray, EmbedReport]:
     """Raw vectors and counts of one part, inside a worker."""
-    return embed_texts(
-        texts, request, get_model=load, cache=None, batch_tokens=batch_tokens, progress=False
-    )
+    if home != name_process():  # a process for work: its model serves the tasks to come
+        registry.keep(load())
+    with share_cores(n_workers, home):
+        return embed_texts(
+            texts, request, get_model=load, cache=None, batch_tokens=batch_tokens, progress=False
+        )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

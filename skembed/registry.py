@@ -14,7 +14,7 @@ import multiprocessing
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -78,10 +78,10 @@ class Lease:
         self.adapter: tuple[tuple[Any, ...], Any] = ((), None)
         self._guard = threading.Lock()
 
-    def hold(self, model: LoadedModel) -> None:
-        """Keep this model, and no other."""
-        if self.models.get(model.key) is not model:
-            self.models = {model.key: model}
+    def hold(self, *models: LoadedModel) -> None:
+        """Keep these models, one on each device, and no other."""
+        if any(self.models.get(model.key) is not model for model in models):
+            self.models = {model.key: model for model in models}
 
     def hold_adapter(self, key: tuple[Any, ...], read: Callable[[], _T]) -> _T:
         """The adapter of this key, read if it is not the one held."""
@@ -129,11 +129,15 @@ class ModelRegistry:
                 self.n_loads += 1
                 self._models[key] = loaded
             if multiprocessing.parent_process() is not None:
-                self._keep_in_worker(loaded)
+                self.keep(loaded)
             return loaded
 
-    def _keep_in_worker(self, loaded: LoadedModel) -> None:
-        """Hold the models used last for as long as the worker lives."""
+    def keep(self, loaded: LoadedModel) -> None:
+        """Hold a model for as long as this process lives, or until `WORKER_MODELS` came after it.
+
+        For worker processes, where each task brings an estimator of its own.
+        """
+        loaded = loaded.base or loaded
         with self._guard:
             self._in_worker[loaded.key] = loaded
             self._in_worker.move_to_end(loaded.key)
@@ -197,6 +201,35 @@ def resolve_device(device: str) -> torch.device:
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"{owner} is 'mps', which this machine has not. Pass device='auto'.")
     return torch.device(found.type)
+
+
+def resolve_devices(device: str | Sequence[str]) -> list[torch.device]:
+    """The torch devices of a `device` parameter: one, or each of a list of one kind.
+
+    Raises
+    ------
+    ValueError
+        As `resolve_device`, and when a list is empty, mixes kinds, says "auto", or names a GPU
+        twice.
+    """
+    if isinstance(device, str):
+        return [resolve_device(device)]
+    rule = "The `device` parameter of `NVEmbedVectorizer` must, as a list, "
+    if not device:
+        raise ValueError(f"{rule}name at least one device, such as ['cuda:0', 'cuda:1']; got [].")
+    if "auto" in device:
+        raise ValueError(
+            f"{rule}name each device, such as ['cuda:0', 'cuda:1']; got {list(device)!r}."
+        )
+    found = [resolve_device(name) for name in device]
+    if len({one.type for one in found}) > 1:
+        raise ValueError(f"{rule}name devices of one kind; got {list(device)!r}.")
+    if found[0].type != "cpu" and len(set(found)) < len(found):
+        raise ValueError(
+            f"{rule}name each GPU once: a second copy of the model on it brings nothing; got "
+            f"{list(device)!r}."
+        )
+    return found
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -6,6 +6,7 @@ Reads config.json and hashes files; loads no weights but an adapter's.
 from __future__ import annotations
 
 import os
+import platform
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from skembed.checkpoint import (
     resolve_source,
     unpack_folder,
 )
-from skembed.exceptions import SkembedWarning
+from skembed.exceptions import CheckpointError, SkembedWarning
 from skembed.instructions import check_template, resolve_instruction
 from skembed.model import NVEmbedConfig
 from skembed.pooling import POOLINGS
@@ -47,6 +48,7 @@ from skembed.registry import (
     choose_attention_path,
     registry,
     resolve_device,
+    resolve_devices,
     resolve_dtype,
 )
 from skembed.trainer import ContrastiveTrainer, check_trainer
@@ -70,6 +72,8 @@ class ResolvedModel:
         Width of an embedding after truncation.
     adapter : Adapter or None
         What is put on the base: learned by `fit`, or read from the model's folder.
+    replicas : tuple of ModelKey
+        Keys of the copies on further devices.
     """
 
     source: ModelSource
@@ -77,6 +81,7 @@ class ResolvedModel:
     key: ModelKey
     dim: int
     adapter: Adapter | None = None
+    replicas: tuple[ModelKey, ...] = ()
 
     @property
     def full_key(self) -> ModelKey:
@@ -121,19 +126,20 @@ def resolve_model(estimator: Any, lease: Lease, *, fitted: Adapter | None) -> Re
         high=width,
         allow_none=True,
     )
-    device = _find_device(estimator)
-    if device.type != "cpu" and estimator.n_jobs not in (None, 1):
-        raise ValueError(
-            f"The `n_jobs` parameter of `{OWNER}` must be None or 1 on {str(device)!r}; got "
-            f"{estimator.n_jobs}. Every worker would put a copy of the model on the one device."
+    devices = _find_devices(estimator)
+    _check_jobs(estimator.n_jobs, devices)
+    dtypes = {resolve_dtype(estimator.dtype, device) for device in devices}
+    # One type on all devices: the older of two GPUs may know no bfloat16.
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    key, *replicas = (
+        ModelKey(
+            fingerprint=fingerprint_weights(source),
+            pooling=config.pooling,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            attention_path=choose_attention_path(device, dtype),
         )
-    dtype = resolve_dtype(estimator.dtype, device)
-    key = ModelKey(
-        fingerprint=fingerprint_weights(source),
-        pooling=config.pooling,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        attention_path=choose_attention_path(device, dtype),
+        for device in devices
     )
     adapter = fitted
     if adapter is not None:
@@ -141,7 +147,25 @@ def resolve_model(estimator: Any, lease: Lease, *, fitted: Adapter | None) -> Re
         adapter.check_pooling(config)
     elif source.adapter_folder is not None:
         adapter = _read_adapter(source.adapter_folder, config, key.fingerprint, lease)
-    return ResolvedModel(source, config, key, estimator.truncate_dim or width, adapter)
+    dim = estimator.truncate_dim or width
+    return ResolvedModel(source, config, key, dim, adapter, tuple(replicas))
+
+
+def _check_jobs(n_jobs: int | None, devices: list[torch.device]) -> None:
+    """Refuse worker processes on GPUs, and beside a list of devices."""
+    if n_jobs in (None, 1):
+        return
+    where = [str(device) for device in devices]
+    if len(devices) > 1:
+        raise ValueError(
+            f"The `n_jobs` parameter of `{OWNER}` must be None or 1 with several devices; got "
+            f"{n_jobs} with device={where}. The devices share the work in this process already."
+        )
+    if devices[0].type != "cpu":
+        raise ValueError(
+            f"The `n_jobs` parameter of `{OWNER}` must be None or 1 on {where[0]!r}; got "
+            f"{n_jobs}. Every worker would put a copy of the model on the one device."
+        )
 
 
 def _read_adapter(folder: Path, config: NVEmbedConfig, fingerprint: str, lease: Lease) -> Adapter:
@@ -182,13 +206,14 @@ def stored_files(estimator: Any) -> Mapping[str, bytes] | None:
     return files if (model, revision) == wanted else None
 
 
-def _find_device(estimator: Any) -> torch.device:
-    """The device; an unpickled estimator falls back from one this machine has not."""
+def _find_devices(estimator: Any) -> list[torch.device]:
+    """The devices; an unpickled estimator falls back from those this machine has not."""
     try:
-        return resolve_device(estimator.device)
+        return resolve_devices(estimator.device)
     except ValueError:
-        kind = estimator.device.split(":")[0]
-        if not estimator.__dict__.get("_from_pickle") or kind not in ("cuda", "mps"):
+        named = [estimator.device] if isinstance(estimator.device, str) else estimator.device
+        kinds = {name.split(":")[0] for name in named}
+        if not estimator.__dict__.get("_from_pickle") or not kinds or kinds - {"cuda", "mps"}:
             raise
     found = resolve_device("auto")
     warnings.warn(
@@ -197,7 +222,7 @@ def _find_device(estimator: Any) -> torch.device:
         SkembedWarning,
         stacklevel=6,
     )
-    return found
+    return [found]
 
 
 def describe_model(resolved: ResolvedModel) -> dict[str, Any]:
@@ -212,20 +237,49 @@ def describe_model(resolved: ResolvedModel) -> dict[str, Any]:
         "pooling": key.pooling,
         "hidden_size": resolved.config.hidden_size,
         "dtype": key.dtype,
-        "device": key.device,
+        "device": ", ".join(one.device for one in (key, *resolved.replicas)),
         "attention_path": key.attention_path,
     }
 
 
 def load_resolved(resolved: ResolvedModel, lease: Lease | None = None) -> LoadedModel:
-    """The loaded model, its adapter in place; the base is held by the lease if there is one.
-
-    Without a lease (in a worker process, which keeps its models) the argument pickles small.
-    """
+    """The loaded model, its adapter in place; the base is held by the lease if there is one."""
     loaded = registry.get(resolved.key, resolved.source, resolved.config)
     if lease is not None:
         lease.hold(loaded)
     return loaded if resolved.adapter is None else resolved.adapter.bind(loaded)
+
+
+def load_replicas(resolved: ResolvedModel, lease: Lease) -> list[LoadedModel]:
+    """The loaded model on each of its devices, adapters in place; held by the lease."""
+    keys = (resolved.key, *resolved.replicas)
+    loaded = [registry.get(key, resolved.source, resolved.config) for key in keys]
+    lease.hold(*loaded)
+    return loaded if resolved.adapter is None else resolved.adapter.bind_all(loaded)
+
+
+def load_in_worker(resolved: ResolvedModel) -> LoadedModel:
+    """The loaded model in a process that may be on another machine; the argument pickles small.
+
+    Where the model's folder is not, the model is looked for by its name, as here.
+
+    Raises
+    ------
+    ModelNotFoundError
+        When the worker finds no such model.
+    CheckpointError
+        When it finds another one under the name.
+    """
+    source = resolved.source
+    if not source.folder.is_dir():
+        source = resolve_source(source.name, source.revision)
+        if fingerprint_weights(source) != resolved.key.fingerprint:
+            raise CheckpointError(
+                f"The worker on {platform.node()} has another model under the name "
+                f"{source.name!r}: weights, config.json or tokenizer differ. Install the same "
+                "release of skembed, or copy the model's folder to the same place on each machine."
+            )
+    return load_resolved(replace(resolved, source=source))
 
 
 def check_parameters(estimator: Any) -> None:
@@ -247,7 +301,7 @@ def check_parameters(estimator: Any) -> None:
         check_choice(estimator.trainer, name="trainer", allowed=("auto", None), owner=OWNER)
     else:
         check_trainer(estimator.trainer)
-    check_string(estimator.device, name="device", owner=OWNER)
+    _check_device(estimator.device)
     check_choice(estimator.dtype, name="dtype", allowed=("auto", *DTYPES), owner=OWNER)
     if estimator.batch_tokens != "auto":
         check_int(estimator.batch_tokens, name="batch_tokens", low=1, owner=OWNER)
@@ -261,3 +315,14 @@ def check_parameters(estimator: Any) -> None:
         )
     check_bool(estimator.verbose, name="verbose", owner=OWNER)
     resolve_cache(estimator.cache)  # touches no file
+
+
+def _check_device(device: Any) -> None:
+    """A name, or a list of names; whether there are such devices is seen later."""
+    if isinstance(device, (list, tuple)) and all(isinstance(name, str) for name in device):
+        return
+    if not isinstance(device, str):
+        raise TypeError(
+            f"The `device` parameter of `{OWNER}` must be a str, or a list of str for several "
+            f"devices; got {type(device).__name__}."
+        )

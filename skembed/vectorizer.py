@@ -31,6 +31,8 @@ from skembed.resolution import (
     check_parameters,
     describe_model,
     find_source,
+    load_in_worker,
+    load_replicas,
     load_resolved,
     resolve_model,
     stored_files,
@@ -75,8 +77,10 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         How `fit` trains. "auto" trains LoRA adapters on pairs and rows with default parameters and
         leaves single texts frozen; a ContrastiveTrainer trains on labelled texts, too; None never
         trains.
-    device : str, default="auto"
-        "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is.
+    device : str or list of str, default="auto"
+        "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is. A list such as
+        ``["cuda:0", "cuda:1"]`` keeps a copy of the model on each and shares the texts among them;
+        `fit` trains on the first.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
         Type of weights and activations. "auto" takes bfloat16 where the device computes in it
         natively, else float32. Results are float32 either way.
@@ -90,8 +94,9 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     store_weights : bool, default=False
         Put the model's files into pickles, so that they open on a machine without the model.
     n_jobs : int, optional
-        Worker processes of joblib for long input on CPUs, each with one copy of the model. None
-        stays in this process, where torch uses all cores already.
+        Workers for long input on CPUs, of joblib's active backend (its own processes, or a cluster
+        under ``joblib.parallel_config("dask")``), each process with one copy of the model and its
+        part of the cores. None stays in this process, where torch uses all cores already.
     verbose : bool, default=False
         Show the progress bar at once instead of after three seconds.
 
@@ -152,7 +157,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         normalize: bool = True,
         missing: str = "error",
         trainer: str | ContrastiveTrainer | None = "auto",
-        device: str = "auto",
+        device: str | Sequence[str] = "auto",
         dtype: str = "auto",
         batch_tokens: int | str = "auto",
         cache: str | os.PathLike[str] | EmbeddingCache | None = "memory",
@@ -581,7 +586,8 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             texts,
             request,
             get_model=partial(load_resolved, resolved, lease),
-            load_in_worker=partial(load_resolved, resolved),
+            load_in_worker=partial(load_in_worker, resolved),
+            load_replicas=partial(load_replicas, resolved, lease) if resolved.replicas else None,
             cache=lease.hold_cache(resolve_cache(self.cache)),
             batch_tokens=None if self.batch_tokens == "auto" else int(self.batch_tokens),
             progress=True if self.verbose else None,

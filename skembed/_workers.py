@@ -1,0 +1,168 @@
+"""Work spread over joblib's workers, and over threads of this process; what every engine shares."""
+
+from __future__ import annotations
+
+import os
+import platform
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from joblib import Parallel, cpu_count, delayed
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+_END: Any = object()
+
+
+def run_tasks(task: Callable[..., _R], calls: Iterable[tuple[Any, ...]], n: int) -> Iterator[_R]:
+    """Results of `task` for each of some calls, in their order, from `n` workers of joblib.
+
+    Whatever backend is active does the work: joblib's own processes, or those of a cluster under
+    ``joblib.parallel_config("dask")``.
+
+    Parameters
+    ----------
+    task : callable
+        Picklable.
+    calls : iterable of tuple
+        Arguments of each call.
+    n : int
+        Workers.
+    """
+    try:  # results as they come, where the backend can
+        parallel = Parallel(n_jobs=n, return_as="generator")
+    except ValueError:  # "multiprocessing", and what is built on it
+        parallel = Parallel(n_jobs=n)
+    before = torch.get_num_threads()
+    try:
+        yield from parallel(delayed(task)(*call) for call in calls)
+    finally:  # under the "threading" backend, what a task sets is the default of the next threads
+        torch.set_num_threads(before)
+
+
+def name_process() -> tuple[str, int]:
+    """What tells this process from those of its workers, on this machine or another."""
+    return platform.node(), os.getpid()
+
+
+@contextmanager
+def share_cores(n_workers: int, home: tuple[str, int]) -> Iterator[None]:
+    """Leave each of some workers its part of the cores: cores // workers, 1 at the least.
+
+    Never more than the worker is set to already: joblib, Dask, Ray and torchrun each set
+    OMP_NUM_THREADS. On a machine other than the caller's the number of workers says nothing, and
+    that setting stands.
+
+    Parameters
+    ----------
+    n_workers : int
+        Workers of the call.
+    home : tuple of str and int
+        `name_process` of the caller.
+    """
+    before = torch.get_num_threads()
+    here = before
+    if home[0] == platform.node():
+        here = min(before, max(1, cpu_count() // n_workers))
+    # A forked process has none of the threads that its OpenMP library believes it has.
+    torch.set_num_threads(1 if _forked else here)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+_forked = False
+
+
+def _mark_forked() -> None:
+    """Remember, in a child process, that it was forked."""
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_forked)
+
+
+class SharedIterator(Iterator[_T]):
+    """An iterator that several threads draw from, each item going to one of them."""
+
+    def __init__(self, items: Iterable[_T]) -> None:
+        self._items = iter(items)
+        self._guard = threading.Lock()
+        self._stopped = False
+
+    def __next__(self) -> _T:
+        """The next item, unless someone has stopped."""
+        with self._guard:
+            if self._stopped:
+                raise StopIteration
+            return next(self._items)
+
+    def stop(self) -> None:
+        """No thread gets another item."""
+        with self._guard:
+            self._stopped = True
+
+
+def spread(
+    items: Iterable[_T],
+    workers: Sequence[Callable[[Iterator[_T]], Iterator[_R]]],
+    *,
+    n_threads: int | None = None,
+) -> Iterator[_R]:
+    """Results of workers that share the items, one thread each; as they come, in no order.
+
+    A worker draws its next item when it is done with the last, so a faster one does more. At an
+    error, or when the caller stops, no worker draws another item, and all have ended when the error
+    arrives.
+
+    Parameters
+    ----------
+    items : iterable
+        Drawn by one thread at a time.
+    workers : sequence of callable
+        Each takes an iterator of items and gives results.
+    n_threads : int, optional
+        Threads of torch in each worker; None leaves its number.
+    """
+    shared = SharedIterator(items)
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    before = torch.get_num_threads()
+
+    def run(worker: Callable[[Iterator[_T]], Iterator[_R]]) -> None:
+        try:
+            if n_threads is not None:
+                torch.set_num_threads(n_threads)
+            for result in worker(shared):
+                results.put((result, None))
+        except BaseException as error:  # handed to the caller's thread
+            shared.stop()
+            results.put((_END, error))
+        else:
+            results.put((_END, None))
+
+    threads = [threading.Thread(target=run, args=(worker,), daemon=True) for worker in workers]
+    failure: BaseException | None = None
+    left = len(threads)
+    for thread in threads:
+        thread.start()
+    try:
+        while left:
+            result, error = results.get()
+            left -= result is _END
+            failure = failure or error
+            if result is not _END:
+                yield result
+    finally:
+        shared.stop()
+        for thread in threads:
+            thread.join()
+        torch.set_num_threads(before)  # what a thread sets is the default of the next ones
+    if failure is not None:
+        raise failure
