@@ -28,21 +28,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, cross_validate
 from sklearn.pipeline import Pipeline
 
-from skembed import NVEmbedVectorizer
+from skembed import EmbeddingMapDisplay, NVEmbedVectorizer
 from skembed.datasets import load_docstrings
 
 SHOTS = (4, 8, 16)
 BASELINE = "TF-IDF"
-
-# Colours picked one after the other, each as far as possible from all before it, both as most
-# people see them and with red-green blindness (distance in OKLab; Machado's deuteranopia matrix).
-PALETTE = (
-    "#0076b1 #00eb00 #d80014 #ff89ff #4e3b00 #620076 #89b189 #0000ff #d800ff #b176b1 #eb7600 "
-    "#00764e #ebb1c4 #3b3bb1 #3bb1ff #624e76 #9d7662 #c41489 #9d0000 #8927d8 #004e4e #62d876 "
-    "#7689d8 #14b14e #ff4ed8 #4e62ff #763b3b #8962d8"
-).split()
-# A second sign beside the colour, since no 25 colours are distinct for every eye.
-MARKERS = {"numpy": "^", "scipy": "o", "sklearn": "s"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -62,10 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
     map_file = options.output / "map.png"
     say("\nMap: projecting the embeddings to two dimensions with UMAP (cosine) ...")
     clock = time.perf_counter()
-    positions = project(embeddings)
-    say(f"  projected in {time.perf_counter() - clock:.1f} s")
     title = f"{len(docs.data):,} passages of documentation, embedded by {Path(options.model).name}"
-    draw_map(positions, docs, map_file, title)
+    draw_map(embeddings, docs, map_file, title)
+    say(f"  projected and drawn in {time.perf_counter() - clock:.1f} s")
     results_file = options.output / "results.json"
     report = describe(docs, options, results, embedding_seconds, embeddings.shape[1])
     results_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -285,138 +274,23 @@ def describe(
 # --- Map -----------------------------------------------------------------------------------------
 
 
-def project(embeddings: np.ndarray) -> np.ndarray:
-    """Project embeddings of shape (n_texts, dim) to positions of shape (n_texts, 2)."""
-    from umap import UMAP  # here, as it takes seconds to load
-
-    # A fixed random state makes UMAP run on one thread; saying so keeps it from warning.
-    projection = UMAP(n_neighbors=30, min_dist=0.3, metric="cosine", random_state=0, n_jobs=1)
-    return projection.fit_transform(embeddings)
-
-
-def draw_map(positions: np.ndarray, docs, file: Path, title: str) -> None:
-    """Draw one point for each text, and the name of each label where its texts are densest."""
+def draw_map(embeddings: np.ndarray, docs, file: Path, title: str) -> None:
+    """Project embeddings of shape (n_texts, dim) with UMAP and draw a point for each text."""
     import matplotlib
+    from umap import UMAP  # here, as it takes seconds to load
 
     matplotlib.use("Agg")  # a file is all we need: no window, no screen
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(13, 8.6), dpi=140, layout="constrained")
-    low, high = visible_range(positions)
-    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[])
-    n_outside = int(((positions < low) | (positions > high)).any(axis=1).sum())
-    # All labels mixed, or the last ones would cover the first.
-    for part in np.array_split(np.random.default_rng(0).permutation(len(positions)), 12):
-        for label, name in enumerate(docs.target_names):
-            members = part[docs.target[part] == label]
-            axes.scatter(
-                *positions[members].T,
-                s=15,
-                marker=MARKERS[name.partition(".")[0]],
-                color=PALETTE[label % len(PALETTE)],
-                alpha=0.65,
-                linewidths=0,
-            )
-    for label, name in enumerate(docs.target_names):  # the legend: counts, and full-colour signs
-        axes.scatter(
-            [],
-            [],
-            s=45,
-            marker=MARKERS[name.partition(".")[0]],
-            color=PALETTE[label % len(PALETTE)],
-            label=f"{name} ({np.sum(docs.target == label)})",
-        )
-    axes.legend(loc="center left", bbox_to_anchor=(1.005, 0.5), frameon=False, fontsize=11)
+    # A fixed random state makes UMAP run on one thread; saying so keeps it from warning.
+    reducer = UMAP(n_neighbors=30, min_dist=0.3, metric="cosine", random_state=0, n_jobs=1)
+    figure, axes = plt.subplots(figsize=(10.9, 8.6), dpi=140, layout="constrained")
     axes.set_title(title, fontsize=15, loc="left", pad=10)
-    if n_outside:
-        axes.set_xlabel(f"{n_outside} passages lie in islands outside the frame", color="0.35")
-    for side in axes.spines.values():
-        side.set_color("0.8")
-    annotate(figure, axes, positions, docs)
+    EmbeddingMapDisplay.from_embeddings(
+        embeddings, docs.target, names=docs.target_names, reducer=reducer, ax=axes
+    )
     figure.savefig(file)
     plt.close(figure)
-
-
-def annotate(figure, axes, positions: np.ndarray, docs) -> None:
-    """Write the names of the labels into the map, pushed apart where they would overlap."""
-    from matplotlib import patheffects
-
-    low, high = visible_range(positions)
-    radius = 0.04 * float((high - low).mean())
-    anchors = np.array(
-        [densest(positions[docs.target == i], radius) for i in range(len(docs.target_names))]
-    )
-    halo = [patheffects.withStroke(linewidth=3.5, foreground="white", alpha=0.9)]
-    texts = [
-        axes.text(
-            *anchor, name, ha="center", va="center", fontsize=10, fontweight="bold",
-            color=darken(PALETTE[i % len(PALETTE)]), path_effects=halo, zorder=5,
-        )
-        for i, (name, anchor) in enumerate(zip(docs.target_names, anchors, strict=True))
-    ]  # fmt: skip
-    figure.canvas.draw()  # settles the layout, so that sizes in pixels are final
-    boxes = [text.get_window_extent() for text in texts]
-    sizes = np.array([(box.width + 10, box.height + 6) for box in boxes])
-    pixels = axes.transData.transform(anchors)
-    frame = axes.get_window_extent()
-    bounds = np.array([(frame.x0, frame.y0), (frame.x1, frame.y1)])
-    moved = push_apart(pixels, sizes, bounds)
-    for text, place, pixel, anchor in zip(
-        texts, axes.transData.inverted().transform(moved), pixels - moved, anchors, strict=True
-    ):
-        text.set_position(place)
-        if np.hypot(*pixel) > 25:  # far enough that a line helps
-            axes.plot(*np.transpose([place, anchor]), color="0.25", linewidth=0.8, zorder=4)
-
-
-def visible_range(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the low and high corner of the frame: far islands would shrink all else."""
-    low, middle, high = np.quantile(positions, [0.02, 0.5, 0.98], axis=0)
-    low, high = middle + 1.35 * (low - middle), middle + 1.35 * (high - middle)
-    inside = positions[((positions >= low) & (positions <= high)).all(axis=1)]
-    low, high = inside.min(axis=0), inside.max(axis=0)
-    margin = 0.03 * (high - low)
-    return low - margin, high + margin
-
-
-def densest(points: np.ndarray, radius: float) -> np.ndarray:
-    """Return the point of (n, 2) with the most others around it, at the scale of `radius`."""
-    squares = ((points[:, None] - points[None]) ** 2).sum(axis=-1)
-    return points[np.exp(-squares / (2 * radius**2)).sum(axis=1).argmax()]
-
-
-def push_apart(
-    centres: np.ndarray, sizes: np.ndarray, bounds: np.ndarray, n_steps: int = 500
-) -> np.ndarray:
-    """Move boxes of (width, height) until none overlap, each as little as need be.
-
-    Parameters and result are in pixels: centres and sizes of shape (n, 2), bounds as (low, high).
-    """
-    moved = np.array(centres, dtype=float)
-    for _ in range(n_steps):
-        # Overlap of each pair along x and y; only positive in both do two boxes touch.
-        gaps = moved[:, None] - moved[None]  # (n, n, 2)
-        overlap = (sizes[:, None] + sizes[None]) / 2 - np.abs(gaps)
-        touching = (overlap > 0).all(axis=-1) & ~np.eye(len(moved), dtype=bool)
-        if not touching.any():
-            break
-        # Part along the shorter way out; equal centres part by their order in the list.
-        order = np.sign(np.arange(len(moved))[:, None] - np.arange(len(moved))[None])
-        direction = np.where(gaps == 0, order[..., None], np.sign(gaps))
-        along_y = overlap[..., 1] <= overlap[..., 0]
-        push = np.where(np.stack([~along_y, along_y], axis=-1), overlap * direction, 0)
-        moved += 0.3 * np.where(touching[..., None], push, 0).sum(axis=1)
-        moved = np.clip(moved, bounds[0] + sizes / 2, bounds[1] - sizes / 2)
-    return moved
-
-
-def darken(color: str) -> str:
-    """Return a colour dark enough to read on white."""
-    from matplotlib.colors import to_hex, to_rgb
-
-    rgb = np.array(to_rgb(color))
-    luminance = rgb @ [0.2126, 0.7152, 0.0722]
-    return to_hex(rgb * min(1.0, 0.38 / max(luminance, 1e-9)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo script: its splits, its table, its map, and a whole run on a small stand-in set."""
+"""The demo script: its splits, its table, and a whole run with its map on a small stand-in set."""
 
 import importlib.util
 import json
@@ -99,52 +99,26 @@ def test_table_is_aligned_and_says_the_gain(demo):
     assert "all (4,000)" in last and "100.0" in last and last.endswith("-0.050")
 
 
-def test_labels_are_pushed_apart_inside_the_frame(demo):
-    rng = np.random.default_rng(0)
-    centres = np.vstack([rng.uniform(300, 500, (20, 2)), [[400.0, 400.0]] * 3])
-    sizes = np.column_stack([rng.uniform(60, 140, 23), np.full(23, 20.0)])
-    bounds = np.array([[0.0, 0.0], [1000.0, 800.0]])
-    moved = demo.push_apart(centres, sizes, bounds)
-    assert (moved - sizes / 2 >= bounds[0] - 1e-9).all()
-    assert (moved + sizes / 2 <= bounds[1] + 1e-9).all()
-    overlap = (sizes[:, None] + sizes[None]) / 2 - np.abs(moved[:, None] - moved[None])
-    touching = (overlap > 1).all(axis=-1)  # more than a pixel
-    assert touching.sum() == len(moved)  # each touches itself only
-    # Labels that do not overlap stay where they are.
-    apart = np.array([[100.0, 100.0], [100.0, 140.0], [400.0, 100.0]])
-    assert np.array_equal(demo.push_apart(apart, sizes[:3] * 0 + 30, bounds), apart)
-
-
-def test_label_sits_in_the_largest_cluster(demo):
-    rng = np.random.default_rng(0)
-    crowd = rng.normal(0, 1.0, (80, 2))
-    speck = rng.normal(20, 0.01, (15, 2))  # denser, but few
-    place = demo.densest(np.vstack([crowd, speck]), radius=1.0)
-    assert np.linalg.norm(place) < 2
-
-
-def test_far_islands_do_not_shrink_the_map(demo):
-    rng = np.random.default_rng(0)
-    positions = np.vstack([rng.uniform(0, 10, (500, 2)), [[300.0, -200.0]]])
-    low, high = demo.visible_range(positions)
-    assert (low < positions[:500].min(axis=0)).all() and (high > positions[:500].max(axis=0)).all()
-    assert (high - low < 12).all()
-
-
 def test_whole_run(demo, monkeypatch, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    for package in ("matplotlib", "umap"):
+        pytest.importorskip(package, reason="the demo draws: pip install skembed[plot]")
+    maps = []
+    draw = demo.EmbeddingMapDisplay.from_embeddings
+    kept = staticmethod(lambda *args, **options: maps.append(draw(*args, **options)))
+    monkeypatch.setattr(demo.EmbeddingMapDisplay, "from_embeddings", kept)
     monkeypatch.setattr(demo, "load_docstrings", make_docs)
-    monkeypatch.setattr(demo, "project", lambda embeddings: embeddings[:, :2] + embeddings[:, 2:4])
-    monkeypatch.setattr(demo, "check_packages", lambda *names: None)
-    monkeypatch.setattr(demo, "version", lambda name: "0")
     demo.main(["--output", str(tmp_path / "out"), "--quick"])
     printed = capsys.readouterr().out
     assert "4 per class (8)" in printed and "16 per class (32)" in printed
     picture = (tmp_path / "out" / "map.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    (found,) = maps
+    assert [note.get_text() for note in found.annotations_] == ["numpy.fruit", "scipy.metal"]
+    assert found.ax_.get_title(loc="left").endswith("embedded by skembed-mini")
+    assert found.reducer_.metric == "cosine" and found.reducer_.min_dist == 0.3
     report = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert report["embedding_dim"] == 64
-    assert report["n_texts"] < 200  # --quick
+    assert report["n_texts"] == len(found.coordinates) < 200  # --quick
     assert len(report["results"]) == 8
     assert {len(r["accuracy"]) for r in report["results"]} == {2, 3}
     for result in report["results"]:
