@@ -37,13 +37,16 @@ from skembed.resolution import (
     resolve_model,
     stored_files,
 )
+from skembed.streaming import StreamingMixin
 from skembed.trainer import ContrastiveTrainer, check_trainer
 
 if TYPE_CHECKING:
     from skembed.cache import EmbeddingCache
 
 
-class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class NVEmbedVectorizer(
+    StreamingMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+):
     r"""Embed texts with a bidirectional Mistral and latent-attention pooling (NV-Embed).
 
     Works like any scikit-learn transformer: in a Pipeline, under cross-validation and grid search.
@@ -558,20 +561,31 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     def _embed(self, columns: TextColumns, sides: tuple[str, ...]) -> np.ndarray:
         """Embed each column for its side and put the vectors side by side."""
         check_parameters(self)
-        resolved = self._resolve()
+        vectors, reports = self._embed_columns(columns, sides, self._resolve())
+        cut, embedded = (sum(getattr(r, n) for r in reports) for n in ("n_truncated", "n_embedded"))
+        self._warn_truncated(cut, embedded, stacklevel=5)
+        return vectors
+
+    def _embed_columns(
+        self,
+        columns: TextColumns,
+        sides: tuple[str, ...],
+        resolved: ResolvedModel,
+        *,
+        progress: bool | None = None,
+    ) -> tuple[np.ndarray, list[EmbedReport]]:
+        """Vectors of all columns side by side, (n_texts, n_columns * dim), and a report of each."""
         parts, reports = [], []
         for texts, missing, side in zip(columns.columns, columns.missing, sides, strict=False):
-            vectors, report = self._embed_column(texts, side, resolved)
+            vectors, report = self._embed_column(texts, side, resolved, progress)
             if self.missing in ("zero", "nan"):
                 vectors[missing] = 0.0 if self.missing == "zero" else np.nan
             parts.append(vectors)
             reports.append(report)
-        cut, embedded = (sum(getattr(r, n) for r in reports) for n in ("n_truncated", "n_embedded"))
-        self._warn_truncated(cut, embedded, stacklevel=5)
-        return parts[0] if len(parts) == 1 else np.hstack(parts)
+        return parts[0] if len(parts) == 1 else np.hstack(parts), reports
 
     def _embed_column(
-        self, texts: list[str], side: str, resolved: ResolvedModel
+        self, texts: list[str], side: str, resolved: ResolvedModel, progress: bool | None
     ) -> tuple[np.ndarray, EmbedReport]:
         """Raw vectors from the engine, then truncation and normalisation, (n_texts, dim)."""
         prefix = self._prefix_of(side)
@@ -590,7 +604,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             load_replicas=partial(load_replicas, resolved, lease) if resolved.replicas else None,
             cache=lease.hold_cache(resolve_cache(self.cache)),
             batch_tokens=None if self.batch_tokens == "auto" else int(self.batch_tokens),
-            progress=True if self.verbose else None,
+            progress=True if self.verbose and progress is None else progress,
             n_jobs=self.n_jobs,
         )
         if resolved.dim < vectors.shape[1]:

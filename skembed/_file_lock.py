@@ -1,0 +1,104 @@
+"""One writer at a time: a lock that the operating system drops when its process dies."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from skembed.exceptions import SkembedWarning
+
+__all__ = ["hold_lock"]
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(file: BinaryIO) -> None:
+        """Lock the file or raise OSError at once."""
+        file.seek(1 << 30)  # far behind the holder's name, so that others can read that
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _try_lock(file: BinaryIO) -> None:
+        """Lock the file or raise OSError at once."""
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+_TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, *, subject: str) -> Iterator[None]:
+    """Hold the lock file `path`, or raise BlockingIOError where another process holds it.
+
+    `subject` begins the sentence of the error. Nothing is left behind, and a process that was
+    killed holds nothing. Where the file system has no locks, a warning says so.
+    """
+    file = _open_locked(path, subject=subject)
+    try:
+        file.truncate(0)
+        file.seek(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.flush()
+        yield
+    finally:
+        # Before it is unlocked: a process that opened it meanwhile sees that it is gone.
+        with contextlib.suppress(OSError):
+            path.unlink()
+        with contextlib.suppress(OSError):  # a full disk may refuse the holder's name once more
+            file.close()
+
+
+def _open_locked(path: Path, *, subject: str) -> BinaryIO:
+    """Open and lock the file of that path, not one that its last holder has just deleted."""
+    while True:
+        file: BinaryIO = path.open("a+b")
+        try:
+            _try_lock(file)
+            if _is_same(file, path):
+                return file
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                _warn_unlocked(path, subject=subject)
+                return file
+            holder = _read_holder(path)
+            file.close()
+            raise BlockingIOError(
+                errno.EWOULDBLOCK,
+                f"{subject} is being written by another run ({holder}). Wait for its end, or "
+                "write to another path",
+                str(path),
+            ) from None
+        file.close()
+
+
+def _is_same(file: BinaryIO, path: Path) -> bool:
+    """Tell whether an open file is still the one of that path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read_holder(path: Path) -> str:
+    """Return what the holder wrote of itself."""
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace") or "unknown process"
+    return "unknown process"
+
+
+def _warn_unlocked(path: Path, *, subject: str) -> None:
+    """Say that nothing keeps a second writer away."""
+    warnings.warn(
+        f"{subject} cannot be locked: the file system of {str(path.parent)!r} has no locks. Make "
+        "sure that only one process writes there.",
+        SkembedWarning,
+        stacklevel=6,
+    )
