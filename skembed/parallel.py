@@ -1,0 +1,195 @@
+"""Embeddings inside Ray Data, Spark and Dask: one small callable for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from skembed._validation import _is_instance_of, check_choice, check_string
+from skembed.registry import registry
+from skembed.vectorizer import NVEmbedVectorizer
+
+__all__ = ["EmbeddingMapper"]
+
+OWNER = "EmbeddingMapper"
+METHODS = ("transform", "encode_query", "encode_document")
+
+
+class EmbeddingMapper:
+    """Embed a column of whatever batches a data engine hands out.
+
+    Hand it to Ray Data's ``map_batches``, Dask's ``map_partitions``, Spark's ``mapInPandas`` or, as
+    `make_predict_fn`, to Spark's ``predict_batch_udf``. It pickles small: settings and a trained
+    adapter, no base weights; each worker process loads the model at its first batch and keeps it
+    for the batches and tasks to come.
+
+    Parameters
+    ----------
+    vectorizer : NVEmbedVectorizer or text transformer, optional
+        What embeds; None takes the bundled model. Its model must be found on every machine.
+    column : str, default="text"
+        The column of texts.
+    output_column : str, default="embedding"
+        The new column, one float32 vector a row.
+    method : {"transform", "encode_query", "encode_document"}, default="transform"
+        Which side the texts are.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When a parameter is not allowed.
+
+    See Also
+    --------
+    NVEmbedVectorizer : Its `n_jobs` and `device` spread one array of texts.
+
+    Notes
+    -----
+    Rows stay in their order, and each worker embeds a text that comes back once, as the
+    vectorizer's cache allows. ``device="auto"`` and ``dtype="auto"`` are decided in the worker: on
+    machines of different kinds name the `dtype`, so that all rows are computed in one type.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skembed import NVEmbedVectorizer
+    >>> from skembed.parallel import EmbeddingMapper
+    >>> mapper = EmbeddingMapper(NVEmbedVectorizer(), column="title")
+    >>> batch = mapper({"id": np.array([1, 2]), "title": np.array(["card lost", "new card"])})
+    >>> sorted(batch), batch["embedding"].shape, str(batch["embedding"].dtype)
+    (['embedding', 'id', 'title'], (2, 384), 'float32')
+    """
+
+    def __init__(
+        self,
+        vectorizer: Any = None,
+        *,
+        column: str = "text",
+        output_column: str = "embedding",
+        method: str = "transform",
+    ) -> None:
+        self.vectorizer = NVEmbedVectorizer() if vectorizer is None else vectorizer
+        self.column = check_string(column, name="column", owner=OWNER)
+        self.output_column = check_string(output_column, name="output_column", owner=OWNER)
+        self.method = check_choice(method, name="method", owner=OWNER, allowed=METHODS)
+        if not callable(getattr(self.vectorizer, method, None)):
+            raise TypeError(
+                f"The `vectorizer` parameter of `{OWNER}` must have a method `{method}`; got "
+                f"{type(vectorizer).__name__}."
+            )
+        self._from_pickle = False
+
+    def __repr__(self) -> str:
+        given = f"column={self.column!r}, output_column={self.output_column!r}"
+        return f"{OWNER}({self.vectorizer!r}, {given}, method={self.method!r})"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, remembering that a worker's next task may bring another copy."""
+        self.__dict__.update(state, _from_pickle=True)
+
+    def __call__(self, batch: Any) -> Any:
+        """Embed one batch, or an iterator of batches.
+
+        Parameters
+        ----------
+        batch : dict of ndarray, pandas.DataFrame, pyarrow.Table or iterator of these
+            Rows with the column; other columns go along.
+
+        Returns
+        -------
+        same kind as `batch`
+            A new batch with `output_column`: (n, dim) float32 in a dict, an array a row in a frame,
+            a fixed-size list in a table; rows in their order. For an iterator, a generator.
+
+        Raises
+        ------
+        ValueError
+            When the batch has no such column, or has the output column already.
+        TypeError
+            When the batch is of another kind, or holds something else than texts.
+        """
+        if isinstance(batch, Iterator):
+            return map(self, batch)
+        if isinstance(batch, Mapping):
+            self._check_columns(list(batch))
+            return {**batch, self.output_column: self.embed(batch[self.column])}
+        if _is_instance_of(batch, "pandas", "DataFrame"):
+            self._check_columns(list(batch.columns))
+            return self._extend_frame(batch)
+        if _is_instance_of(batch, "pyarrow", "Table"):
+            self._check_columns(batch.column_names)
+            return self._extend_table(batch)
+        raise TypeError(
+            f"`{OWNER}` takes a dict of arrays, a pandas DataFrame, a pyarrow Table, or an "
+            f"iterator of these; got {type(batch).__name__}. For Spark's predict_batch_udf pass "
+            "`make_predict_fn`."
+        )
+
+    def embed(self, texts: Any) -> np.ndarray:
+        """Vectors of one array of texts.
+
+        Parameters
+        ----------
+        texts : ndarray, Series or list of str, n_texts rows
+            The texts.
+
+        Returns
+        -------
+        ndarray of float32, shape (n_texts, dim)
+            In input order.
+
+        Raises
+        ------
+        TypeError, ValueError, SkembedError
+            As the vectorizer's method.
+        """
+        vectors = np.asarray(getattr(self.vectorizer, self.method)(texts), dtype=np.float32)
+        if self._from_pickle:
+            _keep_models(self.vectorizer)
+        return vectors
+
+    def make_predict_fn(self) -> Callable[[np.ndarray], np.ndarray]:
+        """What Spark's ``predict_batch_udf`` calls once in each worker: gives `embed`.
+
+        Returns
+        -------
+        callable
+            Texts (n,) -> vectors (n, dim).
+        """
+        return self.embed
+
+    def _check_columns(self, names: list[Any]) -> None:
+        """The texts are there, and nothing is written over."""
+        if self.column not in names:
+            raise ValueError(
+                f"The `column` parameter of `{OWNER}` must be a column of the batch; got "
+                f"{self.column!r}, and the batch has {names}."
+            )
+        if self.output_column in names:
+            raise ValueError(
+                f"The `output_column` parameter of `{OWNER}` must be a new column; got "
+                f"{self.output_column!r}, which the batch has already. Name another one."
+            )
+
+    def _extend_frame(self, frame: Any) -> Any:
+        """A copy of a pandas frame with one vector a row, its index kept."""
+        vectors = np.empty(len(frame), dtype=object)
+        vectors[:] = list(self.embed(frame[self.column]))
+        return frame.assign(**{self.output_column: vectors})
+
+    def _extend_table(self, table: Any) -> Any:
+        """A table with a column of fixed-size lists; pyarrow is there, as its table is."""
+        import pyarrow as pa
+
+        vectors = self.embed(table[self.column].to_pylist())
+        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+        return table.append_column(self.output_column, values)
+
+
+def _keep_models(vectorizer: Any) -> None:
+    """Hold a vectorizer's models for as long as the process lives: it is gone with its task."""
+    lease = vars(vectorizer).get("_lease")
+    for model in lease.models.values() if lease is not None else ():
+        registry.keep(model)
