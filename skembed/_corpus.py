@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from skembed._stored_vectors import iterate_blocks
+from skembed._quantization import iterate_blocks
 from skembed._validation import check_texts, count_columns
 from skembed.similarity import Indices, Vectors, normalize_rows
 

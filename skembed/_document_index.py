@@ -16,14 +16,12 @@ import torch
 from skembed._device_search import top_k_rows_on_device
 from skembed._hnsw import HnswGraph
 from skembed._index_file import pack_strings, unpack_strings
-from skembed._stored_vectors import StoredVectors, iterate_blocks
+from skembed._quantization import count_candidates, rescore_candidates
+from skembed._stored_vectors import StoredVectors
 from skembed.similarity import Indices, TopK, Vectors, top_k_rows
 
 __all__ = ["DocumentIndex"]
 
-# Scores of a block of the corpus and scores of single pairs differ in the last bits; this many
-# more candidates are scored as pairs, so that those bits decide nothing.
-_N_SPARE = 16
 _BLOCK_BYTES = 32 * 2**20
 _DEVICE_BLOCK_BYTES = 512 * 2**20
 
@@ -80,14 +78,10 @@ class DocumentIndex:
     def search(self, queries: Vectors, top_k: int, *, rescore: int, device: torch.device) -> TopK:
         """Find the best documents of each query, each (n_queries, top_k), top_k <= n."""
         several = rescore if self.fine is not None or self.graph is not None else 1
-        n = min(len(self), several * top_k + _N_SPARE)
+        n = count_candidates(len(self), top_k, several)
         candidates = self._find_candidates(queries, n, device=device)  # (Q, n)
-        scores = self._score_pairs(queries, candidates)
-        order = np.lexsort((-self._ranks[candidates], -scores), axis=1)[:, :top_k]
-        return TopK(
-            np.take_along_axis(scores, order, axis=1),
-            np.take_along_axis(candidates, order, axis=1),
-        )
+        finest = self.stored if self.fine is None else self.fine
+        return rescore_candidates(queries, candidates, finest.read_rows, self._ranks, top_k)
 
     def add(self, ids: Ids, vectors: Vectors) -> None:
         """Put documents behind those that are there; an error changes nothing that counts."""
@@ -174,13 +168,3 @@ class DocumentIndex:
         return top_k_rows_on_device(
             queries, read, ranks, n, device=device, block_bytes=_DEVICE_BLOCK_BYTES
         ).indices
-
-    def _score_pairs(self, queries: Vectors, rows: Indices) -> Vectors:
-        """Return the score of each query with each of its candidates, (n_queries, n)."""
-        finest = self.stored if self.fine is None else self.fine
-        places, scores = rows.ravel(), np.empty(rows.size, dtype=np.float32)
-        for block in iterate_blocks(rows.size, finest.dim):
-            vectors = finest.read_rows(places[block])  # (B, D)
-            own = np.arange(block.start, block.stop) // rows.shape[1]
-            np.einsum("nd,nd->n", queries[own], vectors, out=scores[block])
-        return scores.reshape(rows.shape)

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from skembed._stored_vectors import StoredVectors, iterate_blocks
+from skembed._quantization import iterate_blocks
+from skembed._stored_vectors import StoredVectors
 from skembed._validation import import_optional
 from skembed.similarity import Indices, Vectors
 

@@ -15,19 +15,19 @@ binary   1/8               one of two levels of the component, learned from the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from skembed._quantization import Levels, iterate_blocks
 from skembed.similarity import Indices, Vectors
 
-__all__ = ["STORAGE_KINDS", "StoredVectors", "iterate_blocks"]
+__all__ = ["STORAGE_KINDS", "StoredVectors"]
 
 STORAGE_KINDS = ("float32", "float16", "int8", "binary")
-_BLOCK_BYTES = 4 * 2**20
 _MAX_INT8 = 127
 
 Rows = slice | Indices
@@ -55,7 +55,7 @@ class StoredVectors:
     @classmethod
     def encode(cls, vectors: Vectors, kind: str) -> StoredVectors:
         """Store finite vectors (n, dim); as float32 the array itself."""
-        levels = {"levels": _learn_levels(vectors)} if kind == "binary" else {}
+        levels = {"levels": Levels.learn(vectors).table} if kind == "binary" else {}
         empty = cls(kind, vectors.shape[1], levels)
         return cls(kind, empty.dim, {**levels, **empty._encode_rows(vectors)})
 
@@ -74,11 +74,7 @@ class StoredVectors:
             scaled: Vectors = values * self.arrays["scales"][rows][:, None]
             return scaled
         if self.kind == "binary":
-            _, below, above = self.arrays["levels"]
-            found = np.unpackbits(values.view(np.uint8), axis=-1, count=self.dim).astype(np.float32)
-            found *= above - below
-            found += below
-            return found
+            return self._levels.decode(values.view(np.uint8))
         return values.astype(np.float32, copy=False)
 
     def append(self, vectors: Vectors) -> StoredVectors:
@@ -112,17 +108,13 @@ class StoredVectors:
                 # A tiny scale loses bits of its own, and with them the bound of a quotient.
                 values[rows] = np.clip(np.rint(block / steps), -_MAX_INT8, _MAX_INT8)
             return {"values": values, "scales": scales}
-        bits = np.empty((n, -(-self.dim // 8)), dtype=np.uint8)
-        for rows in iterate_blocks(n, self.dim):
-            bits[rows] = np.packbits(vectors[rows] > self.arrays["levels"][0], axis=1)
-        return {"values": bits}
+        return {"values": self._levels.encode(vectors)}
 
-
-def iterate_blocks(n: int, dim: int) -> Iterator[slice]:
-    """Cut n rows of `dim` float32 components into slices of a few MiB."""
-    size = max(1, _BLOCK_BYTES // (4 * max(1, dim)))
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
+    @property
+    def _levels(self) -> Levels:
+        """The two levels of each component; of "binary" only."""
+        table: Any = self.arrays["levels"]
+        return Levels(table)
 
 
 def _to_float16(vectors: Vectors) -> npt.NDArray[np.float16]:
@@ -132,19 +124,3 @@ def _to_float16(vectors: Vectors) -> npt.NDArray[np.float16]:
     for rows in iterate_blocks(*vectors.shape):
         values[rows] = np.clip(vectors[rows], -largest, largest)
     return values
-
-
-def _learn_levels(vectors: Vectors) -> Vectors:
-    """Return threshold (the mean), mean below and mean above of each component, (3, dim)."""
-    n, dim = vectors.shape
-    blocks = list(iterate_blocks(n, dim))
-    mean = sum(vectors[rows].sum(axis=0, dtype=np.float64) for rows in blocks) / n
-    mean = mean.astype(np.float32)
-    count, total, spread = np.zeros(dim), np.zeros(dim), np.zeros(dim)
-    for rows in blocks:
-        above = vectors[rows] > mean
-        count += above.sum(axis=0)
-        total += np.where(above, vectors[rows] - mean, 0).sum(axis=0, dtype=np.float64)
-        spread += np.abs(vectors[rows] - mean).sum(axis=0, dtype=np.float64)
-    below = mean - (spread - total) / np.maximum(n - count, 1)
-    return np.stack([mean, below, mean + total / np.maximum(count, 1)]).astype(np.float32)

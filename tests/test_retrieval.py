@@ -22,7 +22,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from skembed import NVEmbedVectorizer, _document_index, _index_file
+from skembed import NVEmbedVectorizer, _document_index, _index_file, _quantization
 from skembed._device_search import top_k_rows_on_device
 from skembed._stored_vectors import STORAGE_KINDS, StoredVectors
 from skembed.retrieval import Retriever
@@ -200,7 +200,7 @@ def test_search_holds_little_memory(rng: np.random.Generator) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     # The stated 32 MiB, the result, and of each candidate its row, rank, score and their order.
-    candidates = 2000 * (20 + _document_index._N_SPARE)
+    candidates = 2000 * (20 + _quantization.N_SPARE)
     assert peak <= 32 * 2**20 + found.scores.nbytes + found.indices.nbytes + 48 * candidates
 
 

@@ -1,0 +1,191 @@
+"""Arithmetic of quantised vectors, and the exact scores of candidates that they propose.
+
+`Ranges` and `Levels` turn vectors into codes and back, each with numbers of its own for every
+dimension: `EmbeddingQuantizer` learns and keeps them, the stored vectors of a `Retriever` use the
+same levels for single bits. All work is done in blocks of a few MiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from skembed.similarity import Indices, TopK, Vectors
+
+__all__ = [
+    "Codec",
+    "Levels",
+    "Ranges",
+    "count_candidates",
+    "iterate_blocks",
+    "rescore_candidates",
+]
+
+_BLOCK_BYTES = 4 * 2**20
+_MAX_CODE = 255
+# Scores of a block of the corpus and scores of single pairs differ in the last bits; this many
+# more candidates are scored as pairs, so that those bits decide nothing.
+N_SPARE = 16
+
+Codes = npt.NDArray[np.uint8]
+
+
+class Codec(Protocol):
+    """Vectors to codes and back."""
+
+    def encode(self, vectors: Vectors) -> Codes:
+        """Return codes, (n, width), of finite vectors (n, dim)."""
+
+    def decode(self, codes: Codes) -> Vectors:
+        """Return the vectors, (n, dim), that codes stand for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """256 equal steps from the lowest to the highest value of each dimension.
+
+    Attributes
+    ----------
+    low, step : ndarray of float32, shape (dim,)
+        Value of code 0, and between two codes; a dimension without extent has step 0.
+    """
+
+    low: Vectors
+    step: Vectors
+
+    @classmethod
+    def between(cls, low: Vectors, high: Vectors) -> Ranges:
+        """Return the steps between two bounds of each dimension."""
+        return cls(low, (high - low) / np.float32(_MAX_CODE))
+
+    @staticmethod
+    def learn(vectors: Vectors, percentiles: tuple[float, float]) -> tuple[Vectors, Vectors]:
+        """Return lower and upper percentile of each dimension, float32, (dim,) each."""
+        n, dim = vectors.shape
+        if percentiles == (0.0, 100.0):
+            return vectors.min(axis=0), vectors.max(axis=0)
+        found = np.empty((2, dim), dtype=np.float32)
+        for columns in iterate_blocks(dim, n):
+            found[:, columns] = np.percentile(vectors[:, columns], percentiles, axis=0)
+        return found[0], found[1]
+
+    def encode(self, vectors: Vectors) -> Codes:
+        """Return the nearest code of each component, (n, dim); 0 or 255 out of range."""
+        codes = np.empty(vectors.shape, dtype=np.uint8)
+        steps = np.where(self.step > 0, self.step, np.float32(np.inf))  # no extent: code 0
+        for rows in iterate_blocks(*vectors.shape):
+            with np.errstate(over="ignore"):  # far out of range, and clipped below
+                block = vectors[rows] - self.low
+                block /= steps
+            np.rint(block, out=block)
+            codes[rows] = np.clip(block, 0, _MAX_CODE, out=block)
+        return codes
+
+    def decode(self, codes: Codes) -> Vectors:
+        """Return the value of each code, (n, dim)."""
+        found: Vectors = codes.astype(np.float32)
+        found *= self.step
+        found += self.low
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """One bit for each dimension: above a threshold, or not; eight of them in a byte.
+
+    Attributes
+    ----------
+    table : ndarray of float32, shape (3, dim)
+        The threshold, and what stands for a component below and above it.
+    """
+
+    table: Vectors
+
+    @classmethod
+    def learn(cls, vectors: Vectors) -> Levels:
+        """Return the mean of each dimension, with the means of what lies below and above it."""
+        n, dim = vectors.shape
+        blocks = list(iterate_blocks(n, dim))
+        mean = sum(vectors[rows].sum(axis=0, dtype=np.float64) for rows in blocks) / n
+        mean = mean.astype(np.float32)
+        count, total, spread = np.zeros(dim), np.zeros(dim), np.zeros(dim)
+        for rows in blocks:
+            above = vectors[rows] > mean
+            count += above.sum(axis=0)
+            total += np.where(above, vectors[rows] - mean, 0).sum(axis=0, dtype=np.float64)
+            spread += np.abs(vectors[rows] - mean).sum(axis=0, dtype=np.float64)
+        below = mean - (spread - total) / np.maximum(n - count, 1)
+        table = np.stack([mean, below, mean + total / np.maximum(count, 1)])
+        return cls(table.astype(np.float32))
+
+    def encode(self, vectors: Vectors) -> Codes:
+        """Return packed bits, (n, ceil(dim / 8))."""
+        n, dim = vectors.shape
+        bits = np.empty((n, -(-dim // 8)), dtype=np.uint8)
+        for rows in iterate_blocks(n, dim):
+            bits[rows] = np.packbits(vectors[rows] > self.table[0], axis=1)
+        return bits
+
+    def decode(self, codes: Codes) -> Vectors:
+        """Return the level of each bit, (n, dim)."""
+        _, below, above = self.table
+        found = np.unpackbits(codes, axis=-1, count=self.table.shape[1]).astype(np.float32)
+        found *= above - below
+        found += below
+        return found
+
+
+def iterate_blocks(n: int, dim: int) -> Iterator[slice]:
+    """Cut n rows of `dim` float32 components into slices of a few MiB."""
+    size = max(1, _BLOCK_BYTES // (4 * max(1, dim)))
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def count_candidates(n: int, top_k: int, rescore: int) -> int:
+    """Return how many of n documents are scored as pairs, to find the best `top_k` of them."""
+    return min(n, rescore * top_k + N_SPARE)
+
+
+def rescore_candidates(
+    queries: Vectors,
+    candidates: Indices,
+    read_rows: Callable[[Indices], Vectors],
+    ranks: npt.NDArray[Any],
+    top_k: int,
+) -> TopK:
+    """Score each query with its own candidates, pair by pair, and keep the best.
+
+    Parameters
+    ----------
+    queries : ndarray of float32, shape (n_queries, dim)
+        The queries.
+    candidates : ndarray of int64, shape (n_queries, n)
+        Rows of the documents, n >= `top_k`.
+    read_rows : callable
+        Takes rows and returns their vectors as float32, (n_rows, dim).
+    ranks : ndarray of int64, shape (n_documents,)
+        Of equal scores the document with the higher rank comes first.
+    top_k : int
+        How many to keep.
+
+    Returns
+    -------
+    TopK
+        Scores and rows, each (n_queries, top_k), the best first. A score depends on one query and
+        one document alone.
+    """
+    scores = np.empty(candidates.size, dtype=np.float32)
+    places, width = candidates.ravel(), candidates.shape[1]
+    for block in iterate_blocks(candidates.size, queries.shape[1]):
+        own = np.arange(block.start, block.stop) // width
+        np.einsum("nd,nd->n", queries[own], read_rows(places[block]), out=scores[block])
+    scores = scores.reshape(candidates.shape)
+    order = np.lexsort((-ranks[candidates], -scores), axis=1)[:, :top_k]
+    return TopK(
+        np.take_along_axis(scores, order, axis=1), np.take_along_axis(candidates, order, axis=1)
+    )
