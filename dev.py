@@ -35,8 +35,9 @@ usage: python3 dev.py COMMAND [ARGUMENTS]
   test [ARGS]        the tests; arguments go to pytest (`test -k cache -x`)
   lint               ruff check, ruff format --check, mypy
   docs [ARGS]        the documentation site; arguments go to sphinx (-D plot_gallery=0 is quick)
-  ci                 test, then lint
+  ci                 test, lint, and the documentation site without running its gallery
   bench [NAME ARGS]  run benchmarks/NAME.py; without a name, list them
+  bench all [ARGS]   run all that fit this machine, one after the other (--gpu: those of a GPU too)
 
 Each command first brings the project's own environment, .venv, up to date: one pip call when it
 is new or pyproject.toml, constraints.txt or Python changed, none otherwise. Commands run in the
@@ -229,22 +230,23 @@ def run_docs(arguments: list[str]) -> int:
 
 
 def run_ci(arguments: list[str]) -> int:
-    """Run the tests, then style and types, both even where the first fails."""
+    """Run the tests, style and types, and the site's pages, all even where the first fails."""
     refuse(arguments, "ci")
-    return max(run_test([]), run_lint([]))
+    return max(run_test([]), run_lint([]), run_docs(["-D", "plot_gallery=0"]))
 
 
 def run_bench(arguments: list[str]) -> int:
-    """Run one benchmark, or list them."""
+    """Run one benchmark, all of them, or list them."""
     names = sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))
+    names = [name for name in names if name != "fill_results"]
     listing = ", ".join(names) or "none yet"
     if not arguments:
-        say(f"benchmarks: {listing}")
+        say(f"benchmarks: {listing}; `bench all` runs them one after the other")
         return 0
     name, *rest = arguments
     if name not in names:
         raise StepError(f"there is no benchmark {name!r}; there are: {listing}.")
-    set_up("bench", "train")
+    set_up("bench", "plot", "train")
     return step(f"benchmarks/{name}.py", ROOT / "benchmarks" / f"{name}.py", *rest)
 
 
