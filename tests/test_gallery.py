@@ -8,6 +8,9 @@ import contextlib
 import io
 import json
 import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -146,7 +149,7 @@ def test_notebook_begins_with_words(notebook: dict[str, Any]) -> None:
     assert first["source"][0].startswith("# ")
 
 
-def test_notebook_runs_from_top_to_bottom(notebook: dict[str, Any], pyplot: Any) -> None:
+def test_notebook_runs_on_a_part_of_its_texts(notebook: dict[str, Any], pyplot: Any) -> None:
     """Cell by cell in one namespace; the last expression of a cell is shown, as Jupyter does."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -163,3 +166,57 @@ def test_notebook_runs_from_top_to_bottom(notebook: dict[str, Any], pyplot: Any)
     assert len(cells) >= 6
     assert any(value is not None for value in shown)
     assert pyplot.get_fignums()
+
+
+# What a kernel does with a notebook: each code cell in order, in one namespace of a new process.
+KERNEL = textwrap.dedent(
+    """
+    import ast, json, sys
+    namespace = {"__name__": "__main__"}
+    with open(sys.argv[1], encoding="utf-8") as file:
+        cells = [cell for cell in json.load(file)["cells"] if cell["cell_type"] == "code"]
+    for number, cell in enumerate(cells, start=1):
+        tree = ast.parse("".join(cell["source"]))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, f"cell {number}", "exec"), namespace)
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), namespace)
+            print(repr(value))
+        print(f"[{number}] done", flush=True)
+    """
+)
+
+
+def run_notebook(path: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a notebook in a process of its own, in a folder."""
+    return subprocess.run(
+        [sys.executable, "-c", KERNEL, str(path)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_notebook_runs_from_top_to_bottom(notebook: dict[str, Any], tmp_path: Path) -> None:
+    """All of it, on all of its texts, with nothing there but what its own cells make."""
+    for package in ("umap", "peft"):
+        pytest.importorskip(package, reason="an extra of skembed is not installed")
+    done = run_notebook(NOTEBOOK, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    n_cells = sum(cell["cell_type"] == "code" for cell in notebook["cells"])
+    assert re.findall(r"^\[(\d+)\] done$", done.stdout, re.MULTILINE) == [
+        str(number) for number in range(1, n_cells + 1)
+    ]
+
+
+def test_a_notebook_that_fails_is_noticed(tmp_path: Path) -> None:
+    """A cell that needs a name of a later cell, as it happens when cells are run out of order."""
+    sources = ["first = 1\nfirst + 1", "first + second", "second = 2"]
+    cells = [{"cell_type": "code", "source": [source]} for source in sources]
+    path = tmp_path / "broken.ipynb"
+    path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    done = run_notebook(path, tmp_path)
+    assert done.stdout.splitlines() == ["2", "[1] done"]
+    assert done.returncode == 1
+    assert "NameError: name 'second' is not defined" in done.stderr
