@@ -19,6 +19,7 @@ from torch import Tensor
 from skembed.adapters import Adapter, read_pooling, start_lora
 from skembed.batches import BatchPlan, ClassIndex, TaskPlan, TextTable
 from skembed.checkpoint import ModelSource
+from skembed.distributed import Processes, active_processes
 from skembed.examples import Examples, split_validation
 from skembed.history import TrainingHistory
 from skembed.lora import LoraSettings
@@ -76,8 +77,10 @@ def check_requests(requests: Sequence[TaskRequest], trainer: ContrastiveTrainer)
     if trainer.validation_fraction:
         for request in requests:
             split_validation(request.examples, trainer.validation_fraction, trainer.random_state)
-    if trainer.checkpoint_dir is not None:
-        check_folder(trainer.checkpoint_dir, _identify_data(requests, trainer))
+    folder = trainer.checkpoint_dir
+    if folder is not None:
+        identity = _identify_data(requests, trainer)
+        active_processes().on_first(lambda: check_folder(folder, identity))
     return losses
 
 
@@ -174,7 +177,10 @@ def fit_adapter(
         float(trainer.lora_dropout),
         targets if isinstance(targets, str) else tuple(targets),
     )
-    checkpoints, seed = _open_checkpoints(base, requests, trainer, max_length, start)
+    processes = active_processes()
+    identity = _identify(base, requests, trainer, max_length, start)
+    processes.check_same(identity, owner="NVEmbedVectorizer")
+    checkpoints, seed = _open_checkpoints(identity, trainer, processes)
     table = TextTable(
         base.tokenizer, max_length=max_length, mask_prefix=base.config.is_mask_instruction
     )
@@ -203,7 +209,8 @@ def fit_adapter(
         validation=_join_validations(validations),
         remine=_miner(plan, trainer) if trainer.mine_negatives else None,
         checkpoints=checkpoints,
-        progress=progress,
+        progress=progress if processes.is_first else False,
+        processes=processes,
     )
     return FitResult(adapter, history, table.n_truncated, len(table.ids))
 
@@ -267,29 +274,47 @@ def _start_weights(
 
 
 def _open_checkpoints(
+    identity: dict[str, str], trainer: ContrastiveTrainer, processes: Processes
+) -> tuple[Checkpoints | None, int]:
+    """The folder of states, if there is to be one, and the seed: the saved run's, or a new one.
+
+    Of several processes the first alone has the folder.
+    """
+    opened: list[Checkpoints] = []
+
+    def open_first() -> int:
+        seed = trainer.random_state
+        if trainer.checkpoint_dir is not None:
+            every = trainer.checkpoint_steps
+            opened.append(Checkpoints(trainer.checkpoint_dir, identity, every=every))
+            seed = opened[0].seed if seed is None else seed
+        if seed is None:
+            seed = int(np.random.SeedSequence().generate_state(1, np.uint32)[0])
+        for checkpoints in opened:
+            checkpoints.new_seed = seed
+        return int(seed)
+
+    seed = processes.on_first(open_first)
+    return (opened[0] if opened else None), seed
+
+
+def _identify(
     base: LoadedModel,
     requests: Sequence[TaskRequest],
     trainer: ContrastiveTrainer,
     max_length: int,
     start: Adapter | None,
-) -> tuple[Checkpoints | None, int]:
-    """The folder of states, if there is to be one, and the seed: the saved run's, or a new one."""
-    seed = trainer.random_state
-    entropy = int(np.random.SeedSequence().generate_state(1, np.uint32)[0])
-    if trainer.checkpoint_dir is None:
-        return None, entropy if seed is None else seed
-    identity = {
+) -> dict[str, str]:
+    """What tells a run from others; nothing where no one asks."""
+    if trainer.checkpoint_dir is None and active_processes().size == 1:
+        return {}
+    return {
         "model": base.key.fingerprint + (f"+{start.fingerprint}" if start else ""),
         "pooling": base.key.pooling,
         "data type or device": f"{base.key.dtype} on {base.key.device.split(':')[0]}",
         "max_length": str(max_length),
         **_identify_data(requests, trainer),
     }
-    checkpoints = Checkpoints(trainer.checkpoint_dir, identity, every=trainer.checkpoint_steps)
-    if seed is None:
-        seed = entropy if checkpoints.seed is None else checkpoints.seed
-    checkpoints.new_seed = seed
-    return checkpoints, seed
 
 
 def _identify_data(requests: Sequence[TaskRequest], trainer: ContrastiveTrainer) -> dict[str, str]:

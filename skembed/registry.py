@@ -197,7 +197,9 @@ def resolve_device(device: str) -> torch.device:
                 f"{owner} is {device!r}, but torch sees {count} CUDA devices here. Pass "
                 "device='auto' or 'cpu'."
             )
-        return torch.device("cuda", found.index or 0)
+        # Without a number the current one: under torchrun each process has its own.
+        index = torch.cuda.current_device() if found.index is None else found.index
+        return torch.device("cuda", index)
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"{owner} is 'mps', which this machine has not. Pass device='auto'.")
     return torch.device(found.type)

@@ -58,7 +58,8 @@ class ContrastiveTrainer(BaseEstimator):
         Bound on optimiser steps.
     batch_size : int, default=64
         Examples of an optimiser step, up to half as many more where they do not divide evenly.
-        Memory does not depend on it.
+        Memory does not depend on it. Several processes (`skembed.distributed.join_processes`)
+        share them out.
     batch_tokens : int or "auto", default="auto"
         Tokens of one forward and backward pass (a chunk of the gradient cache). "auto" chooses by
         device, and embeds small batches once instead of twice.

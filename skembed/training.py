@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from skembed.adapters import Adapter, load_pooling
 from skembed.batches import Batch, BatchPlan, TextTable
+from skembed.distributed import Processes
 from skembed.exceptions import TrainingError
 from skembed.history import STEP_COLUMNS, TrainingHistory
 from skembed.lora import DropoutMasks, LoraSettings, TrainablePooling, insert_lora, share_weights
@@ -37,6 +38,7 @@ CPU_CHUNK_TOKENS = 2_048
 # this many is embedded once instead of twice.
 CPU_KEPT_TOKENS = 4_096
 N_VALIDATIONS = 10
+GATHERED_CHUNKS = 8  # of each process, whose vectors are exchanged at once
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,10 @@ class _Learner:
         settings: TrainingSettings,
         lora: dict[str, Tensor],
         pooling: dict[str, Tensor],
+        processes: Processes | None = None,
     ) -> None:
         self.base, self.table, self.settings = base, table, settings
+        self.processes = Processes() if processes is None else processes
         self.masks = DropoutMasks(settings.lora.lora_dropout)
         self.model = share_weights(base.model)
         self.model.requires_grad_(False)
@@ -148,17 +152,46 @@ class _Learner:
     def embed_all(self, rows: np.ndarray) -> np.ndarray:
         """Unit vectors of any rows, without gradients and dropout, (n, D) on the host."""
         out = np.empty((len(rows), self.base.config.hidden_size), dtype=np.float32)
-        chunk_tokens, _ = self.chunk_budget()
+        chunks, _ = self._cut(rows)
+        size = GATHERED_CHUNKS * self.processes.size
         active, self.masks.active = self.masks.active, False
         try:
             with torch.no_grad():
-                for chunk in self.table.cut(rows, chunk_tokens):
-                    out[chunk] = self.embed(rows[chunk]).cpu().numpy()
+                for block in (chunks[k : k + size] for k in range(0, len(chunks), size)):
+                    self._embed_block(rows, block, out)
         finally:
             self.masks.active = active
         if not np.isfinite(out).all():
             raise _diverged("A vector of the model in training is not finite", self.settings)
         return out
+
+    def _embed_block(self, rows: np.ndarray, chunks: list[np.ndarray], out: np.ndarray) -> None:
+        """Put the vectors of some chunks of `rows` into `out`; the processes share the work."""
+        shares = self._share(rows, chunks)
+        places = [_join_places(chunks, share) for share in shares]
+        own = [self.embed(rows[chunks[k]]) for k in shares[self.processes.rank]]
+        vectors = torch.cat(own) if own else self._no_rows()
+        counts = [len(place) for place in places]
+        for place, piece in zip(places, self.processes.gather_rows(vectors, counts), strict=True):
+            out[place] = piece.cpu().numpy()
+
+    def _cut(self, rows: np.ndarray) -> tuple[list[np.ndarray], int]:
+        """Chunks of rows of the table, and how many of them may be kept with their graph."""
+        chunk_tokens, kept_tokens = self.processes.lowest(*self.chunk_budget())
+        n_kept = max(1, kept_tokens // chunk_tokens)
+        if self.settings.batch_tokens is None:
+            total = int(self.table.lengths[rows].sum())
+            chunk_tokens = self.processes.fair_budget(total, chunk_tokens)
+        return self.table.cut(rows, chunk_tokens), n_kept
+
+    def _share(self, rows: np.ndarray, chunks: list[np.ndarray]) -> list[list[int]]:
+        """Numbers of the chunks that each process embeds, even in tokens."""
+        lengths = self.table.lengths[rows]
+        return self.processes.share([int(lengths[chunk].sum()) for chunk in chunks])
+
+    def _no_rows(self) -> Tensor:
+        """What a process embeds to which no chunk fell, (0, D)."""
+        return torch.empty((0, self.base.config.hidden_size), device=self.base.device)
 
     def chunk_budget(self) -> tuple[int, int]:
         """Tokens of a chunk, and tokens whose activations may be held at once."""
@@ -177,23 +210,31 @@ class _Learner:
 
     def accumulate(self, batch: Batch, step: int) -> Tensor:
         """Add the gradient of a batch's loss to the parameters; the loss, detached."""
-        chunk_tokens, kept_tokens = self.chunk_budget()
-        chunks = self.table.cut(batch.texts, chunk_tokens)
-        # Back to the order of batch.texts; chunks are one after the other.
-        order = torch.from_numpy(np.argsort(np.concatenate(chunks))).to(self.base.device)
+        chunks, n_kept = self._cut(batch.texts)
+        shares = self._share(batch.texts, chunks)
+        own = shares[self.processes.rank]
+        places = [_join_places(chunks, share) for share in shares]
+        counts = [len(place) for place in places]
+        # Back to the order of batch.texts; chunks, and shares of them, are one after the other.
+        order = torch.from_numpy(np.argsort(np.concatenate(places))).to(self.base.device)
 
         def prepare(k: int) -> None:
-            self.masks.key = (self.settings.seed, step, k)
+            self.masks.key = (self.settings.seed, step, own[k])
 
         def embed(k: int) -> Tensor:
-            return self.embed(batch.texts[chunks[k]])
+            return self.embed(batch.texts[chunks[own[k]]])
 
         def compute_loss(embeddings: Tensor) -> Tensor:
-            return batch_loss(embeddings[order], batch, self.settings.temperature)
+            rows = self.processes.join_rows(embeddings, counts)
+            return batch_loss(rows[order], batch, self.settings.temperature)
 
-        sizes = [len(chunk) for chunk in chunks]
-        n_kept = max(1, kept_tokens // chunk_tokens)
-        return backward_in_chunks(embed, sizes, compute_loss, n_kept=n_kept, prepare=prepare)
+        sizes = [len(chunks[k]) for k in own]
+        if sizes:
+            loss = backward_in_chunks(embed, sizes, compute_loss, n_kept=n_kept, prepare=prepare)
+        else:
+            loss = compute_loss(self._no_rows())
+        self.processes.sum_gradients(list(self.parameters.values()))
+        return loss
 
     def update(self, step: int) -> tuple[float, float]:
         """One step of the optimiser on the gradients at hand; gradient norm and learning rate."""
@@ -237,6 +278,11 @@ class _Learner:
         pooling = {n.removeprefix("pooling."): t for n, t in weights.items() if n not in self.lora}
         lora = {name: weights[name] for name in self.lora}
         return Adapter(self.settings.lora, lora, pooling, self.base.key.fingerprint)
+
+
+def _join_places(chunks: list[np.ndarray], share: list[int]) -> np.ndarray:
+    """Positions of some chunks' texts, one chunk after the other."""
+    return np.concatenate([np.empty(0, dtype=np.int64), *(chunks[k] for k in share)])
 
 
 def batch_loss(embeddings: Tensor, batch: Batch, temperature: float) -> Tensor:
@@ -296,6 +342,7 @@ def run_training(
     remine: Callable[[int, Callable[[np.ndarray], np.ndarray]], None] | None = None,
     checkpoints: Checkpoints | None = None,
     progress: bool | None = None,
+    processes: Processes | None = None,
 ) -> tuple[Adapter, TrainingHistory]:
     """Train an adapter.
 
@@ -318,6 +365,8 @@ def run_training(
         Where the state is saved and resumed from.
     progress : bool, optional
         True shows a bar, False none, None one after three seconds.
+    processes : Processes, optional
+        Those that train together; None is this one alone. `checkpoints` is the first one's only.
 
     Returns
     -------
@@ -331,8 +380,10 @@ def run_training(
     TrainingError
         When the loss or its gradient is not finite, or a batch has nothing to compare.
     """
-    learner = _Learner(base, plan.table, settings, lora, pooling)
-    state = _resume(learner, checkpoints, plan)
+    processes = Processes() if processes is None else processes
+    learner = _Learner(base, plan.table, settings, lora, pooling, processes)
+    saved = processes.on_first(lambda: None if checkpoints is None else checkpoints.read())
+    state = _resume(learner, saved, plan)
     history = state.history
     if validation is not None:
         history.validation_metric = validation.metric
@@ -344,6 +395,8 @@ def run_training(
         for step, listed in plan.iterate_steps(first, settings.n_steps):
             if remine is not None and plan.starts_epoch(step):
                 remine(step // plan.n_batches, learner.embed_all)
+                for task in plan.tasks:
+                    task.mined = processes.agree(task.mined)
             began = time.perf_counter()
             batch = plan.build(step, listed)
             loss = learner.accumulate(batch, step)
@@ -365,12 +418,15 @@ def run_training(
                 checkpoints.offer(state.step, lambda: _snapshot(learner, state, plan))
         state.done = True
     except KeyboardInterrupt:
+        if processes.size > 1:  # the others may be at another step
+            raise
         history.stopped = "interrupted"
         logger.warning(
             "training was interrupted after %d of %d steps", state.step, settings.n_steps
         )
     finally:
         bar.close()
+    processes.copy_first(list(learner.parameters.values()))
     weights = learner.weights()
     if settings.early_stopping and state.best:
         weights = state.best
@@ -402,7 +458,7 @@ def _is_due(step: int, n_steps: int) -> bool:
 
 def _validate(learner: _Learner, validation: Validation, state: _Progress) -> None:
     """Score the model, and keep its weights if it is the best so far."""
-    score = validation.score(learner.embed_all)
+    score = learner.processes.agree(validation.score(learner.embed_all))
     state.history.validation.append({"step": state.step, "score": score})
     if score > state.best_score:
         state.best_score, state.n_worse = score, 0
@@ -452,9 +508,10 @@ def _snapshot(
     return tensors, values
 
 
-def _resume(learner: _Learner, checkpoints: Checkpoints | None, plan: BatchPlan) -> _Progress:
+def _resume(
+    learner: _Learner, saved: tuple[dict[str, Tensor], dict[str, Any]] | None, plan: BatchPlan
+) -> _Progress:
     """The state saved last, put into the learner and the plan; a fresh one if there is none."""
-    saved = checkpoints.read() if checkpoints is not None else None
     if saved is None:
         return _Progress()
     tensors, values = saved
