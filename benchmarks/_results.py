@@ -12,6 +12,7 @@ import platform
 import re
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
+STARTED = time.monotonic()  # this module is among the first that a benchmark imports
 PACKAGES = (
     "skembed",
     "torch",
@@ -161,6 +163,7 @@ def finish(
         "benchmark": name,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command_line(),
+        "seconds": round(time.monotonic() - STARTED, 1),
         "machine": describe_machine(device),
         "versions": package_versions(),
         "figures": [figure.to_dict() for figure in figures],

@@ -1,6 +1,6 @@
 """Which head `EmbeddingClassifier` takes by default: accuracy and log loss on frozen vectors.
 
-Run: python benchmarks/classification_heads.py [--rows 2400] [--draws 3] [--only banking77 sst2]
+Run: python benchmarks/classification_heads.py [--full] [--rows 1200] [--only banking77 sst2]
 Uses the train parts only: a third of the rows is held out, the head is fitted on 8 and 16 examples
 a class drawn from the rest, and on all of the rest. Each text is embedded once. A head's mean is
 taken over the sets, each set counting the same. Where a head gives probabilities: their log loss,
@@ -137,11 +137,11 @@ def main() -> int:
     """Score the heads set by set and write one table of means."""
     parser = make_parser(__doc__)
     parser.add_argument("--model", default="skembed-mini")
-    parser.add_argument("--rows", type=int, default=2400, help="rows of each train part")
+    parser.add_argument("--rows", type=int, default=1200, help="rows of each train part")
     parser.add_argument("--draws", type=int, default=3, help="draws of 8 and 16 examples a class")
     parser.add_argument("--only", nargs="*", choices=SETS, default=SETS, help="names of sets")
     parser.add_argument("--cache", default="memory", help="cache of the vectorizer")
-    args = start(parser)
+    args = start(parser, full={"rows": 2400})
     for category in (ConvergenceWarning, UndefinedMetricWarning):
         warnings.filterwarnings("ignore", category=category)
     # Rare classes have fewer rows than folds in a draw.

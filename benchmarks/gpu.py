@@ -33,6 +33,7 @@ from _common import (
     make_parser,
     measure_peak,
     seconds,
+    skip,
     start,
 )
 from _results import RESULTS, Figure, finish
@@ -409,8 +410,8 @@ def main() -> int:
     parser.add_argument("--load-only", type=Path, help="measure loading of this folder, and stop")
     args = start(parser)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        sys.exit(
-            "gpu.py needs a CUDA device, and torch sees none here. To see that it runs: "
+        skip(
+            "needs a CUDA device, and torch sees none here. To see that it runs: "
             "python benchmarks/gpu.py --device cpu --tiny"
         )
     device = torch.device(args.device)

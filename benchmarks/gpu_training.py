@@ -16,7 +16,7 @@ import sys
 
 import numpy as np
 import torch
-from _common import make_parser, measure_peak, start
+from _common import make_parser, measure_peak, skip, start
 from _results import RESULTS, Figure, finish
 
 from skembed.adapters import start_lora
@@ -93,8 +93,8 @@ def main() -> int:
     parser.add_argument("--checkpointing", action="store_true")
     args = start(parser)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        sys.exit(
-            "gpu_training.py needs a CUDA device, and torch sees none here. To see that it runs: "
+        skip(
+            "needs a CUDA device, and torch sees none here. To see that it runs: "
             "python benchmarks/gpu_training.py --device cpu --tiny"
         )
     if args.tiny:

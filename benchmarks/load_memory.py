@@ -13,7 +13,6 @@ The bar of the project is a peak of at most 1.2 times the weights; exit status 1
 
 import argparse
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common import make_parser, skip, start
+from _results import Figure, finish
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from skembed.checkpoint import INDEX_FILE, read_config, resolve_source
 from skembed.model import NVEmbedConfig, NVEmbedModel
 from skembed.registry import ModelKey, choose_attention_path, registry
 
-BAR = 1.2
+MAX_PEAK = 1.2
 SHARD_BYTES = 400_000_000
 # The proportions of the 7B model at hidden 1,536: head width of the latent layer = hidden width,
 # a tenth of all weights in it, the largest tensor 3.6 % of the whole.
@@ -109,7 +110,7 @@ def read_memory(field: str) -> int:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {field}: needs Linux")
+    skip(f"/proc/self/status has no {field}: needs Linux")
 
 
 def load_one(name: str | Path, dtype: str) -> tuple[Any, float]:
@@ -124,9 +125,9 @@ def load_one(name: str | Path, dtype: str) -> tuple[Any, float]:
         dtype=dtype,
         attention_path=choose_attention_path(device, getattr(torch, dtype)),
     )
-    start = time.perf_counter()
+    began = time.perf_counter()
     loaded = registry.get(key, source, config)
-    return loaded, time.perf_counter() - start
+    return loaded, time.perf_counter() - began
 
 
 def measure(folder: Path, dtype: str) -> dict[str, Any]:
@@ -151,41 +152,36 @@ def measure(folder: Path, dtype: str) -> dict[str, Any]:
         "peak_ratio": round(peak / weights, 4),
         "after_ratio": round(after / weights, 4),
         "seconds": round(seconds, 2),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
     }
 
 
-def main() -> None:
-    """Make the checkpoint, measure each type, print a table and a JSON line each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> int:
+    """Make the checkpoint, measure each type, write the result, and return the exit status."""
+    parser = make_parser(__doc__, data=False)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the float16 weights")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--folder", type=Path, help="where to make it; default: temporary")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = start(parser)
     if args.measure:
         print(json.dumps(measure(Path(args.measure[0]), args.measure[1])))
-        return
-    rows = []
+        return 0
+    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="load-memory-", dir=args.folder) as temporary:
-        start = time.perf_counter()
         total = make_checkpoint(Path(temporary), args.gigabytes)
-        print(f"made {total / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"made {total / 1e9:.2f} GB", flush=True)
         for dtype in args.dtypes:
             command = [sys.executable, __file__, "--measure", temporary, dtype]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{'target':10} {'weights':>8} {'peak':>8} {'ratio':>6} {'after':>6} {'seconds':>8}")
-    for row in rows:
-        print(
-            f"{row['dtype']:10} {row['weights_bytes'] / 1e9:5.2f} GB {row['peak_bytes'] / 1e9:5.2f}"
-            f" GB {row['peak_ratio']:6.3f} {row['after_ratio']:6.3f} {row['seconds']:8.1f}"
-        )
-    for row in rows:
-        print(json.dumps(row))
-    sys.exit(0 if all(row["peak_ratio"] <= BAR for row in rows) else 1)
+            found[dtype] = json.loads(done.stdout.splitlines()[-1])
+    figures = [Figure("weights of the checkpoint, float16, GB", total / 1e9)]
+    for dtype, row in found.items():
+        title = f"peak of loading as {dtype} / weights"
+        figures.append(Figure(title, row["peak_ratio"], MAX_PEAK, at_least=False))
+        figures.append(Figure(f"loading as {dtype}, s", row["seconds"]))
+    title = "Peak memory of loading a checkpoint"
+    return finish("load_memory", title, figures, {"by type": found}, args=args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Scores of skembed-mini on the evaluation sets, beside all-MiniLM-L6-v2 and three plain baselines.
 
-Run: python benchmarks/quality.py [--models skembed-mini minilm ...] [--only stsb sickr ...]
+Run: python benchmarks/quality.py [--full] [--models skembed-mini minilm ...] [--only stsb ...]
 Protocols follow MTEB (arXiv 2210.07316): classification, 8 examples per class, logistic regression,
 mean accuracy of 10 draws on at most 4,000 test rows; clustering, V-measure of mini-batch k-means on
 at most 10,000 texts, mean of 5 seeds; STS, Spearman correlation of the cosine; reranking, mean
@@ -13,7 +13,8 @@ floor `word-vectors`, the mean of skembed-mini's own word vectors, without its l
 
 Sets go from the smallest to the largest, each through all models in turn, and every model embeds a
 text once. `--keep minilm` takes that column from the results in `--out` instead of computing it; it
-keeps its machine and date, and no ratio of speeds is taken with it.
+keeps its machine and date, and no ratio of speeds is taken with it. So it is by default where it is
+there, for the peer's scores do not change and take most of the time; --full computes all columns.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import load_minilm, make_parser, read_rows, start
+from _common import load_minilm, make_parser, read_rows, skip, start
 from _results import Figure, finish, processor_name
 from safetensors.torch import load_file
 from scipy import sparse
@@ -287,6 +288,14 @@ class Column:
         }
 
 
+def has_column(name: str, args: argparse.Namespace) -> bool:
+    """Whether an earlier run in `--out` scored a model on all sets of this one."""
+    path = args.out / f"{NAME}.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    scores = record.get("values", {}).get("scores", {})
+    return all(name in scores.get(s, {}) for s in find_sets(args.data, args.only))
+
+
 def keep_column(name: str, path: Path, sets: Iterable[str]) -> Column:
     """The column of an earlier run."""
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -311,7 +320,7 @@ def find_sets(data: Path, only: Sequence[str] | None = None) -> list[str]:
             sys.exit(f"The data folder has no set {', '.join(sorted(unknown))} under eval/.")
         folders = [path for path in folders if path.name in only]
     if not folders:
-        sys.exit("There are no sets under eval/. Pass the data folder as --data or SKEMBED_DATA.")
+        skip("there are no sets under eval/. Pass the data folder as --data, or set SKEMBED_DATA.")
     folders.sort(key=lambda path: sum(file.stat().st_size for file in path.iterdir()))
     return [f"{path.parent.name}/{path.name}" for path in folders]
 
@@ -398,8 +407,12 @@ def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="*", default=MODELS, help="columns of the table")
     parser.add_argument("--only", nargs="*", help="names of sets, such as stsb")
-    parser.add_argument("--keep", nargs="*", default=[], help="models taken from earlier results")
-    args = start(parser)
+    parser.add_argument(
+        "--keep", nargs="*", help="models taken from earlier results; default: minilm if it can be"
+    )
+    args = start(parser, full={"keep": []})
+    if args.keep is None:
+        args.keep = [PEER] if PEER in args.models and has_column(PEER, args) else []
     columns = run(args)
     sets = next(iter(columns.values())).scores
     values: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Time and peak memory of an exact search, beside sentence-transformers and scikit-learn.
 
-Run: python benchmarks/retrieval.py [--documents 200000] [--queries 1000] [--top-k 100]
+Run: python benchmarks/retrieval.py [--full] [--documents 200000] [--queries 1000] [--top-k 100]
 Random unit vectors. Each side searches in a process of its own, and the sides take turns
 (`--rounds`), so that a change of the machine's speed meets all. A process makes the vectors, warms
 up on a small part, and then fits and searches; "peak" is the largest resident memory from there on,
@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from _common import make_parser, seconds, start
 from _results import Figure, finish
+from load_memory import read_memory
 
 Vectors = np.ndarray
 Search = Callable[[Vectors, Vectors, int], tuple[Vectors, Vectors]]  # scores, indices
@@ -94,14 +95,6 @@ def make_search(side: str) -> Search:
     return search_st
 
 
-def read_memory(field: str) -> int:
-    """Return a line of this process's status in bytes: VmRSS (now) or VmHWM (its peak)."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {field}: needs Linux")
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Search in this process; its times, its peak, and the indices in the file of `--keep`."""
     corpus = make_vectors(args.documents, args.dim, seed=0)
@@ -158,12 +151,12 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1_000)
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--top-k", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=3, help="searches of each process")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
+    parser.add_argument("--repeats", type=int, default=2, help="searches of each process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--large", type=int, default=1_000_000, help="0: without")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--keep", help=argparse.SUPPRESS)
-    args = start(parser)
+    args = start(parser, full={"repeats": 3, "rounds": 3})
     if args.side:
         print(json.dumps(measure(args)))
         return
@@ -181,10 +174,14 @@ def main() -> None:
     }
     peaks = {side: max(run["peak_MiB"] for run in runs[side]) for side in sides}
     fastest = min(PEERS, key=times.__getitem__)
+    ratios = [
+        statistics.median(theirs["times_s"]) / statistics.median(ours["times_s"])
+        for ours, theirs in zip(runs[OURS], runs[fastest], strict=True)
+    ]
     figures = [Figure(f"{side}: time, s", times[side]) for side in (OURS, *PEERS)]
     figures += [Figure(f"{side}: peak, MiB", peaks[side]) for side in (OURS, *PEERS)]
     figures += [
-        Figure(f"times as fast as the fastest peer ({fastest})", times[fastest] / times[OURS], 1.0),
+        Figure(f"times as fast as the fastest peer ({fastest})", statistics.median(ratios), 1.0),
         Figure("peak, share of that peer's", peaks[OURS] / peaks[fastest], 1.0, at_least=False),
     ]
     for side in list(STORAGE)[1:]:
@@ -198,6 +195,7 @@ def main() -> None:
         )
     values = {
         "search": {key: getattr(args, key) for key in ("documents", "queries", "dim", "top_k")},
+        "times as fast, each round": [round(ratio, 3) for ratio in ratios],
         "runs": {
             side: {
                 "times_s": [round(t, 4) for run in runs[side] for t in run["times_s"]],

@@ -1,6 +1,6 @@
 """Texts per second against sentence-transformers on the very same Mistral weights.
 
-Run: python benchmarks/same_weights.py [--texts 2000] [--dtype bfloat16] [--repeats 3]
+Run: python benchmarks/same_weights.py [--full] [--texts 1200] [--dtype bfloat16] [--repeats 3]
 The backbone of skembed-mini, written as a plain Mistral folder with `is_causal` false, mean
 pooling, the same token ids on both sides, the same type. Mixed lengths, and equal lengths, where
 nothing is padded on either side. The peer runs with its default batch size and with its best.
@@ -27,6 +27,7 @@ from _common import (
     make_parser,
     read_rows,
     seconds,
+    skip,
     start,
 )
 from _results import Figure, finish
@@ -117,7 +118,7 @@ def load_peer(folder: Path, dtype: str, device: str = "cpu", backbone: Any = Non
             Transformer,
         )
     except ImportError as error:
-        sys.exit(f"{error}. The peers come with the extra: pip install skembed[bench]")
+        skip(f"{error}. The peers come with the extra: pip install skembed[bench]")
     transformer = Transformer(str(folder), model_kwargs={"dtype": getattr(torch, dtype)})
     if backbone is not None:
         transformer.model = backbone
@@ -212,10 +213,10 @@ def run_case(
 
 def main() -> int:
     """Measure, write the result, and return the exit status."""
-    parser = make_parser(__doc__, texts=2_000)
+    parser = make_parser(__doc__, texts=1_200)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--repeats", type=int, default=3, help="pairs of runs")
-    args = start(parser)
+    args = start(parser, full={"texts": 2_000})
     mixed = load_texts(args.data, args.texts)
     abstracts = [row["text"] for row in read_rows(args.data, "retrieval/scifact", "corpus")]
     with tempfile.TemporaryDirectory() as temporary:

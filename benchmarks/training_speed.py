@@ -1,6 +1,6 @@
 """Examples per second of `fit` against sentence-transformers with peft on the same weights.
 
-Run: python benchmarks/training_speed.py [--pairs 640] [--dtype bfloat16] [--only speed memory]
+Run: python benchmarks/training_speed.py [--full] [--pairs 128] [--only speed memory]
 The backbone of skembed-mini as a plain Mistral folder, mean pooling, LoRA of the same rank, alpha,
 dropout and layers, in-batch InfoNCE with the same temperature, AdamW, the same pairs of mixed
 length in batches of the same size, each pair once. Each side in a fresh process, in turn. Ours is
@@ -39,6 +39,7 @@ MAX_LOSS_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.02}
 BATCH_SIZES = (64, 256, 1_024, 2_048)
 DEFAULT_CHUNK = "32 texts"
 CHUNKS = ("8 texts", "16 texts", "32 texts", "64 texts", "128 texts", "2048 tokens", "8192 tokens")
+SHORT_SWEEP = ("16 texts", "32 texts")
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1}
 LEARNING_RATE, WEIGHT_DECAY, MAX_NORM, TEMPERATURE = 5e-4, 0.01, 1.0, 0.05
 
@@ -256,17 +257,18 @@ def parse_arguments() -> argparse.Namespace:
     """Read the options; a child's task wins over all else."""
     parser = make_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=("speed", "memory"), default=("speed",))
-    parser.add_argument("--pairs", type=int, default=640, help="pairs of a timed fit")
-    parser.add_argument("--batch", type=int, default=128, help="pairs of an optimiser step")
+    parser.add_argument("--pairs", type=int, default=128, help="pairs of a timed fit")
+    parser.add_argument("--batch", type=int, default=64, help="pairs of an optimiser step")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--lengths", default="mixed", choices=("mixed", "equal"))
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs")
-    parser.add_argument("--chunks", nargs="+", default=CHUNKS, help="the peer's sweep")
+    parser.add_argument("--repeats", type=int, default=2, help="pairs of runs")
+    parser.add_argument("--chunks", nargs="+", default=SHORT_SWEEP, help="the peer's sweep")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCH_SIZES)
     parser.add_argument("--memory-pairs", type=int, default=4_096)
     parser.add_argument("--fresh", action="store_true", help="drop earlier results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    return start(parser)
+    full = {"pairs": 640, "batch": 128, "repeats": 3, "chunks": CHUNKS}
+    return start(parser, full=full)
 
 
 def main() -> int:
