@@ -14,8 +14,10 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -366,12 +368,18 @@ class _Runner:
         with torch.inference_mode():
             if on_cpu:
                 return loaded.model(batch)[: batch.n_texts].numpy
-            return _copy_to_host(loaded.model(batch.to(loaded.device)))
+            with _current_device(loaded.device):
+                return _copy_to_host(loaded.model(batch.to(loaded.device)))
 
 
 def _fetch(rows: np.ndarray, result: Callable[[], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """A finished batch; waits for the device."""
     return rows, result()
+
+
+def _current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one, where kernels and events go that name none."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _copy_to_host(vectors: Tensor) -> Callable[[], np.ndarray]:
