@@ -43,16 +43,16 @@ def hold_lock(path: Path, *, subject: str) -> Iterator[None]:
     """
     file = _open_locked(path, subject=subject)
     try:
-        file.truncate(0)
-        file.seek(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk the lock stays without a name
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.flush()
         yield
     finally:
         # Before it is unlocked: a process that opened it meanwhile sees that it is gone.
         with contextlib.suppress(OSError):
             path.unlink()
-        with contextlib.suppress(OSError):  # a full disk may refuse the holder's name once more
+        with contextlib.suppress(OSError):
             file.close()
 
 

@@ -61,9 +61,9 @@ class ParquetTarget:
         return sorted(n for n in names if n != _LOCK_FILE and not _PARTIAL.fullmatch(n))
 
     def clear(self) -> None:
-        """Remove manifest and shards, the manifest first."""
-        self.manifest_path.unlink(missing_ok=True)
+        """Remove shards and manifest; the manifest last: without it they are somebody else's."""
         self.drop_after(0, 0)
+        self.manifest_path.unlink(missing_ok=True)
 
     def drop_after(self, n_shards: int, n_bytes: int) -> None:
         """Remove what no manifest names: later shards and halves of files."""
@@ -156,8 +156,8 @@ class ArrayTarget:
         return [path.name for path in (self.path, self.partial) if path.exists()]
 
     def clear(self) -> None:
-        """Remove manifest and array, the manifest first."""
-        for path in (self.manifest_path, self.path, self.partial):
+        """Remove array and manifest; the manifest last: without it they are somebody else's."""
+        for path in (self.path, self.partial, self.manifest_path):
             path.unlink(missing_ok=True)
 
     def drop_after(self, n_shards: int, n_bytes: int) -> None:

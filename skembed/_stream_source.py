@@ -121,7 +121,8 @@ def extend_digest(digest: bytes, columns: TextColumns, carried: Any) -> bytes:
 def _to_plain(column: Any) -> list[Any]:
     """Return an Arrow column as Python objects: buffers may differ where values do not."""
     pa = import_optional("pyarrow", extra="stream", purpose=_PURPOSE)
-    if pa.types.is_temporal(column.type):  # nanoseconds have no Python object
+    # Nanoseconds have no Python object.
+    if pa.types.is_temporal(column.type) and not pa.types.is_interval(column.type):
         width = pa.int32() if column.type.bit_width == 32 else pa.int64()
         column = column.cast(width)
     values: list[Any] = column.to_pylist()
@@ -192,7 +193,7 @@ def _is_arrow_table(X: Any) -> bool:
 
 def _open_parquet(path: Any, *, owner: str) -> Any:
     """Return the data set of a Parquet file or folder."""
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     try:
         there = place.exists()
     except (OSError, ValueError):  # a long text, say
@@ -238,6 +239,7 @@ def _open_frame(X: Any, column: Any, keep: Sequence[str], *, owner: str) -> Text
 def _open_arrow(X: Any, column: Any, keep: Sequence[str], *, owner: str) -> TextSource:
     """A data set, table, record batch, reader, or what exports an Arrow stream."""
     pa = import_optional("pyarrow", extra="stream", purpose=_PURPOSE)
+    is_one_shot = hasattr(X, "read_next_batch")
     if not _is_of_arrow(X):
         X = pa.RecordBatchReader.from_stream(X)
     names = _choose_columns(X.schema.names, column, keep, owner=owner)
@@ -252,7 +254,7 @@ def _open_arrow(X: Any, column: Any, keep: Sequence[str], *, owner: str) -> Text
             carried = _normalise(pa, table.select(list(keep))) if keep else None
             yield Block(texts, len(names), carried)
 
-    return TextSource(_count_rows(X), hasattr(X, "read_next_batch"), read)
+    return TextSource(_count_rows(X), is_one_shot, read)
 
 
 def _choose_columns(

@@ -243,6 +243,7 @@ class _Run:
                 columns = check_block(block, start, owner=METHOD, missing=estimator.missing)
                 self.digest = extend_digest(self.digest, columns, block.carried)
                 manifest = self.manifest or self._start(block, columns)
+                self._check_width(manifest, start, len(columns.columns))
                 if not self._is_done(manifest, index, start, columns):
                     self._embed(manifest, index, start, columns, block.carried)
                 start += len(columns.columns[0])
@@ -273,6 +274,16 @@ class _Run:
         self._warn_other_versions(origin)
         self.target.drop_after(len(self.manifest.shards), self.manifest.count("bytes"))
         return self.manifest
+
+    def _check_width(self, manifest: Manifest, start: int, n_columns: int) -> None:
+        """Refuse a source that turns from texts to pairs, or back, between two blocks."""
+        before = manifest.settings["text_columns"]
+        if n_columns != before:
+            raise ValueError(
+                f"The `X` parameter of `{METHOD}` must hold either texts or pairs of texts; "
+                f"X[{start}] begins rows of {n_columns} texts, those before have {before}. Make "
+                "every row a pair, or none."
+            )
 
     def _describe_settings(self, block: Block, columns: TextColumns) -> dict[str, Any]:
         """Everything that decides vectors and files."""
@@ -391,7 +402,8 @@ class _Run:
         self.n_embedded += sum(report.n_embedded for report in reports)
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         try:
-            entry = self.target.write(index, start * vectors.shape[1] * 4, vectors, carried)
+            offset = start * manifest.settings["dim"] * 4
+            entry = self.target.write(index, offset, vectors, carried)
         except OSError as error:
             raise explain_write_error(error, self.target, index, start) from error
         manifest.shards[index : index + 1] = [
@@ -426,14 +438,13 @@ class _Run:
             raise self._changed(
                 f"it ends after {n_rows} rows, of {manifest.n_rows} that were embedded"
             )
-        if manifest.complete:
-            return
         try:
             self.target.finish(n_rows, manifest.settings["dim"])
         except OSError as error:
             raise explain_write_error(error, self.target, n_shards, n_rows) from error
-        manifest.complete = True
-        self._save(manifest, n_shards)
+        if not manifest.complete:
+            manifest.complete = True
+            self._save(manifest, n_shards)
 
     def report(self) -> StreamReport:
         """What the call did."""
@@ -505,7 +516,7 @@ def open_embeddings(path: str | os.PathLike[str], *, verify: bool = False) -> An
     check_bool(verify, name="verify", owner="open_embeddings")
     target = find_target(path, owner="open_embeddings")
     manifest = read_manifest(target.manifest_path)
-    if manifest is None or not manifest.complete:
+    if manifest is None or not manifest.complete or not target.path.exists():
         n_rows = 0 if manifest is None else manifest.n_rows
         raise ValueError(
             f"The embeddings in {str(target.path)!r} are not complete: {n_rows} rows are there. "
