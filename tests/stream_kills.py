@@ -1,7 +1,8 @@
 """Run by test_streaming.py: kills writers of embeddings, at random moments or at every step.
 
 python stream_kills.py random MODEL PATH N_ROWS ROWS_PER_SHARD N_KILLS SEED
-    Writes PATH with the model, each time killed by SIGKILL some shards later, then to the end.
+    Writes PATH with the model, each time killed by SIGKILL some shards later, then to the end;
+    and beside it "undisturbed", in one go.
 python stream_kills.py steps MODEL PATH N_ROWS ROWS_PER_SHARD
     Writes PATH.0, PATH.1, ...: killed before step 0, 1, ... (anything that changes the disk), then
     to the end. Vectors are made up, which makes a writer quick.
@@ -143,6 +144,8 @@ def main() -> None:
         print(json.dumps(kill_at_steps(model, path, *sizes)))
         return
     n_rows, rows_per_shard, n_kills, seed = sizes
+    other = str(Path(path).with_stem("undisturbed"))
+    finish(lambda: write(model, other, n_rows, rows_per_shard))
     done = kill_at_random(lambda: write(model, path, n_rows, rows_per_shard), path, n_kills, seed)
     print(json.dumps(done))
 

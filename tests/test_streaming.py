@@ -362,7 +362,6 @@ def test_killed_at_random_moments(
     assert len(shards) == n_kills
     assert shards == sorted(shards)
     assert 0 < shards[-1] < n_rows / rows  # killed in the middle
-    run_kills("random", golden_dir, other, n_rows, rows, 0, 0)
     assert read_bytes(path) == read_bytes(other)
     vectors = vectorizer.transform(list(make_texts(n_rows)))
     np.testing.assert_allclose(read_vectors(path), vectors, atol=1e-5)
