@@ -13,7 +13,9 @@ import json
 from pathlib import Path
 
 from corpus import source_files
-from recipe import Recipe, work_paths
+from recipe import Recipe, refine_paths, work_paths
+
+SCORES = ("stsb", "sickr", "banking77", "hwu64", "emotion", "trecqa", "scifact")
 
 
 def read_sources(readme: Path, used: set[str]) -> list[tuple[str, str, str, str]]:
@@ -29,6 +31,12 @@ def read_sources(readme: Path, used: set[str]) -> list[tuple[str, str, str, str]
     if missing:
         raise SystemExit(f"{readme} states no licence for {sorted(missing)}")
     return sorted(sources)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log; none where there is no log."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def score_table(scores: dict[str, dict[str, float]]) -> list[str]:
@@ -77,11 +85,35 @@ def describe_distillation(log: list[dict], recipe: Recipe) -> list[str]:
         f"batch. AdamW on float32 masters of bfloat16 weights, learning rate "
         f"{recipe.learning_rate:g} falling to nothing (in this run with the time spent, and with "
         "the steps in the later part). At its end: "
-        + ", ".join(
-            f"{name} {last[name]}"
-            for name in ("stsb", "sickr", "banking77", "hwu64", "emotion", "trecqa", "scifact")
-        )
+        + ", ".join(f"{name} {last[name]}" for name in SCORES)
         + ".",
+    ]
+
+
+def describe_refinements(paths: dict[str, Path], recipe: Recipe) -> list[str]:
+    """What refine.py did, from its logs; nothing where it did not run."""
+    passes = []
+    for number, chosen in enumerate(recipe.refinements):
+        log = read_log(refine_paths(paths, number)["log"])
+        if log:
+            last = log[-1]
+            passes.append(
+                f"{last['step']:,} steps, {last['tokens'] / 1e6:.1f} million tokens, "
+                f"{last['spent_s'] / 60:.0f} minutes, texts up to {chosen.max_length} tokens, "
+                f"learning rate {chosen.learning_rate:g} falling to nothing, weight of the tokens' "
+                f"own loss {chosen.token_weight:g}: "
+                + ", ".join(f"{name} {last[name]}" for name in SCORES)
+            )
+    if not passes:
+        return []
+    return [
+        f"3. **Refinement** (`refine.py`). The same loss on {recipe.refine_texts} new short texts, "
+        f"{recipe.refine_long_texts} long ones, and a block of up to {recipe.related_texts} "
+        f"neighbouring texts of one source (at most {recipe.related_tokens:,} tokens). Each text "
+        "of the block ranks the others; the divergence from the teacher's ranking (softmax of the "
+        f"cosine over {recipe.ranking_temperature:g}) joins the loss with weight "
+        f"{recipe.ranking_weight:g}. Passes, with the development scores at their ends:",
+        *(f"   - {line}." for line in passes),
     ]
 
 
@@ -98,7 +130,7 @@ def describe_stages(stages: dict[str, dict], recipe: Recipe) -> list[str]:
         )
         negatives = "in-batch and mined" if stage.in_batch_negatives else "mined"
         lines.append(
-            f"{number + 3}. **Stage {number + 1}** (`stages.py`, `fit_tasks`). LoRA of rank "
+            f"{number + 4}. **Stage {number + 1}** (`stages.py`, `fit_tasks`). LoRA of rank "
             f"{stage.r} on {len(stage.files)} files of pairs, at most "
             f"{stage.examples_per_file:,} of each, {negatives} negatives, {stage.max_steps} steps "
             f"of {stage.batch_size}. The share of its change that is added was chosen by the mean "
@@ -112,7 +144,7 @@ def write_card(work: Path, data: Path, scores: Path, out: Path) -> str:
     recipe, paths = Recipe(), work_paths(work)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     quality = json.loads(scores.read_text(encoding="utf-8"))
-    log = [json.loads(line) for line in paths["log"].open(encoding="utf-8")]
+    log = read_log(paths["log"])
     stages_path = work / "stages.json"
     stages = json.loads(stages_path.read_text()) if stages_path.exists() else {}
     used = {path.name.removesuffix(".jsonl.gz") for path in source_files(data / "train/permissive")}
@@ -141,6 +173,7 @@ def write_card(work: Path, data: Path, scores: Path, out: Path) -> str:
         f"texts mostly cut to {recipe.span_words[0]}-{recipe.span_words[1]} words.",
         "",
         *describe_distillation(log, recipe),
+        *describe_refinements(paths, recipe),
         *describe_stages(stages, recipe),
         "",
         "Development scores are of development splits and train folds: STS-B dev, SICK trial, "
@@ -148,9 +181,9 @@ def write_card(work: Path, data: Path, scores: Path, out: Path) -> str:
         "SciFact's train queries on a part of its documents. No evaluation set was trained on; "
         "rows that share 13 words with one were dropped from the corpus by its makers.",
         "",
-        "To retrain: `prepare.py`, `train.py`, `export.py`, then `benchmarks/quality.py` and "
-        "`card.py`, as the heads of these files say; `stages.py` before `export.py` adds the "
-        "contrastive stages. Each resumes after a kill.",
+        "To retrain: `prepare.py`, `train.py`, `refine.py`, `stages.py`, `export.py`, then "
+        "`benchmarks/quality.py` and `card.py`, as the heads of these files say. Each resumes "
+        "after a kill.",
         "",
         "## Scores",
         "",
@@ -163,7 +196,8 @@ def write_card(work: Path, data: Path, scores: Path, out: Path) -> str:
         "",
         "- English, without upper case and accents. A character outside the vocabulary makes its "
         "word unknown, and texts of unknown words are all alike.",
-        f"- Taught on at most {recipe.max_length} tokens: longer texts work, untested by training.",
+        f"- Taught on at most {max(part.max_length for part in recipe.refinements)} tokens: longer "
+        "texts work, untested by training.",
         "- Where the words themselves decide (scientific claims, technical terms, a single word "
         'such as "would"), plain word statistics can win: see the tfidf columns.',
         "- Sources carry the biases of forum posts, reviews, encyclopaedias and old books; one set "

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import torch
 from prepare import build_config
-from recipe import Recipe, work_paths
+from recipe import Recipe, refine_paths, work_paths
 
 from skembed.checkpoint import save_checkpoint
 
 
 def export(paths: dict[str, Path], out: Path, recipe: Recipe) -> None:
-    """The distilled weights, rounded to bfloat16, as a model folder."""
-    state = torch.load(paths["checkpoint"], weights_only=True)
+    """The distilled weights, refined where refine.py ran, as a bfloat16 model folder."""
+    checkpoints = [paths["checkpoint"]]
+    checkpoints += [refine_paths(paths, k)["checkpoint"] for k in range(len(recipe.refinements))]
+    state = torch.load([path for path in checkpoints if path.exists()][-1], weights_only=True)
     save_checkpoint(
         out,
         config=build_config(recipe),

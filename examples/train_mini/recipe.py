@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 # Both are scraped third-party text under a repository licence: not for weights we give away.
@@ -33,6 +33,15 @@ RETRIEVAL_FILES = (
     "wikipedia_title_lead",
     "xquad_english",
 )
+SCHOLARLY_FILES = (  # abstracts, textbooks, medical answers: long texts full of terms
+    "acl_title_abstract_2016plus",
+    "covid_qa_passages",
+    "d2l_deep_learning_book",
+    "medquad",
+    "openstax_heading_paragraph",
+    "pubmedqa_labelled",
+    "scitldr",
+)
 OTHER_FILES = (
     "botframework_chitchat",
     "comve_reason_reason",
@@ -61,6 +70,17 @@ class Stage:
     r: int = 32
     learning_rate: float = 3e-4
     temperature: float = 0.05
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """One pass of refine.py; its rate falls to nothing."""
+
+    steps: int
+    learning_rate: float = 1e-4  # half of it for the word vectors
+    token_weight: float = 1.0
+    max_length: int = 256  # tokens
+    related_words: int = 200  # words, cap of a text of the block
 
 
 @dataclass(frozen=True)
@@ -112,23 +132,57 @@ class Recipe:
     token_weight: float = 1.0  # of 1 - cosine of each token vector
     checkpoint_every_s: float = 120.0
 
+    # Refinement: distillation goes on, with a block of related texts in every batch
+    refinements: tuple[Refinement, ...] = (
+        Refinement(steps=900, learning_rate=1.5e-4),
+        Refinement(steps=300, token_weight=0.0, max_length=512, related_words=350),
+        Refinement(steps=480, token_weight=0.0, max_length=512, related_words=350),
+    )
+    refine_texts: int = 64
+    refine_long_texts: int = 12
+    related_texts: int = 64  # at most, of one source
+    related_tokens: int = 3_000  # at most, all together
+    related_favoured: tuple[str, ...] = SCHOLARLY_FILES  # drawn three times as often
+    ranking_weight: float = 0.2
+    ranking_temperature: float = 0.05
+
     # Contrastive stages
     stages: tuple[Stage, ...] = (
-        Stage(RETRIEVAL_FILES, in_batch_negatives=True, blend=False, max_steps=80),
+        Stage(RETRIEVAL_FILES, in_batch_negatives=True, blend=False, max_steps=60),
         Stage(
             (*RETRIEVAL_FILES, *OTHER_FILES),
             in_batch_negatives=False,
             blend=True,
-            max_steps=70,
+            max_steps=50,
             n_negatives=3,
             learning_rate=2e-4,
         ),
     )
     shares: tuple[float, ...] = (0.0, 0.5, 1.0)  # of a stage's change that are tried
 
+    def for_refinement(self, number: int) -> Recipe:
+        """This recipe with the rates and weights of a refinement."""
+        chosen = self.refinements[number]
+        return replace(
+            self,
+            learning_rate=chosen.learning_rate,
+            embedding_learning_rate=chosen.learning_rate / 2,
+            token_weight=chosen.token_weight,
+            max_length=chosen.max_length,
+        )
+
     def to_dict(self) -> dict[str, object]:
         """The recipe as plain values, for the model card and the checkpoint."""
         return asdict(self)
+
+
+def refine_paths(paths: dict[str, Path], number: int) -> dict[str, Path]:
+    """The same files for a refinement, with a start, a checkpoint and a log of its own."""
+    own = {
+        name: paths[name].with_stem(f"{paths[name].stem}-refine-{number + 1}")
+        for name in ("start", "checkpoint", "log")
+    }
+    return {**paths, **own}
 
 
 def work_paths(work: Path) -> dict[str, Path]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from prepare import inherit, load_tokenizer, read_texts, write_corpus
 from recipe import Recipe, work_paths
-from train import Distillation, embedder
+from train import Distillation, batches, embedder
 
 from skembed.model import NVEmbedModel
 from skembed.tokenization import TextTokenizer
@@ -147,7 +147,11 @@ def try_variant(name: str, arguments: argparse.Namespace, shared: dict[str, Path
     model, report = inherit(texts, tokenizer, np.load(paths["teacher_ids"]), recipe)
     torch.save(model.state_dict(), paths["start"])
     long_texts = read_texts(paths, "long_texts")
-    Distillation(recipe, paths, texts, long_texts, tokenizer).run(arguments.steps, arguments.data)
+    Distillation(recipe, paths, tokenizer).run(
+        lambda step: batches(texts, long_texts, tokenizer, recipe, step),
+        arguments.steps,
+        arguments.data,
+    )
     log = [json.loads(line) for line in paths["log"].open()]
     body = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
     return {

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,25 @@ from skembed.tokenization import PackedBatch, TextTokenizer, iterate_batches, pa
 LOG_EVERY_S = 60.0
 
 
-def sort_pack(ids: list[np.ndarray]) -> PackedBatch:
-    """A training batch: equal lengths side by side, sizes from a grid."""
-    return pack_texts(sorted(ids, key=len), 0, on_grid=True)
+Texts = tuple[list[np.ndarray], np.ndarray]  # token ids by length; which texts belong together
+
+
+def ranking_loss(ours: Tensor, theirs: Tensor, temperature: float) -> Tensor:
+    """Divergence of each text's softmax over the others, averaged; unit vectors (n, D)."""
+    itself = torch.eye(len(ours), dtype=torch.bool)
+    logits, wanted = (
+        (x @ x.T / temperature).masked_fill(itself, -1e4).log_softmax(-1) for x in (ours, theirs)
+    )
+    return F.kl_div(logits, wanted, log_target=True, reduction="batchmean")
 
 
 def distillation_loss(
-    model: NVEmbedModel, batch: PackedBatch, target: Tensor, recipe: Recipe
+    model: NVEmbedModel, batch: PackedBatch, target: Tensor, related: np.ndarray, recipe: Recipe
 ) -> Tensor:
-    """Tokens, texts, and the similarities of texts, against the teacher's token vectors (T, D)."""
+    """Tokens, texts, and the similarities of texts, against the teacher's token vectors (T, D).
+
+    The texts of the mask `related` (n,) are ranked among themselves too.
+    """
     n = batch.n_texts
     hidden = model.hidden_states(batch)[batch.pool_index]
     tokens = model.latent_attention_model.transform_tokens(hidden)
@@ -55,7 +65,12 @@ def distillation_loss(
     )
     by_text = 1 - (ours * theirs).sum(-1).mean()
     difference = (ours @ ours.T - theirs @ theirs.T).square().sum() / (n * (n - 1))
-    return by_text + recipe.similarity_weight * difference + recipe.token_weight * by_token
+    loss = by_text + recipe.similarity_weight * difference + recipe.token_weight * by_token
+    if related.any():
+        block = torch.from_numpy(related)
+        by_rank = ranking_loss(ours[block], theirs[block], recipe.ranking_temperature)
+        loss = loss + recipe.ranking_weight * by_rank
+    return loss
 
 
 def embedder(model: NVEmbedModel, tokenizer: TextTokenizer, max_length: int) -> dev.Embed:
@@ -75,7 +90,7 @@ def embedder(model: NVEmbedModel, tokenizer: TextTokenizer, max_length: int) -> 
 
 def batches(
     texts: list[str], long_texts: list[str], tokenizer: TextTokenizer, recipe: Recipe, start: int
-) -> Iterator[list[np.ndarray]]:
+) -> Iterator[Texts]:
     """Token ids of one batch after the other from step `start` on, round and round.
 
     From `long_from_step` on, half of the short texts give way to `long_per_batch` long ones.
@@ -88,7 +103,8 @@ def batches(
         if step >= recipe.long_from_step:
             first = (step - recipe.long_from_step) % (len(long_texts) // many) * many
             part = part[: size // 2] + long_texts[first : first + many]
-        yield tokenizer.encode(part, prefix="", max_length=recipe.max_length).ids
+        ids = tokenizer.encode(part, prefix="", max_length=recipe.max_length).ids
+        yield sorted(ids, key=len), np.zeros(len(ids), bool)
         step += 1
 
 
@@ -101,23 +117,13 @@ class Distillation:
         Sizes and rates.
     paths : dict of str to Path
         Files of the run: `work_paths`.
-    texts, long_texts : list of str
-        The corpus, and the long texts of the later part.
     tokenizer : TextTokenizer
         The student's tokenizer.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        paths: dict[str, Path],
-        texts: list[str],
-        long_texts: list[str],
-        tokenizer: TextTokenizer,
-    ) -> None:
+    def __init__(self, recipe: Recipe, paths: dict[str, Path], tokenizer: TextTokenizer) -> None:
         torch.manual_seed(recipe.random_state)
         self.recipe, self.paths = recipe, paths
-        self.texts, self.long_texts, self.tokenizer = texts, long_texts, tokenizer
         self.model = NVEmbedModel(build_config(recipe))
         self.model.load_state_dict(torch.load(paths["start"], weights_only=True))
         self.model.use_lean_modules()
@@ -145,12 +151,13 @@ class Distillation:
             file.write(json.dumps(entry) + "\n")
         print(entry, flush=True)
 
-    def take_step(self, ids: list[np.ndarray], progress: float) -> float:
+    def take_step(self, texts: Texts, progress: float) -> float:
         """One step on these texts; `progress` is the share of the run behind it. The loss."""
         begin = time.perf_counter()
-        batch = sort_pack(ids)
+        ids, related = texts
+        batch = pack_texts(ids, 0, on_grid=True)
         target = self.teacher.hidden_states(self.teacher_ids[batch.input_ids], batch)
-        loss = distillation_loss(self.model, batch, target, self.recipe)
+        loss = distillation_loss(self.model, batch, target, related, self.recipe)
         loss.backward()
         warm = min(1.0, (self.step + 1) / self.recipe.warmup_steps)
         self.optimizer.step(warm * max(0.01, 1 - progress))
@@ -159,16 +166,18 @@ class Distillation:
         self.spent_s += time.perf_counter() - begin
         return loss.item()
 
-    def run(self, steps: int, data: Path) -> None:
-        """Train up to this step, scoring on development splits now and then."""
+    def run(self, batches_from: Callable[[int], Iterator[Texts]], steps: int, data: Path) -> None:
+        """Train up to step `steps`, scoring on development splits now and then.
+
+        `batches_from` gives the batches from a step on.
+        """
         if self.step == 0:
             self.log({"step": 0, **dev.dev_scores(data, self.embed, quick=True)})
         losses: list[float] = []
         saved = logged = self.spent_s
         since, logs = self.tokens, 0
-        corpora = self.texts, self.long_texts
-        for ids in batches(*corpora, self.tokenizer, self.recipe, self.step):
-            losses.append(self.take_step(ids, self.step / steps))
+        for texts in batches_from(self.step):
+            losses.append(self.take_step(texts, self.step / steps))
             done = self.step >= steps
             if done or self.spent_s - logged > LOG_EVERY_S:
                 entry: dict[str, Any] = {
@@ -198,8 +207,13 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe, paths = Recipe(), work_paths(arguments.work)
     texts, long_texts = read_texts(paths), read_texts(paths, "long_texts")
-    run = Distillation(recipe, paths, texts, long_texts, load_tokenizer(paths))
-    run.run(recipe.steps, arguments.data)
+    tokenizer = load_tokenizer(paths)
+    run = Distillation(recipe, paths, tokenizer)
+    run.run(
+        lambda step: batches(texts, long_texts, tokenizer, recipe, step),
+        recipe.steps,
+        arguments.data,
+    )
 
 
 if __name__ == "__main__":
