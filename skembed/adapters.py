@@ -202,8 +202,7 @@ class Adapter:
             pooling = load_pooling(base.config, self._on(base.device, self.pooling))
             if isinstance(pooling, LatentAttention):
                 pooling = FoldedLatentAttention(pooling)
-            dtype = next(model.embedding_model.parameters()).dtype
-            model.latent_attention_model = pooling.to(dtype)
+            model.latent_attention_model = pooling.to(base.key.compute_dtype)
         model.eval().requires_grad_(False)
         key = replace(base.key, fingerprint=f"{base.key.fingerprint}+{self.fingerprint}")
         return LoadedModel(key, base.config, model, base.tokenizer, base)

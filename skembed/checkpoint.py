@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from skembed._quantized_layers import make_quantizer
 from skembed.exceptions import CheckpointError, FreshPoolingWarning, ModelNotFoundError
 from skembed.model import NVEmbedConfig, NVEmbedModel
 from skembed.pooling import POOLINGS, LatentAttention
@@ -365,6 +366,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     attention_path: str,
+    weight_format: str | None = None,
 ) -> NVEmbedModel:
     """The model of a folder, each tensor converted and moved as it is read.
 
@@ -378,6 +380,8 @@ def load_model(
         Where and in which type the weights end.
     attention_path : str
         See `skembed.model`.
+    weight_format : {"int8", "nf4"}, optional
+        How linear layers and word vectors of the backbone are stored; None keeps `dtype`.
 
     Returns
     -------
@@ -388,6 +392,8 @@ def load_model(
     ------
     CheckpointError
         When names, shapes or files are not what config.json says.
+    ImportError
+        When `weight_format` is "nf4" and bitsandbytes is not installed.
 
     Warns
     -----
@@ -395,7 +401,14 @@ def load_model(
         When the folder has no weights for the pooling.
     """
     model = _build_on_meta(source, config, attention_path)
+    quantize = None if weight_format is None else make_quantizer(weight_format)
     for name, tensor in iterate_tensors(source, config, model):
+        layer = name.rpartition(".")[0]
+        if quantize is not None and name.startswith(BACKBONE_PREFIX):
+            small = quantize(model.get_submodule(layer), tensor.to(device), dtype)
+            if small is not None:
+                model.set_submodule(layer, small)
+                continue
         target = torch.empty(tensor.shape, dtype=dtype, device=device)
         _set_parameter(model, name, target.copy_(tensor))
     if config.pooling_is_fresh:

@@ -461,5 +461,5 @@ def default_batch_tokens(loaded: LoadedModel) -> int:
     free, _ = torch.cuda.mem_get_info(loaded.device)
     backbone = loaded.model.embedding_model.config
     width = 3 * backbone.intermediate_size + 8 * backbone.hidden_size
-    bytes_per_token = width * torch.finfo(getattr(torch, loaded.key.dtype)).bits // 8
+    bytes_per_token = width * torch.finfo(loaded.key.compute_dtype).bits // 8
     return int(np.clip(free // 5 // bytes_per_token, MIN_BATCH_TOKENS, MAX_BATCH_TOKENS))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from skembed._quantized_layers import QuantizedLinear
 from skembed.model import NVEmbedModel
 
 
@@ -73,14 +74,14 @@ class _LoraFunction(torch.autograd.Function):
     """``x W^T + b + s * (m * x) A^T B^T``; gradients for x, A and B, in as few passes as it takes.
 
     Nothing of the size of the result is kept for the backward pass: x is the neighbouring layers'
-    too, and the mask m is drawn again.
+    too, and the mask m is drawn again. A quantised W is read again for it, too.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | QuantizedLinear,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -90,16 +91,16 @@ class _LoraFunction(torch.autograd.Function):
         """X (T, in) in the model's type, A (r, in) and B (out, r) in float32 -> (T, out)."""
         small_a, small_b = a.to(x.dtype), (b * scaling).to(x.dtype)
         inner = (x if draw_mask is None else x * draw_mask(x)) @ small_a.T  # (T, r)
-        out = F.linear(x, weight, bias)
+        out = F.linear(x, _read(weight), bias)
         out.addmm_(inner, small_b.T)
-        ctx.save_for_backward(x, weight, small_a, small_b, inner)
-        ctx.draw_mask, ctx.scaling = draw_mask, scaling
+        ctx.save_for_backward(x, small_a, small_b, inner)
+        ctx.weight, ctx.draw_mask, ctx.scaling = weight, draw_mask, scaling
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Gradient of the result (T, out) -> gradients of x, A and B; A's and B's in float32."""
-        x, weight, small_a, small_b, inner = ctx.saved_tensors
+        x, small_a, small_b, inner = ctx.saved_tensors
         grad = gradients[0]
         mask = None if ctx.draw_mask is None else ctx.draw_mask(x)
         grad_inner = grad @ small_b  # (T, r)
@@ -107,7 +108,7 @@ class _LoraFunction(torch.autograd.Function):
         grad_a = (grad_inner.T @ (x if mask is None else x * mask)).float()
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
+            grad_x = grad @ _read(ctx.weight)
             if mask is None:
                 grad_x.addmm_(grad_inner, small_a)
             else:
@@ -115,13 +116,18 @@ class _LoraFunction(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None, None
 
 
+def _read(weight: Tensor | QuantizedLinear) -> Tensor:
+    """The weight as a tensor, (out, in); of a quantised layer a new one."""
+    return weight if isinstance(weight, Tensor) else weight.weight
+
+
 class LoraLinear(nn.Module):
     """A linear layer with a low-rank update: ``x W^T + b + (lora_alpha / r) dropout(x) A^T B^T``.
 
     Parameters
     ----------
-    base : nn.Linear
-        The layer adapted; its weight is shared and stays as it is.
+    base : nn.Linear or QuantizedLinear
+        The layer adapted; it is shared and stays as it is.
     a, b : nn.Parameter
         Matrices A of shape (r, in) and B of shape (out, r), float32.
     settings : LoraSettings
@@ -134,7 +140,7 @@ class LoraLinear(nn.Module):
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Linear | QuantizedLinear,
         a: nn.Parameter,
         b: nn.Parameter,
         settings: LoraSettings,
@@ -143,8 +149,7 @@ class LoraLinear(nn.Module):
         number: int = 0,
     ) -> None:
         super().__init__()
-        self.weight = base.weight
-        self.bias = base.bias
+        self.base = base
         self.lora_A, self.lora_B = a, b
         self.scaling = settings.scaling
         self.masks = masks
@@ -152,10 +157,16 @@ class LoraLinear(nn.Module):
         # Read when there are no gradients: the matrices in the model's type, the scale inside.
         self._small: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the layer adapted."""
+        return self.base.weight
+
     def freeze(self) -> None:
         """Prepare for use without gradients."""
+        base = self.base
         with torch.no_grad():
-            dtype = self.weight.dtype
+            dtype = base.dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
             self._small = self.lora_A.to(dtype), (self.lora_B * self.scaling).to(dtype).T
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,12 +178,14 @@ class LoraLinear(nn.Module):
             if masks is not None and masks.active:
                 draw = partial(masks.draw, self.number, key=masks.key)
                 scaling /= 1.0 - masks.p
+            base = self.base
+            weight = base if isinstance(base, QuantizedLinear) else base.weight
             out = _LoraFunction.apply(
-                flat, self.weight, self.bias, self.lora_A, self.lora_B, draw, scaling
+                flat, weight, base.bias, self.lora_A, self.lora_B, draw, scaling
             )
         else:
             a, b = self._small
-            out = F.linear(flat, self.weight, self.bias)
+            out = self.base(flat)
             out = out.addmm_(F.linear(flat, a), b)
         return out.view(*x.shape[:-1], -1)
 

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
+from skembed._quantized_layers import WEIGHT_FORMATS
 from skembed.cache import EmbeddingCache
 from skembed.checkpoint import ModelSource, load_model
 from skembed.exceptions import CausalLeakError
@@ -31,20 +32,36 @@ from skembed.tokenization import TextTokenizer, pack_texts
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("float32", "bfloat16", "float16")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = (*COMPUTE_DTYPES, *WEIGHT_FORMATS)
 WORKER_MODELS = 2
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class ModelKey:
-    """What makes two loaded models the same one."""
+    """What makes two loaded models the same one.
+
+    `dtype` is that of weights and activations, or that of weights, a plus sign and that of
+    activations: "bfloat16", "int8+bfloat16".
+    """
 
     fingerprint: str
     pooling: str
     device: str
     dtype: str
     attention_path: str
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of activations."""
+        found: torch.dtype = getattr(torch, self.dtype.rpartition("+")[2])
+        return found
+
+    @property
+    def weight_format(self) -> str | None:
+        """How weights are stored, where it is not the type of activations."""
+        return self.dtype.rpartition("+")[0] or None
 
 
 @dataclass(eq=False)
@@ -150,10 +167,15 @@ registry = ModelRegistry()
 
 def _load(key: ModelKey, source: ModelSource, config: NVEmbedConfig) -> LoadedModel:
     """Read, check and fold a model."""
-    device, dtype = torch.device(key.device), getattr(torch, key.dtype)
+    device = torch.device(key.device)
     tokenizer = load_tokenizer(source.folder, config)
     model = load_model(
-        source, config, device=device, dtype=dtype, attention_path=key.attention_path
+        source,
+        config,
+        device=device,
+        dtype=key.compute_dtype,
+        attention_path=key.attention_path,
+        weight_format=key.weight_format,
     )
     if device.type == "cpu":
         model.use_lean_modules()
@@ -235,22 +257,43 @@ def resolve_devices(device: str | Sequence[str]) -> list[torch.device]:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The type weights and activations are held in; "auto" asks the device.
+    """The type activations are held in, and weights unless quantised; "auto" asks the device.
 
     bfloat16 where it is native (CUDA from compute capability 8.0, CPUs with AVX512-BF16, AMX or
-    Arm's BF16 instructions), else float32.
+    Arm's BF16 instructions), else float32. "int8" and "nf4", which are there to save memory, take
+    float16 on older CUDA devices.
+
+    Raises
+    ------
+    ValueError
+        When the device has no kernels for the type.
     """
-    if dtype != "auto":
-        return {
-            "float32": torch.float32,
-            "bfloat16": torch.bfloat16,
-            "float16": torch.float16,
-        }[dtype]
+    if dtype in COMPUTE_DTYPES:
+        found: torch.dtype = getattr(torch, dtype)
+        return found
+    if dtype == "nf4" and device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            "The `dtype` parameter of `NVEmbedVectorizer` is 'nf4', which runs on 'cuda' and "
+            f"'cpu'; got device {str(device)!r}. Pass dtype='int8', which runs everywhere."
+        )
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
+        if not native and dtype != "auto":
+            return torch.float16
     else:
         native = device.type == "cpu" and cpu_has_bfloat16()
     return torch.bfloat16 if native else torch.float32
+
+
+def name_dtype(dtype: str, compute_dtype: torch.dtype) -> str:
+    """The `dtype` of a `ModelKey` for a `dtype` parameter: "bfloat16", or "int8+bfloat16".
+
+    >>> from skembed.registry import name_dtype
+    >>> name_dtype("auto", torch.float32), name_dtype("int8", torch.bfloat16)
+    ('float32', 'int8+bfloat16')
+    """
+    computed = str(compute_dtype).removeprefix("torch.")
+    return f"{dtype}+{computed}" if dtype in WEIGHT_FORMATS else computed
 
 
 @lru_cache(maxsize=1)

@@ -46,6 +46,7 @@ from skembed.registry import (
     LoadedModel,
     ModelKey,
     choose_attention_path,
+    name_dtype,
     registry,
     resolve_device,
     resolve_devices,
@@ -136,7 +137,7 @@ def resolve_model(estimator: Any, lease: Lease, *, fitted: Adapter | None) -> Re
             fingerprint=fingerprint_weights(source),
             pooling=config.pooling,
             device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=name_dtype(estimator.dtype, dtype),
             attention_path=choose_attention_path(device, dtype),
         )
         for device in devices
