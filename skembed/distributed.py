@@ -218,7 +218,7 @@ def join_processes(*, timeout_s: float = 1_800.0) -> Iterator[Processes]:
     References
     ----------
     L. Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup,
-    arXiv 2101.06983, section 3.2.
+    arXiv 2101.06983.
 
     Examples
     --------

@@ -175,8 +175,7 @@ class EmbeddingMapper:
 
     def _extend_frame(self, frame: Any) -> Any:
         """A copy of a pandas frame with one vector a row, its index kept."""
-        vectors = np.empty(len(frame), dtype=object)
-        vectors[:] = list(self.embed(frame[self.column]))
+        vectors = np.fromiter(self.embed(frame[self.column]), dtype=object, count=len(frame))
         return frame.assign(**{self.output_column: vectors})
 
     def _extend_table(self, table: Any) -> Any:
@@ -190,6 +189,6 @@ class EmbeddingMapper:
 
 def _keep_models(vectorizer: Any) -> None:
     """Hold a vectorizer's models for as long as the process lives: it is gone with its task."""
-    lease = vars(vectorizer).get("_lease")
+    lease = getattr(vectorizer, "__dict__", {}).get("_lease")
     for model in lease.models.values() if lease is not None else ():
         registry.keep(model)
