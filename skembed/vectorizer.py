@@ -84,9 +84,10 @@ class NVEmbedVectorizer(
         "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is. A list such as
         ``["cuda:0", "cuda:1"]`` keeps a copy of the model on each and shares the texts among them;
         `fit` trains on the first.
-    dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
+    dtype : {"auto", "float32", "bfloat16", "float16", "int8", "nf4"}, default="auto"
         Type of weights and activations. "auto" takes bfloat16 where the device computes in it
-        natively, else float32. Results are float32 either way.
+        natively, else float32. "int8" and "nf4" (needs bitsandbytes) store weights in 1 or about
+        1/2 byte and compute as "auto": less memory, not faster. Results are float32 in any case.
     batch_tokens : int or "auto", default="auto"
         Tokens of one forward pass. Halved when memory runs out, whatever it starts from.
     cache : None, "memory", path or EmbeddingCache, default="memory"
