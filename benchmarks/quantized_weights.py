@@ -3,10 +3,9 @@
 Run: python benchmarks/quantized_weights.py [--texts 2000] [--repeats 3]
 skembed-mini: bytes of the loaded model, Spearman's correlation of cosines on STS-B dev, and
 texts/s, each type in turn with bfloat16. Then one linear layer of the model's widest shape alone,
-on one thread: bfloat16, int8 weights read back before the product (what skembed does), torch's
-product of integers without and with what turns activations into integers and back, and torch's
-dynamic quantisation. The last ones say what int8 arithmetic would bring. nf4 needs bitsandbytes
-and is left out without it.
+on one thread: bfloat16, int8 weights read back before the product (what skembed does), and torch's
+product of integers, alone and with what turns activations into integers and back: what int8
+arithmetic would bring. nf4 needs bitsandbytes and is left out without it.
 
 Bars: int8 keeps 99 % of bfloat16's score in at most 0.55 of its memory.
 """
@@ -76,14 +75,6 @@ def make_layers() -> dict[str, Callable[[], object]]:
         "product of integers alone": lambda: torch._int_mm(tokens, columns),
         "the same with activations to int8 and back": dynamic,
     }
-    if "onednn" in torch.backends.quantized.supported_engines:
-        torch.backends.quantized.engine = "onednn"
-        scale, zero = scales[:, 0].double(), torch.zeros(OUT, dtype=torch.long)
-        quantized = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
-        packed = torch.ops.quantized.linear_prepack(quantized, None)
-        ways["torch's dynamic quantisation, float32 in and out"] = lambda: (
-            torch.ops.quantized.linear_dynamic(x, packed)
-        )
     return ways
 
 

@@ -86,8 +86,8 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
     With the bounds a and b of a dimension, a code is the integer c in [0, 255] nearest to
     ``255 (x - a) / (b - a)``, minus 128 for "int8", and stands for ``a + c (b - a) / 255``: within
     the range, half a step is lost at the most. A dimension that never changed has one code, and
-    comes back exactly. Values out of range become the nearest code; sentence-transformers'
-    `quantize_embeddings` lets them wrap around, and rounds down.
+    comes back exactly. Values out of range become the nearest code. `quantize_embeddings` of
+    sentence-transformers takes the same ranges, rounds down, and cuts bits at zero.
 
     Bits are packed as by `numpy.packbits`: the first dimension is the highest bit of the first
     byte, and the last byte is filled with zeros.
