@@ -51,7 +51,7 @@ _PACKAGES = ("skembed", "torch", "transformers", "tokenizers", "numpy")
 class StreamReport:
     """What one call of `transform_to` did.
 
-    Attributes
+    Parameters
     ----------
     path : Path
         The folder of Parquet files, or the .npy file.
