@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from skembed.plotting import EmbeddingMapDisplay
     from skembed.reranking import Reranker
     from skembed.retrieval import Retriever
+    from skembed.streaming import open_embeddings
     from skembed.sts import SimilarityRegressor
     from skembed.trainer import ContrastiveTrainer
     from skembed.vectorizer import NVEmbedVectorizer
@@ -63,6 +64,7 @@ __all__ = [
     "evaluate",
     "metrics",
     "mine_hard_negatives",
+    "open_embeddings",
 ]
 
 # Public name -> module that holds it (a public module stands for itself).
@@ -93,6 +95,7 @@ _HOMES = {
     "evaluate": "skembed.evaluation",
     "metrics": "skembed.metrics",
     "mine_hard_negatives": "skembed.mining",
+    "open_embeddings": "skembed.streaming",
 }
 
 

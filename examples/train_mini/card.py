@@ -114,6 +114,8 @@ def describe_refinements(paths: dict[str, Path], recipe: Recipe) -> list[str]:
         f"cosine over {recipe.ranking_temperature:g}) joins the loss with weight "
         f"{recipe.ranking_weight:g}. Passes, with the development scores at their ends:",
         *(f"   - {line}." for line in passes),
+        "",
+        f"   The model is the mean of the weights of the last {recipe.averaged} passes.",
     ]
 
 

@@ -138,6 +138,7 @@ class Recipe:
         Refinement(steps=300, token_weight=0.0, max_length=512, related_words=350),
         Refinement(steps=480, token_weight=0.0, max_length=512, related_words=350),
     )
+    averaged: int = 2  # of the last refinements: their weights' mean is the model
     refine_texts: int = 64
     refine_long_texts: int = 12
     related_texts: int = 64  # at most, of one source
