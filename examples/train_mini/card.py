@@ -130,13 +130,14 @@ def describe_stages(stages: dict[str, dict], recipe: Recipe) -> list[str]:
         tried = ", ".join(
             f"{share}: {sum(scores.values()) / len(scores):.2f}" for share, scores in shares.items()
         )
+        kept = f"{best}" if float(best) else "0, so the model is as it was"
         negatives = "in-batch and mined" if stage.in_batch_negatives else "mined"
         lines.append(
             f"{number + 4}. **Stage {number + 1}** (`stages.py`, `fit_tasks`). LoRA of rank "
             f"{stage.r} on {len(stage.files)} files of pairs, at most "
             f"{stage.examples_per_file:,} of each, {negatives} negatives, {stage.max_steps} steps "
-            f"of {stage.batch_size}. The share of its change that is added was chosen by the mean "
-            f"of the development scores ({tried}): {best}."
+            f"of {stage.batch_size}, tried on the model {stages['start']}. The share of its change "
+            f"that is added was chosen by the mean of the development scores ({tried}): {kept}."
         )
     return lines
 

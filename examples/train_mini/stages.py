@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from corpus import read_rows
 from export import export
-from recipe import Recipe, Stage, work_paths
+from recipe import Recipe, Stage, refine_paths, work_paths
 from safetensors.torch import load_file
 
 import dev
@@ -124,6 +124,8 @@ def main() -> None:
     export(work_paths(work), folder, recipe)
     log_path = work / "stages.json"
     log = json.loads(log_path.read_text()) if log_path.exists() else {}
+    done = [refine_paths(work_paths(work), k)["log"] for k in range(len(recipe.refinements))]
+    log.setdefault("start", f"after refinement {sum(path.exists() for path in done)}")
     for number in range(arguments.stages):
         folder = run_stage(number, folder, work, arguments.data, recipe, log)
     (work / "final.txt").write_text(folder.name)
