@@ -148,7 +148,7 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         """
         check_choice(self.precision, name="precision", owner=OWNER, allowed=PRECISIONS)
         percentiles = _check_percentiles(self.quantile_range)
-        vectors = validate_data(self, X, dtype=np.float32, ensure_min_samples=2)
+        vectors = self._check_embeddings(X, reset=True, ensure_min_samples=2)
         for name in ("ranges_", "levels_"):
             vars(self).pop(name, None)
         if self.precision == "binary":
@@ -188,7 +188,7 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
             When X is not two-dimensional and finite, or of another width than in `fit`.
         """
         check_is_fitted(self)
-        vectors = validate_data(self, X, reset=False, dtype=np.float32, ensure_min_samples=0)
+        vectors = self._check_embeddings(X, reset=False, ensure_min_samples=0)
         codes = self._codec.encode(vectors)
         if self._code_dtype == np.uint8:
             return codes
@@ -340,6 +340,12 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         if self._code_dtype == np.int8:
             unsigned = unsigned ^ _SIGN
         return self._codec.decode(unsigned)
+
+    def _check_embeddings(self, X: Any, **options: Any) -> Vectors:
+        """Check embeddings by scikit-learn's rules, float32, (n, dim)."""
+        with np.errstate(over="ignore"):  # what is too large for float32 is refused as infinite
+            vectors: Vectors = validate_data(self, X, dtype=np.float32, **options)
+        return vectors
 
     def _check_codes(self, codes: Any, *, name: str, owner: str) -> Any:
         """Return codes as an array, not copied if they are one."""
