@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     )
     from skembed.mining import MinedNegatives, mine_hard_negatives
     from skembed.mteb import MTEBEncoder
+    from skembed.parallel import EmbeddingMapper
     from skembed.plotting import EmbeddingMapDisplay
+    from skembed.quantization import EmbeddingQuantizer
     from skembed.reranking import Reranker
     from skembed.retrieval import Retriever
     from skembed.streaming import open_embeddings
@@ -46,6 +48,8 @@ __all__ = [
     "EmbeddingClassifier",
     "EmbeddingClusterer",
     "EmbeddingMapDisplay",
+    "EmbeddingMapper",
+    "EmbeddingQuantizer",
     "FreshPoolingWarning",
     "MTEBEncoder",
     "MinedNegatives",
@@ -77,6 +81,8 @@ _HOMES = {
     "EmbeddingClassifier": "skembed.classification",
     "EmbeddingClusterer": "skembed.clustering",
     "EmbeddingMapDisplay": "skembed.plotting",
+    "EmbeddingMapper": "skembed.parallel",
+    "EmbeddingQuantizer": "skembed.quantization",
     "FreshPoolingWarning": "skembed.exceptions",
     "MTEBEncoder": "skembed.mteb",
     "MinedNegatives": "skembed.mining",
