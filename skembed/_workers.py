@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -65,28 +66,18 @@ def share_cores(n_workers: int, home: tuple[str, int]) -> Iterator[None]:
         `name_process` of the caller.
     """
     before = torch.get_num_threads()
-    here = before
     if home[0] == platform.node():
-        here = min(before, max(1, cpu_count() // n_workers))
-    # A forked process has none of the threads that its OpenMP library believes it has.
-    torch.set_num_threads(1 if _forked else here)
+        torch.set_num_threads(min(before, max(1, cpu_count() // n_workers)))
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-_forked = False
-
-
-def _mark_forked() -> None:
-    """Remember, in a child process, that it was forked."""
-    global _forked
-    _forked = True
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_mark_forked)
+    # A forked process has none of the threads that its OpenMP library believes it has, and would
+    # wait for them at its first parallel loop, for ever.
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 class SharedIterator(Iterator[_T]):

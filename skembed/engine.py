@@ -438,9 +438,9 @@ def _embed_in_worker(
     home: tuple[str, int],
 ) -> tuple[np.ndarray, EmbedReport]:
     """Raw vectors and counts of one part, inside a worker."""
-    if home != name_process():  # a process for work: its model serves the tasks to come
-        registry.keep(load())
     with share_cores(n_workers, home):
+        if home != name_process():  # a process for work: its model serves the tasks to come
+            registry.keep(load())
         return embed_texts(
             texts, request, get_model=load, cache=None, batch_tokens=batch_tokens, progress=False
         )

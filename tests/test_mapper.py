@@ -212,6 +212,8 @@ def start_engine(engine: str, module: str, out: Path) -> Any:
     environment = {
         **os.environ,
         "HOME": str(out.parent),  # for what an engine leaves behind
+        "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "300s",  # a busy machine starts slowly
+        "RAY_raylet_start_wait_time_s": "300",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYSPARK_PYTHON": sys.executable,
         "SPARK_LOCAL_IP": "127.0.0.1",
