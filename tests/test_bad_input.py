@@ -496,7 +496,7 @@ BAD_PARAMETERS = [
     ("device", "cuda:99", ValueError, "'cuda:99', but torch sees . CUDA devices here. Pass device"),
     ("device", 0, TypeError, "`device` parameter"),
     ("dtype", "float23", ValueError, "`dtype` parameter .*got 'float23'. Did you mean 'float32'"),
-    ("dtype", "int8", ValueError, "must be one of 'auto', 'float32', 'bfloat16', 'float16'"),
+    ("dtype", "int4", ValueError, "must be one of 'auto', 'float32', 'bfloat16', 'float16'"),
     ("dtype", torch.float32, TypeError, "`dtype` parameter .*got a dtype"),
     ("pooling", "maen", ValueError, "Did you mean 'mean'"),
     ("max_length", 1, ValueError, r"must be an int in \[2, inf\); got 1"),

@@ -52,13 +52,19 @@ TOPICS = {
 WHEN = ("today", "at dawn", "every week", "in the rain", "once more")
 
 
-def write_texts(n: int, *, seed: int) -> tuple[list[str], list[str]]:
-    """Return n texts, some of them equal, with their topics."""
+def write_texts(n: int, *, seed: int, stray: bool = False) -> tuple[list[str], list[str]]:
+    """Return n texts, some of them equal, with their topics.
+
+    With `stray` subject and object are of any topic, and only the verb tells the text's own.
+    """
     rng = np.random.default_rng(seed)
     texts, labels = [], []
     for _ in range(n):
         topic = str(rng.choice(list(TOPICS)))
         who, does, what = (str(rng.choice(words.split())) for words in TOPICS[topic])
+        if stray:
+            other, another = (TOPICS[str(name)] for name in rng.choice(list(TOPICS), 2))
+            who, what = (str(rng.choice(words.split())) for words in (other[0], another[2]))
         texts.append(f"the {who} {does} the {what} {rng.choice(WHEN)}")
         labels.append(topic)
     return texts, labels
@@ -66,6 +72,8 @@ def write_texts(n: int, *, seed: int) -> tuple[list[str], list[str]]:
 
 TRAIN, TRAIN_LABELS = write_texts(150, seed=1)
 TEST, TEST_LABELS = write_texts(80, seed=2)
+HARD_TRAIN, HARD_TRAIN_LABELS = write_texts(150, seed=1, stray=True)
+HARD_TEST, HARD_TEST_LABELS = write_texts(80, seed=2, stray=True)
 NUMBERS = {topic: number for number, topic in enumerate(TOPICS)}
 
 DOCUMENTS = {
@@ -131,7 +139,10 @@ class Classification(Local, AbsTaskClassification):
     metadata = describe("Classification", "LocalClassification", "accuracy")
 
     def make(self) -> Any:
-        splits = {"train": (TRAIN, TRAIN_LABELS), "test": (TEST, TEST_LABELS)}
+        splits = {
+            "train": (HARD_TRAIN, HARD_TRAIN_LABELS),
+            "test": (HARD_TEST, HARD_TEST_LABELS),
+        }
         return datasets.DatasetDict(
             {
                 split: datasets.Dataset.from_dict(
@@ -227,10 +238,10 @@ class Reranking(Retrieval):
 
 TASKS = {
     Classification: ClassificationTask(
-        TRAIN,
-        TRAIN_LABELS,
-        test_texts=TEST,
-        test_labels=TEST_LABELS,
+        HARD_TRAIN,
+        HARD_TRAIN_LABELS,
+        test_texts=HARD_TEST,
+        test_labels=HARD_TEST_LABELS,
     ),
     BinaryClassification: ClassificationTask(
         np.array(TRAIN),

@@ -393,7 +393,7 @@ def test_resolve_device(machine: Callable[..., None]) -> None:
     assert resolve_device("auto") == resolve_device("mps") == torch.device("mps")
     machine(n_cuda=2, mps=True)
     assert resolve_device("auto") == torch.device("cuda", 1), "the current one"
-    assert resolve_device("cuda") == torch.device("cuda", 0)
+    assert resolve_device("cuda") == torch.device("cuda", 1), "the current one"
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
     assert resolve_device("cpu") == CPU
 
