@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from skembed._validation import _is_instance_of, check_choice, check_string
+from skembed._validation import _is_instance_of, check_choice, check_string, import_optional
 from skembed.registry import registry
 from skembed.vectorizer import NVEmbedVectorizer
 
@@ -179,9 +179,8 @@ class EmbeddingMapper:
         return frame.assign(**{self.output_column: vectors})
 
     def _extend_table(self, table: Any) -> Any:
-        """A table with a column of fixed-size lists; pyarrow is there, as its table is."""
-        import pyarrow as pa
-
+        """A table with a column of fixed-size lists."""
+        pa = import_optional("pyarrow", extra="stream", purpose=f"`{OWNER}` of Arrow tables")
         vectors = self.embed(table[self.column].to_pylist())
         values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
         return table.append_column(self.output_column, values)
