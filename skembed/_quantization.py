@@ -179,12 +179,12 @@ def rescore_candidates(
         Scores and rows, each (n_queries, top_k), the best first. A score depends on one query and
         one document alone.
     """
-    scores = np.empty(candidates.size, dtype=np.float32)
+    flat = np.empty(candidates.size, dtype=np.float32)
     places, width = candidates.ravel(), candidates.shape[1]
     for block in iterate_blocks(candidates.size, queries.shape[1]):
         own = np.arange(block.start, block.stop) // width
-        np.einsum("nd,nd->n", queries[own], read_rows(places[block]), out=scores[block])
-    scores = scores.reshape(candidates.shape)
+        np.einsum("nd,nd->n", queries[own], read_rows(places[block]), out=flat[block])
+    scores = flat.reshape(candidates.shape)
     order = np.lexsort((-ranks[candidates], -scores), axis=1)[:, :top_k]
     return TopK(
         np.take_along_axis(scores, order, axis=1), np.take_along_axis(candidates, order, axis=1)

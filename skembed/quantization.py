@@ -150,7 +150,7 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         percentiles = _check_percentiles(self.quantile_range)
         vectors = self._check_embeddings(X, reset=True, ensure_min_samples=2)
         for name in ("ranges_", "levels_"):
-            vars(self).pop(name, None)
+            self.__dict__.pop(name, None)
         if self.precision == "binary":
             self.levels_ = Levels.learn(vectors).table
             return self
