@@ -1,6 +1,6 @@
 """Texts per second of skembed-mini against sentence-transformers with all-MiniLM-L6-v2.
 
-Run: python benchmarks/encode_speed.py [--texts 5000] [--repeats 3]
+Run: python benchmarks/encode_speed.py [--texts 2000] [--repeats 3]
 Both sides with their default settings, the same real texts, in turn, no cache; then the same with
 bfloat16 weights in the peer. For information: where our time goes, and the share of the processor's
 own matrix-product rate, measured in the same run, that the encode reaches.
@@ -81,7 +81,7 @@ def compare_with_peer(
 
 def main() -> int:
     """Measure, write the result, and return the exit status."""
-    parser = make_parser(__doc__, texts=5_000)
+    parser = make_parser(__doc__, texts=2_000)
     parser.add_argument("--repeats", type=int, default=3, help="pairs of runs")
     args = start(parser)
     texts = load_texts(args.data, args.texts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
 from pathlib import Path
@@ -277,10 +278,8 @@ def _hash_range(path: Path, start: int, size: int) -> str:
 
 
 def _make_header(n_rows: int, dim: int) -> bytes:
-    """Return the header of a .npy file of version 1.0, padded to a fixed size.
-
-    Layout: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
-    """
-    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({n_rows}, {dim}), }}"
-    body = text.ljust(_HEADER_BYTES - 11).encode("ascii") + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body
+    """Return the header of a .npy file; numpy pads it to one size for any number of rows."""
+    header = io.BytesIO()
+    values = {"descr": "<f4", "fortran_order": False, "shape": (n_rows, dim)}
+    np.lib.format.write_array_header_1_0(header, values)
+    return header.getvalue()

@@ -411,40 +411,60 @@ def _validation(
     """The score of one task's held-out part."""
     columns = examples.columns
     if examples.labels is not None:
-        labels = examples.labels
-        rng = np.random.default_rng((seed, 3))
-        some = rng.permutation(training)[:CENTROID_TEXTS]
-
-        def score_classes(embed: Embed) -> float:
-            vectors = embed(queries[columns[some, 0]])
-            centroids = np.zeros((labels.max() + 1, vectors.shape[1]), dtype=np.float32)
-            np.add.at(centroids, labels[some], vectors)
-            norms = np.linalg.norm(centroids, axis=1, keepdims=True)
-            centroids /= np.maximum(norms, np.finfo(np.float32).tiny)
-            found = (embed(queries[columns[held, 0]]) @ centroids.T).argmax(axis=1)
-            return float((found == labels[held]).mean())
-
-        return Validation("accuracy of the nearest centroid", score_classes)
+        some = np.random.default_rng((seed, 3)).permutation(training)[:CENTROID_TEXTS]
+        known, unseen = queries[columns[some, 0]], queries[columns[held, 0]]
+        return _validate_classes(known, unseen, examples.labels, some, held)
     if examples.scores is not None:
-        scores = examples.scores[held]
-        if np.ptp(scores) == 0:
-            raise ValueError(
-                f"The `validation_fraction` parameter of `{OWNER}` holds out {len(held)} pairs "
-                "whose scores are all equal: there is no order to check. Raise it."
-            )
+        left, right = queries[columns[held, 0]], documents[columns[held, 1]]
+        return _validate_pairs(left, right, examples.scores[held])
+    return _validate_ranks(examples, held, queries, documents)
 
-        def score_pairs(embed: Embed) -> float:
-            left = embed(queries[columns[held, 0]])
-            right = embed(documents[columns[held, 1]])
-            cosines = np.einsum("nd,nd->n", left, right)
-            return float(spearmanr(cosines, scores).statistic)
 
-        return Validation("Spearman correlation", score_pairs)
+def _validate_classes(
+    known: np.ndarray, unseen: np.ndarray, labels: np.ndarray, some: np.ndarray, held: np.ndarray
+) -> Validation:
+    """Accuracy of the nearest centroid on unseen texts; the centroids are of the known ones.
+
+    `labels` are those of all examples, `some` and `held` the rows of the known and unseen texts.
+    """
+
+    def score(embed: Embed) -> float:
+        vectors = embed(known)
+        centroids = np.zeros((labels.max() + 1, vectors.shape[1]), dtype=np.float32)
+        np.add.at(centroids, labels[some], vectors)
+        norms = np.linalg.norm(centroids, axis=1, keepdims=True)
+        centroids /= np.maximum(norms, np.finfo(np.float32).tiny)
+        found = (embed(unseen) @ centroids.T).argmax(axis=1)
+        return float((found == labels[held]).mean())
+
+    return Validation("accuracy of the nearest centroid", score)
+
+
+def _validate_pairs(left: np.ndarray, right: np.ndarray, scores: np.ndarray) -> Validation:
+    """Spearman correlation of the cosines of pairs with their scores."""
+    if np.ptp(scores) == 0:
+        raise ValueError(
+            f"The `validation_fraction` parameter of `{OWNER}` holds out {len(scores)} pairs "
+            "whose scores are all equal: there is no order to check. Raise it."
+        )
+
+    def score(embed: Embed) -> float:
+        cosines = np.einsum("nd,nd->n", embed(left), embed(right))
+        return float(spearmanr(cosines, scores).statistic)
+
+    return Validation("Spearman correlation", score)
+
+
+def _validate_ranks(
+    examples: Examples, held: np.ndarray, queries: np.ndarray, documents: np.ndarray
+) -> Validation:
+    """Mean reciprocal rank of each held-out anchor's own document among all held-out ones."""
+    columns = examples.columns
     candidates = np.unique(columns[held, 1:])
     starts, known = examples.known_positives()
     own = np.searchsorted(candidates, columns[held, 1])
 
-    def score_ranks(embed: Embed) -> float:
+    def score(embed: Embed) -> float:
         anchors, vectors = embed(queries[columns[held, 0]]), embed(documents[candidates])
         rank = np.empty(len(held), dtype=np.int64)
         size = max(1, BLOCK_SCORES // len(candidates))
@@ -459,7 +479,7 @@ def _validation(
             rank[block] = 1 + (cosines > best[:, None]).sum(axis=1)
         return float(np.where(rank <= MRR_DEPTH, 1.0 / rank, 0.0).mean())
 
-    return Validation(f"mean reciprocal rank at {MRR_DEPTH}", score_ranks)
+    return Validation(f"mean reciprocal rank at {MRR_DEPTH}", score)
 
 
 def _join_validations(validations: list[Validation]) -> Validation | None:

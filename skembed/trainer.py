@@ -231,6 +231,11 @@ def check_trainer(trainer: ContrastiveTrainer) -> None:
     if trainer.batch_tokens != "auto":
         check_int(trainer.batch_tokens, name="batch_tokens", owner=OWNER, low=1)
     _check_targets(trainer.target_modules)
+    _check_together(trainer)
+
+
+def _check_together(trainer: ContrastiveTrainer) -> None:
+    """What parameters ask of each other; each is right by itself."""
     directory = trainer.checkpoint_dir
     if directory is not None and not isinstance(directory, (str, os.PathLike)):
         raise TypeError(

@@ -397,18 +397,12 @@ def run_training(
                 remine(step // plan.n_batches, learner.embed_all)
                 for task in plan.tasks:
                     task.mined = processes.agree(task.mined)
-            began = time.perf_counter()
-            batch = plan.build(step, listed)
-            loss = learner.accumulate(batch, step)
-            norm, rate = learner.update(step)
-            _check_finite(loss, norm, step, settings)
-            speed = batch.n_examples / (time.perf_counter() - began)
-            epoch = (step + 1) / plan.n_batches
-            values = (step + 1, epoch, float(loss), rate, norm, speed)
-            history.steps.append(dict(zip(STEP_COLUMNS, values, strict=True)))
+            taken = _take_step(learner, plan, step, listed)
+            history.steps.append(taken)
             state.step = step + 1
             bar.update()
-            bar.set_postfix(loss=f"{float(loss):.3f}", examples_per_s=f"{speed:.0f}", refresh=False)
+            loss, speed = f"{taken['loss']:.3f}", f"{taken['examples_per_s']:.0f}"
+            bar.set_postfix(loss=loss, examples_per_s=speed, refresh=False)
             if validation is not None and _is_due(state.step, settings.n_steps):
                 _validate(learner, validation, state)
                 if settings.early_stopping and state.n_worse >= settings.patience:
@@ -435,6 +429,21 @@ def run_training(
     if checkpoints is not None and state.done:
         checkpoints.write(*_snapshot(learner, state, plan))
     return learner.adapter(weights), history
+
+
+def _take_step(
+    learner: _Learner, plan: BatchPlan, step: int, listed: np.ndarray
+) -> dict[str, float]:
+    """Take one step of the optimiser; its row of the history."""
+    began = time.perf_counter()
+    batch = plan.build(step, listed)
+    loss = learner.accumulate(batch, step)
+    norm, rate = learner.update(step)
+    _check_finite(loss, norm, step, learner.settings)
+    speed = batch.n_examples / (time.perf_counter() - began)
+    epoch = (step + 1) / plan.n_batches
+    values = (step + 1, epoch, float(loss), rate, norm, speed)
+    return dict(zip(STEP_COLUMNS, values, strict=True))
 
 
 def _start_bar(n_steps: int, state: _Progress, progress: bool | None) -> tqdm:

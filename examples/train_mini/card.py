@@ -60,7 +60,7 @@ def describe_architecture(config: dict, recipe: Recipe, size_mb: float) -> list[
         f"- vocabulary {text['vocab_size']:,}: of the teacher's lower-cased word pieces those that "
         "the corpus uses most",
         f"- up to {text['max_position_embeddings']:,} tokens, taught on at most "
-        f"{recipe.max_length}",
+        f"{recipe.taught_length}",
         f"- bfloat16 weights, {size_mb:.1f} MB in all; embeddings of {config['hidden_size']} "
         "dimensions, unit length",
     ]
@@ -199,8 +199,8 @@ def write_card(work: Path, data: Path, scores: Path, out: Path) -> str:
         "",
         "- English, without upper case and accents. A character outside the vocabulary makes its "
         "word unknown, and texts of unknown words are all alike.",
-        f"- Taught on at most {max(part.max_length for part in recipe.refinements)} tokens: longer "
-        "texts work, untested by training.",
+        f"- Taught on at most {recipe.taught_length} tokens: longer texts work, untested by "
+        "training.",
         "- Where the words themselves decide (scientific claims, technical terms, a single word "
         'such as "would"), plain word statistics can win: see the tfidf columns.',
         "- Sources carry the biases of forum posts, reviews, encyclopaedias and old books; one set "

@@ -40,6 +40,14 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def read_values(path: Path) -> Iterator[str]:
+    """Texts of one file, both sides of pairs, in its order; scraps of three letters left out."""
+    for row in read_rows(path):
+        for value in row.values():
+            if isinstance(value, str) and len(value) > 3:
+                yield value
+
+
 def cut(text: str, rng: random.Random, recipe: Recipe) -> str:
     """A text as trained on: short ones whole, long ones mostly as a span of whole words."""
     words = text.split(" ")
@@ -62,12 +70,7 @@ def collect_texts(data: Path, recipe: Recipe) -> list[str]:
     rng = random.Random(recipe.random_state)
     texts: dict[str, None] = {}
     for path in source_files(data):
-        found = {
-            " ".join(value.split())
-            for row in read_rows(path)
-            for value in row.values()
-            if isinstance(value, str) and len(value) > 3
-        }
+        found = {" ".join(value.split()) for value in read_values(path)}
         for text in rng.sample(sorted(found), min(recipe.texts_per_file, len(found))):
             texts[cut(text, rng, recipe)] = None
     shuffled = list(texts)
@@ -80,12 +83,12 @@ def collect_long_texts(data: Path, recipe: Recipe) -> list[str]:
     rng = random.Random(recipe.random_state + 1)
     texts: dict[str, None] = {}
     for path in source_files(data):
-        found = set()
-        for row in read_rows(path):
-            for value in row.values():
-                words = value.split() if isinstance(value, str) else []
-                if len(words) > recipe.span_words[1]:
-                    found.add(" ".join(words[: recipe.long_words]))
+        split = (value.split() for value in read_values(path))
+        found = {
+            " ".join(words[: recipe.long_words])
+            for words in split
+            if len(words) > recipe.span_words[1]
+        }
         chosen = rng.sample(sorted(found), min(recipe.long_texts_per_file, len(found)))
         texts.update(dict.fromkeys(chosen))
     shuffled = list(texts)

@@ -172,6 +172,11 @@ class Recipe:
             max_length=chosen.max_length,
         )
 
+    @property
+    def taught_length(self) -> int:
+        """Tokens of the longest text that any part of the run has seen."""
+        return max(self.max_length, *(part.max_length for part in self.refinements))
+
     def to_dict(self) -> dict[str, object]:
         """The recipe as plain values, for the model card and the checkpoint."""
         return asdict(self)

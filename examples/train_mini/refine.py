@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import read_rows, source_files
+from corpus import read_values, source_files
 from prepare import load_tokenizer, read_texts
 from recipe import Recipe, refine_paths, work_paths
 from train import Distillation, Texts
@@ -28,12 +28,7 @@ def collect_related(data: Path, recipe: Recipe, words: int) -> dict[str, list[st
     """Distinct texts of each source in the order of its rows, cut to so many words."""
     sources = {}
     for path in source_files(data):
-        texts = dict.fromkeys(
-            " ".join(value.split()[:words])
-            for row in read_rows(path)
-            for value in row.values()
-            if isinstance(value, str) and len(value) > 3
-        )
+        texts = dict.fromkeys(" ".join(value.split()[:words]) for value in read_values(path))
         if len(texts) > recipe.related_texts:
             sources[path.name.removesuffix(".jsonl.gz")] = list(texts)
     return sources
@@ -106,7 +101,9 @@ def refine(number: int, paths: dict[str, Path], data: Path) -> None:
     before = refine_paths(paths, number - 1) if number else paths
     own = refine_paths(paths, number)
     if not own["start"].exists():
-        torch.save(torch.load(before["checkpoint"], weights_only=True)["model"], own["start"])
+        partial = own["start"].with_suffix(".partial")
+        torch.save(torch.load(before["checkpoint"], weights_only=True)["model"], partial)
+        partial.replace(own["start"])
     tokenizer = load_tokenizer(paths)
     sources = collect_related(data / "train/permissive", recipe, chosen.related_words)
     related = RelatedTexts(sources, tokenizer, recipe)

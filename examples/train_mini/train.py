@@ -171,6 +171,8 @@ class Distillation:
 
         `batches_from` gives the batches from a step on.
         """
+        if self.step >= steps:
+            return
         if self.step == 0:
             self.log({"step": 0, **dev.dev_scores(data, self.embed, quick=True)})
         losses: list[float] = []
