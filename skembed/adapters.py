@@ -45,6 +45,7 @@ from skembed.checkpoint import (
     write_json,
 )
 from skembed.exceptions import CheckpointError
+from skembed.fused import pack_weights
 from skembed.lora import (
     LoraLinear,
     LoraSettings,
@@ -203,6 +204,7 @@ class Adapter:
             if isinstance(pooling, LatentAttention):
                 pooling = FoldedLatentAttention(pooling)
             model.latent_attention_model = pooling.to(base.key.compute_dtype)
+            pack_weights(model.latent_attention_model)
         model.eval().requires_grad_(False)
         key = replace(base.key, fingerprint=f"{base.key.fingerprint}+{self.fingerprint}")
         return LoadedModel(key, base.config, model, base.tokenizer, base)

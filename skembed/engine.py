@@ -42,6 +42,8 @@ SHORTEST_PADDED = 0.92  # keeps the padded share of attention under 5 %
 STORE_ROWS = 1_024  # rows between two writes to the cache
 PROGRESS_DELAY_S = 3.0
 CPU_BATCH_TOKENS = 2_048  # best of 768 to 4,096 on two cores: activations stay in the cache
+MAX_STREAMS = 4
+STREAM_TOKENS = 1_024  # for fewer, one more stream does not pay
 MAX_BATCH_TOKENS = 65_536
 MIN_BATCH_TOKENS = 64
 
@@ -322,11 +324,18 @@ class _Runner:
     def _run_batches(
         self, encoded: EncodedTexts, left: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Forward passes, on all replicas at once where there are several."""
+        """Forward passes, on all replicas at once, or in several streams on one CPU."""
         replicas, budget = self._replicas, self.report.batch_tokens
         lengths = encoded.lengths[left]
-        if len(replicas) > 1:  # no device stands idle while another has two batches to go
-            share = -(-int(lengths.sum()) // (2 * len(replicas)))
+        n_tokens = int(lengths.sum())
+        n_threads = None
+        if replicas[0].device.type == "cpu":
+            n_cores = torch.get_num_threads()
+            if len(replicas) == 1:
+                replicas = replicas * count_streams(n_cores, n_tokens)
+            n_threads = max(1, n_cores // len(replicas))
+        if len(replicas) > 1:  # none stands idle while another has two batches to go
+            share = -(-n_tokens // (2 * len(replicas)))
             budget = min(budget, max(share, MIN_BATCH_TOKENS))
         padded = any(loaded.model.attention_path == "padded" for loaded in replicas)
         batches = iterate_batches(lengths, budget, shortest=SHORTEST_PADDED if padded else 0.0)
@@ -334,8 +343,6 @@ class _Runner:
         if len(replicas) == 1:
             yield from self._run_on(replicas[0], encoded, rows)
             return
-        on_cpu = replicas[0].device.type == "cpu"
-        n_threads = max(1, torch.get_num_threads() // len(replicas)) if on_cpu else None
         workers = [partial(self._run_on, loaded, encoded) for loaded in replicas]
         yield from spread(rows, workers, n_threads=n_threads)
 
@@ -452,6 +459,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return "out of memory" in text or "can't allocate memory" in text
+
+
+def count_streams(n_cores: int, n_tokens: int) -> int:
+    """Forward passes that run side by side on a CPU, sharing its cores.
+
+    Cores that work on passes of their own do not wait for each other after each step.
+    """
+    return max(1, min(n_cores, MAX_STREAMS, n_tokens // STREAM_TOKENS))
 
 
 def default_batch_tokens(loaded: LoadedModel) -> int:

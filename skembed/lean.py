@@ -8,7 +8,7 @@ what the stock module does and keeps only its inputs for the backward pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_SHORTEST_SHARE = 0.6  # of a bucket's length that each of its texts has; the rest is padding
+# Share of a bucket's length that each of its texts has; the rest is padding. Without gradients
+# padding costs more than preparing products of other sizes.
+_SHORTEST_SHARE = 0.6
+_SHORTEST_SHARE_TIGHT = 0.85
+LONGEST_PRODUCT = 1_024  # tokens; the matrix of scores grows with their square
+
+
+def normalise_rms(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm of (..., D), and the scale of each row (..., 1), at least in float32."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale.to(x.dtype)).mul_(weight), scale
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -25,11 +37,9 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """(..., D), (D,) -> (..., D)."""
-        precise = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
-        scale = (norm.square() / x.shape[-1] + eps).rsqrt()  # (..., 1)
+        normed, scale = normalise_rms(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale.to(x.dtype)).mul_(weight)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -78,12 +88,14 @@ class _Bucket:
         Their rows in the pack.
     count, length : int
         Texts and padded length; `count` may hold a few of nothing, so that sizes repeat.
-    gather : Tensor of int64, shape (count * length,)
+    gather : Tensor of int64, shape (count, length)
         Row, from `start`, that stands at each padded place.
     kept : Tensor of int64, shape (stop - start,)
         Padded place of each row.
-    mask : Tensor of bool, shape (count, 1, length)
-        True where a key is padding.
+    mask : Tensor of bool, shape (count, 1, length - shortest)
+        True where a key from position `shortest` on is padding.
+    shortest : int
+        Tokens that each text has at the least; `length` where nothing is padded.
     """
 
     start: int
@@ -93,24 +105,54 @@ class _Bucket:
     gather: Tensor
     kept: Tensor
     mask: Tensor
+    shortest: int
+
+    @cached_property
+    def _rows(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
+
+    def find_rows(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Where heads come from and go to, when each is a row of its own.
+
+        Returns
+        -------
+        padded : Tensor of int64, shape (count * heads * length,)
+            Row of (rows * heads, d) that stands at each place of (count, heads, length, d).
+        packed : Tensor of int64, shape (rows * heads,)
+            The way back.
+        """
+        if heads not in self._rows:
+            head = torch.arange(heads)
+            padded = self.gather[:, None] * heads + head[:, None]  # (count, heads, length)
+            text, place = self.kept // self.length, self.kept % self.length
+            packed = (text[:, None] * heads + head) * self.length + place[:, None]
+            self._rows[heads] = padded.reshape(-1), packed.reshape(-1)
+        return self._rows[heads]
 
 
 @lru_cache(maxsize=64)
-def plan_buckets(lengths: tuple[int, ...]) -> tuple[_Bucket, ...]:
-    """Buckets of a pack whose texts have these lengths, sorted or not."""
+def plan_buckets(lengths: tuple[int, ...], *, tight: bool = False) -> tuple[_Bucket, ...]:
+    """Buckets of a pack whose texts have these lengths, sorted or not.
+
+    `tight` ones hold less padding and have more different sizes.
+    """
+    share = _SHORTEST_SHARE_TIGHT if tight else _SHORTEST_SHARE
     buckets, first, start = [], 0, 0
     while first < len(lengths):
-        length = _round_length(lengths[first])
+        length, step = _round_length(lengths[first])
+        least = min(share * length, length - step + 1)
         last = first + 1
-        while last < len(lengths) and _SHORTEST_SHARE * length <= lengths[last] <= length:
+        while last < len(lengths) and least <= lengths[last] <= length:
             last += 1
         sizes = np.array(lengths[first:last])
-        count = _round_count(len(sizes))
+        exact = tight and (len(sizes) < 8 or lengths[last - 1] == length)
+        count = len(sizes) if exact else _round_count(len(sizes))
+        shortest = int(sizes.min())
         inside = np.arange(length) < sizes[:, None]  # (n, L)
         gather = np.zeros((count, length), dtype=np.int64)
         gather[: len(sizes)][inside] = np.arange(sizes.sum())
-        mask = np.zeros((count, 1, length), dtype=bool)
-        mask[: len(sizes), 0] = ~inside
+        mask = np.zeros((count, 1, length - shortest), dtype=bool)
+        mask[: len(sizes), 0] = ~inside[:, shortest:]
         stop = start + int(sizes.sum())
         buckets.append(
             _Bucket(
@@ -118,24 +160,64 @@ def plan_buckets(lengths: tuple[int, ...]) -> tuple[_Bucket, ...]:
                 stop,
                 count,
                 length,
-                torch.from_numpy(gather.reshape(-1)),
+                torch.from_numpy(gather),
                 torch.from_numpy(np.flatnonzero(inside)),
                 torch.from_numpy(mask),
+                shortest,
             )
         )
         first, start = last, stop
     return tuple(buckets)
 
 
-def _round_length(length: int) -> int:
-    """Up to a multiple of 8, of 32 above 64: each new size of a product costs preparation."""
+def _round_length(length: int) -> tuple[int, int]:
+    """Up to a multiple of 8, of 32 above 64, and that step: each new size costs preparation."""
     step = 8 if length <= 64 else 32
-    return -(-length // step) * step
+    return -(-length // step) * step, step
 
 
 def _round_count(count: int) -> int:
     """Up to a power of two below 8, to a multiple of 8 above."""
     return 1 << (count - 1).bit_length() if count < 8 else -(-count // 8) * 8
+
+
+def attend_to_buckets(rows: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
+    """Attention inside each text of a pack, without a record for gradients.
+
+    Parameters
+    ----------
+    rows : list of Tensor
+        Queries (T, H, d), already scaled, keys and values (T, K, d).
+    lengths : tuple of int
+        Tokens of each text; rows behind the last text come out as zeros.
+
+    Returns
+    -------
+    Tensor, shape (T, H, d)
+    """
+    out = torch.empty_like(rows[0])
+    for bucket in plan_buckets(lengths, tight=True):
+        q, k, v = _split(rows, bucket)
+        if bucket.length > LONGEST_PRODUCT:
+            attended = _attend_in_blocks(q, k, v, bucket)
+        else:
+            scores = torch.bmm(q, k.transpose(1, 2))
+            attended = torch.bmm(_probabilities(scores, bucket), v)
+        _merge_into(out, attended, bucket)
+    out[sum(lengths) :].zero_()
+    return out
+
+
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, bucket: _Bucket) -> Tensor:
+    """Attention by torch's fused kernel, which never holds all scores: (n K, G L, d) -> same."""
+    by_head = [x.view(bucket.count, -1, bucket.length, x.shape[2]) for x in (q, k, v)]
+    mask = None
+    if bucket.shortest < bucket.length:
+        mask = q.new_zeros(bucket.count, 1, 1, bucket.length)
+        mask[..., bucket.shortest :].masked_fill_(bucket.mask[:, None], float("-inf"))
+    groups = by_head[0].shape[1] // by_head[1].shape[1]
+    k4, v4 = (x.repeat_interleave(groups, dim=1) for x in by_head[1:])
+    return F.scaled_dot_product_attention(by_head[0], k4, v4, mask, scale=1.0).view(q.shape)
 
 
 class ProductAttention(torch.autograd.Function):
@@ -157,8 +239,8 @@ class ProductAttention(torch.autograd.Function):
         out = torch.empty_like(rows[0])
         for bucket in plan_buckets(lengths):
             q_b, k_b, v_b = _split(rows, bucket)
-            attended = torch.bmm(_probabilities(q_b, k_b, bucket, scaling), v_b)
-            out[bucket.start : bucket.stop] = _merge(attended, bucket, rows[0].shape[1])
+            attended = torch.bmm(_probabilities(_scores(q_b, k_b, scaling), bucket), v_b)
+            _merge_into(out, attended, bucket)
         return out
 
     @staticmethod
@@ -170,14 +252,14 @@ class ProductAttention(torch.autograd.Function):
         for bucket in plan_buckets(ctx.lengths):
             q_b, k_b, v_b = _split(rows, bucket)
             (grad_b,) = _split([grad], bucket, rows[1].shape[1], zero=True)
-            p = _probabilities(q_b, k_b, bucket, ctx.scaling)  # (n K, G L, L)
+            p = _probabilities(_scores(q_b, k_b, ctx.scaling), bucket)  # (n K, G L, L)
             grad_v = torch.bmm(p.transpose(1, 2), grad_b)
             grad_p = torch.bmm(grad_b, v_b.transpose(1, 2))
             grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
             grad_s = grad_s.mul_(ctx.scaling)
             pieces = torch.bmm(grad_s, k_b), torch.bmm(grad_s.transpose(1, 2), q_b), grad_v
             for out, piece in zip(outs, pieces, strict=True):
-                out[bucket.start : bucket.stop] = _merge(piece, bucket, out.shape[1])
+                _merge_into(out, piece, bucket)
         grad_q, grad_k, grad_v = (out.transpose(0, 1) for out in outs)
         return grad_q, grad_k, grad_v, None, None
 
@@ -189,33 +271,38 @@ def _split(
     shared = shared or rows[-1].shape[1]
     split = []
     for x in rows:
-        padded = x[bucket.start : bucket.stop].flatten(1).index_select(0, bucket.gather)
-        padded = padded.view(bucket.count, bucket.length, shared, -1, x.shape[2])
+        heads, width = x.shape[1:]
+        padded = x[bucket.start : bucket.stop].flatten(0, 1)
+        padded = padded.index_select(0, bucket.find_rows(heads)[0])
         if zero:
-            padded.masked_fill_(_rows_of_nothing(bucket), 0)
-        padded = padded.permute(0, 2, 3, 1, 4)  # (n, K, G, L, d)
-        split.append(padded.reshape(bucket.count * shared, -1, x.shape[2]))
+            by_text = padded.view(bucket.count, heads, bucket.length, width)
+            by_text.masked_fill_(_rows_of_nothing(bucket), 0)
+        split.append(padded.view(bucket.count * shared, -1, width))
     return split
 
 
 def _rows_of_nothing(bucket: _Bucket) -> Tensor:
-    """True at padded places, (n, L, 1, 1, 1)."""
+    """True at padded places, (n, 1, L, 1)."""
     empty = torch.ones(bucket.count * bucket.length, dtype=torch.bool)
     empty[bucket.kept] = False
-    return empty.view(bucket.count, bucket.length, 1, 1, 1)
+    return empty.view(bucket.count, 1, bucket.length, 1)
 
 
-def _probabilities(q: Tensor, k: Tensor, bucket: _Bucket, scaling: float) -> Tensor:
-    """Softmax of the scores, padded keys left out: (n K, G L, d), (n K, L, d) -> (n K, G L, L)."""
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
-    by_text = scores.view(bucket.count, -1, bucket.length)
-    by_text.masked_fill_(bucket.mask, float("-inf"))
-    return scores.softmax(-1)
+def _scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+    """(n K, G L, d), (n K, L, d) -> (n K, G L, L)."""
+    return torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
 
 
-def _merge(x: Tensor, bucket: _Bucket, heads: int) -> Tensor:
-    """The inverse of `_split`: (n K, G L, d) -> rows (stop - start, heads, d)."""
-    width = x.shape[2]
-    grouped = x.view(bucket.count, -1, heads // (x.shape[0] // bucket.count), bucket.length, width)
-    merged = grouped.permute(0, 3, 1, 2, 4).reshape(-1, heads * width)  # (n L, H d)
-    return merged.index_select(0, bucket.kept).view(-1, heads, width)
+def _probabilities(scores: Tensor, bucket: _Bucket) -> Tensor:
+    """Softmax of the scores (n K, G L, L) in their place, padded keys left out."""
+    if bucket.shortest < bucket.length:
+        by_text = scores.view(bucket.count, -1, bucket.length)
+        by_text[..., bucket.shortest :].masked_fill_(bucket.mask, float("-inf"))
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _merge_into(out: Tensor, x: Tensor, bucket: _Bucket) -> None:
+    """The inverse of `_split`: (n K, G L, d) -> the bucket's rows of `out` (T, heads, d)."""
+    heads, width = out.shape[1:]
+    target = out[bucket.start : bucket.stop].view(-1, width)
+    torch.index_select(x.view(-1, width), 0, bucket.find_rows(heads)[1], out=target)

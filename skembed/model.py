@@ -33,7 +33,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, MistralConfig, MistralModel
 
 from skembed.exceptions import CheckpointError
-from skembed.lean import GatedSiluFunction, ProductAttention, RMSNormFunction
+from skembed.fused import can_fuse, run_backbone
+from skembed.lean import LONGEST_PRODUCT, GatedSiluFunction, ProductAttention, RMSNormFunction
 from skembed.pooling import (
     EosPooling,
     FoldedLatentAttention,
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 
 ATTENTION_NAME = "skembed"
 ATTENTION_PATHS = ("grouped", "varlen", "padded")
-LONGEST_PRODUCT = 1_024  # tokens; the matrix of scores grows with their square
 # NV-Embed's config.json names no latent sizes; these are the published defaults.
 NV_EMBED_LATENT_DEFAULTS = {
     "num_latents_value": 512,
@@ -504,12 +504,23 @@ class NVEmbedModel(nn.Module):
         self.config = config
         self.attention_path = attention_path
         self.embedding_model = MistralModel(config.mistral_config())
+        self.fuse = True  # False: transformers' own forward pass on the CPU, too
+        self.is_silu = self.embedding_model.config.hidden_act in ("silu", "swish")
         self.latent_attention_model = build_pooling(config)
 
     def hidden_states(
         self, batch: PackedBatch, *, all_layers: bool = False
     ) -> Tensor | tuple[Tensor, ...]:
         """Last hidden states (T, D) of a pack, or those of every layer, in a tuple."""
+        if self._runs_fused():
+            results = run_backbone(
+                self.embedding_model,
+                batch.input_ids,
+                batch.position_ids,
+                batch.lengths,
+                batch.n_texts,
+            )
+            return tuple(results) if all_layers else results[-1]
         output = self.embedding_model(
             input_ids=batch.input_ids.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
@@ -521,6 +532,11 @@ class NVEmbedModel(nn.Module):
         if all_layers:  # the first entry is the word vectors, which the paper leaves out
             return tuple(hidden[0] for hidden in output.hidden_states[1:])
         return output.last_hidden_state[0]
+
+    def _runs_fused(self) -> bool:
+        """Whether the pass needs nothing that the fused one lacks."""
+        known = self.fuse and self.attention_path == "grouped" and self.is_silu
+        return known and can_fuse(self.embedding_model.norm.weight)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Raw vectors, float32 (B, D), of a pack of B texts."""
@@ -535,13 +551,12 @@ class NVEmbedModel(nn.Module):
         """Replace the backbone's RMSNorms and activations by lean ones on the same weights."""
         eps = self.embedding_model.config.rms_norm_eps
         stock = type(self.embedding_model.norm)
-        is_silu = self.embedding_model.config.hidden_act in ("silu", "swish")
         for name, module in list(self.embedding_model.named_modules()):
             if isinstance(module, stock):
                 self.embedding_model.set_submodule(name, LeanRMSNorm(module.weight, eps))
         for k in range(len(self.embedding_model.layers)):
             mlp = self.embedding_model.get_submodule(f"layers.{k}.mlp")
-            mlp.act_fn = LeanActivation(mlp.get_submodule("act_fn"), is_silu=is_silu)
+            mlp.act_fn = LeanActivation(mlp.get_submodule("act_fn"), is_silu=self.is_silu)
 
     def fold_pooling(self) -> None:
         """Replace a latent layer by its inference form; other poolings stay."""

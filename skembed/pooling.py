@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from skembed.fused import fused_linear
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -188,11 +190,14 @@ class FoldedLatentAttention(nn.Module):
 
     keys: Tensor  # (H * r, D)
     keys_bias: Tensor  # (H * r,)
-    values: Tensor  # (H * r, D)
-    first: Tensor  # (2 * mult * D, D)
-    first_bias: Tensor
+    values: Tensor  # (D, H * r)
+    value: Tensor  # (mult * D, D), first half of the feed-forward block's first matrix
+    value_bias: Tensor
+    gate: Tensor  # (mult * D, D), its second half
+    gate_bias: Tensor
     last: Tensor  # (D, mult * D)
     last_bias: Tensor
+    fused_weights = ("keys", "values", "value", "gate")
 
     def __init__(self, layer: LatentAttention) -> None:
         super().__init__()
@@ -201,28 +206,37 @@ class FoldedLatentAttention(nn.Module):
             keys, bias, values = _fold_attention(layer)
             norm, first = feed_forward.norm, feed_forward.fn.net["0"]
             first_bias = first.bias.float() + first.weight.float() @ norm.bias.float()
+            value, gate = (first.weight * norm.weight).chunk(2)
+            value_bias, gate_bias = first_bias.chunk(2)
+            last = feed_forward.fn.net["2"]
             dtype = first.weight.dtype
             self.heads = attend.fn.heads
-            self.register_buffer("keys", keys.to(dtype))
-            self.register_buffer("keys_bias", bias.to(dtype))
-            self.register_buffer("values", values.to(dtype))
-            self.register_buffer("first", first.weight * norm.weight)
-            self.register_buffer("first_bias", first_bias.to(dtype))
-            last = feed_forward.fn.net["2"]
-            self.register_buffer("last", last.weight.detach())
-            self.register_buffer("last_bias", last.bias.detach())
+            buffers = {
+                "keys": keys,
+                "keys_bias": bias,
+                "values": values.T,
+                "value": value,
+                "value_bias": value_bias,
+                "gate": gate,
+                "gate_bias": gate_bias,
+                "last": last.weight.detach(),
+                "last_bias": last.bias.detach(),
+            }
+            for name, tensor in buffers.items():
+                self.register_buffer(name, tensor.to(dtype).contiguous())
         self.eps: float = attend.norm.eps
 
     def forward(self, hidden_states: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
         """Packed pooled tokens (P, D), their text (P,), tokens per text (B,) -> (B, D) float32."""
         width = (hidden_states.shape[-1],)
         x = F.layer_norm(hidden_states, width, eps=self.eps)
-        scores = F.linear(x, self.keys, self.keys_bias).unflatten(-1, (self.heads, -1))
-        attended = scores.softmax(-1).flatten(-2) @ self.values  # (P, D)
-        hidden_states = hidden_states + attended
+        scores = fused_linear(x, self.keys, self.keys_bias).unflatten(-1, (self.heads, -1))
+        attention = scores.softmax(-1).flatten(-2)  # (P, H * r)
+        hidden_states = fused_linear(attention, self.values, plus=hidden_states)  # (P, D)
         x = F.layer_norm(hidden_states, width, eps=self.eps)
-        value, gate = F.linear(x, self.first, self.first_bias).chunk(2, dim=-1)
-        activated = segment_mean(value * F.gelu(gate), segments, counts)  # (B, mult * D)
+        gate = fused_linear(x, self.gate, self.gate_bias, activation="gelu")
+        gated = fused_linear(x, self.value, self.value_bias, times=gate)  # (P, mult * D)
+        activated = segment_mean(gated, segments, counts)  # (B, mult * D)
         projected = F.linear(activated.to(self.last.dtype), self.last, self.last_bias)
         return segment_mean(hidden_states, segments, counts) + projected.float()
 

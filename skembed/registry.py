@@ -27,6 +27,7 @@ from skembed._quantized_layers import WEIGHT_FORMATS
 from skembed.cache import EmbeddingCache
 from skembed.checkpoint import ModelSource, load_model
 from skembed.exceptions import CausalLeakError
+from skembed.fused import pack_weights
 from skembed.model import NVEmbedConfig, NVEmbedModel
 from skembed.tokenization import TextTokenizer, pack_texts
 
@@ -181,6 +182,7 @@ def _load(key: ModelKey, source: ModelSource, config: NVEmbedConfig) -> LoadedMo
         model.use_lean_modules()
     prove_bidirectional(model, device)
     model.fold_pooling()
+    pack_weights(model)
     logger.info("loaded %s: %s", source.name, key)
     return LoadedModel(key, config, model, tokenizer)
 
@@ -344,6 +346,17 @@ def prove_bidirectional(model: NVEmbedModel, device: torch.device) -> None:
     proof = (model.attention_path, device.type, dtype, transformers.__version__)
     if proof in _proven:
         return
+    try:
+        for model.fuse in (True, False):  # one pass for use, the other for training
+            _prove_pass(model, device)
+    finally:
+        model.fuse = True
+    _proven.add(proof)
+
+
+def _prove_pass(model: NVEmbedModel, device: torch.device) -> None:
+    """What `prove_bidirectional` says, for the forward pass that the model is set to."""
+    dtype = next(model.embedding_model.parameters()).dtype
     vocabulary = int(model.config.backbone["vocab_size"])
     for lengths in ((6,), (6, 6), (9, 4)):
         texts = [(torch.arange(n) * 7 + 11 * k + 5) % vocabulary for k, n in enumerate(lengths)]
@@ -359,7 +372,6 @@ def prove_bidirectional(model: NVEmbedModel, device: torch.device) -> None:
                 f"transformers {transformers.__version__} and torch {torch.__version__} (texts of "
                 f"{lengths} tokens). Embeddings would be wrong; install another release of either."
             )
-    _proven.add(proof)
 
 
 def _first_positions(

@@ -5,6 +5,8 @@ Most tests put a counting fake in the place of model and tokenizer: a token is a
 
 from __future__ import annotations
 
+import threading
+import time
 import tracemalloc
 import weakref
 from collections.abc import Callable
@@ -98,6 +100,12 @@ def run(
     return embed_texts(texts, request, **kwargs)
 
 
+@pytest.fixture
+def one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forward pass after the other, so that their order is known."""
+    monkeypatch.setattr(engine, "MAX_STREAMS", 1)
+
+
 def make_texts(n: int, *, seed: int = 0, median: float = 40.0) -> list[str]:
     """Distinct texts of log-normal length."""
     rng = np.random.default_rng(seed)
@@ -174,7 +182,7 @@ def test_no_texts_need_no_model() -> None:
 # ---------------------------------------------------------------- batches
 
 
-def test_longest_first_within_the_budget() -> None:
+def test_longest_first_within_the_budget(one_stream: None) -> None:
     texts = make_texts(500)
     model = FakeModel()
     run(texts, model, batch_tokens=600)
@@ -183,6 +191,56 @@ def test_longest_first_within_the_budget() -> None:
     assert max(sizes) <= 600
     for size, following in zip(sizes, model.batches[1:], strict=False):
         assert size + following[0] > 600, "a batch took less than it had room for"
+
+
+def test_streams_share_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several forward passes at once on a CPU: the same rows, each once, on threads of its own."""
+    before = torch.get_num_threads()
+    texts = make_texts(500)
+    names: set[str] = set()
+    threads: set[int] = set()
+
+    def note(call: int, batch: PackedBatch) -> None:
+        names.add(threading.current_thread().name)
+        threads.add(torch.get_num_threads())
+        time.sleep(0.002)
+
+    model = FakeModel()
+    model.fail = note
+    torch.set_num_threads(3)
+    try:
+        vectors, report = run(texts, model, batch_tokens=600)
+        assert torch.get_num_threads() == 3, "as the caller left it"
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(vectors, expected(texts))
+    assert sorted(model.lengths) == sorted(len(text) + 1 for text in texts)
+    assert report.n_embedded == 500
+    assert len(names) == 3
+    assert threads == {1}
+
+
+def test_no_stream_without_work() -> None:
+    assert engine.count_streams(2, 100) == 1
+    assert engine.count_streams(2, 1_000_000) == 2
+    assert engine.count_streams(1, 1_000_000) == 1
+    assert engine.count_streams(64, 1_000_000) == engine.MAX_STREAMS
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 4])
+def test_no_memory_in_one_of_several_streams(n_threads: int) -> None:
+    before = torch.get_num_threads()
+    texts = make_texts(400)
+    model = FakeModel()
+    model.fail = lambda call, batch: MemoryError() if len(batch.input_ids) > 600 else None
+    torch.set_num_threads(n_threads)
+    try:
+        vectors, report = run(texts, model, batch_tokens=1_200)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(vectors, expected(texts))
+    assert sorted(model.lengths) == sorted(len(text) + 1 for text in texts)
+    assert report.batch_tokens == 600
 
 
 def test_text_above_the_budget_runs_alone() -> None:
@@ -242,7 +300,7 @@ def test_truncated_texts_are_counted_once_each() -> None:
 
 
 @pytest.mark.parametrize("error", NO_ROOM, ids=lambda error: type(error).__name__)
-def test_out_of_memory_halves_the_budget(error: BaseException) -> None:
+def test_out_of_memory_halves_the_budget(error: BaseException, one_stream: None) -> None:
     texts = make_texts(400)
     model = FakeModel()
     model.fail = lambda call, batch: error if len(batch.input_ids) > 1_100 else None
@@ -253,7 +311,7 @@ def test_out_of_memory_halves_the_budget(error: BaseException) -> None:
     assert len(model.lengths) == report.n_embedded == 400
 
 
-def test_finished_rows_are_not_run_again() -> None:
+def test_finished_rows_are_not_run_again(one_stream: None) -> None:
     texts = make_texts(400)
     model = FakeModel()
     model.fail = lambda call, batch: MemoryError() if call in (4, 9) else None
@@ -267,7 +325,7 @@ def test_finished_rows_are_not_run_again() -> None:
 
 
 def test_budget_that_fitted_is_kept_for_the_chunks_to_come(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, one_stream: None
 ) -> None:
     monkeypatch.setattr(engine, "CHUNK_TEXTS", 50)
     model = FakeModel()

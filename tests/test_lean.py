@@ -1,5 +1,6 @@
 """The CPU's own forward and backward passes against autograd on the plain formulas."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -7,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skembed.lean import GatedSiluFunction, ProductAttention, RMSNormFunction, plan_buckets
+from skembed.lean import (
+    GatedSiluFunction,
+    ProductAttention,
+    RMSNormFunction,
+    attend_to_buckets,
+    plan_buckets,
+)
 
 LENGTHS = [(1,), (7,), (5, 5, 5), (19, 18, 12, 11, 3, 1), (70, 33, 9, 9, 2), (3, 9, 4, 50)]
 
@@ -75,13 +82,50 @@ def test_a_text_does_not_see_its_neighbours() -> None:
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_buckets_hold_every_row_once_and_little_padding(lengths: tuple[int, ...]) -> None:
-    buckets = plan_buckets(lengths)
+    check_buckets(plan_buckets(lengths))
+    check_buckets(plan_buckets(lengths, tight=True))
+
+
+def test_buckets_end_with_the_pack() -> None:
+    for lengths in LENGTHS:
+        assert plan_buckets(lengths)[-1].stop == sum(lengths)
+        assert plan_buckets(lengths, tight=True)[-1].stop == sum(lengths)
+
+
+def test_texts_of_similar_length_share_a_bucket() -> None:
+    """One product for many short texts, though they are far shorter than a bucket's length."""
+    assert len(plan_buckets((9,) * 40 + (8,) * 40, tight=True)) == 2
+    assert len(plan_buckets((500, 490, 470, 450), tight=True)) == 1
+    assert len(plan_buckets((500, 300), tight=True)) == 2, "padding would cost more"
+    assert [b.count for b in plan_buckets((500, 499, 498), tight=True)] == [3]
+
+
+@pytest.mark.parametrize("lengths", [*LENGTHS, (1_030, 1_027, 40)])
+@pytest.mark.parametrize(("heads", "shared"), [(4, 2), (3, 3)])
+def test_attention_without_gradients_equals_torch(
+    lengths: tuple[int, ...], heads: int, shared: int
+) -> None:
+    """Also above LONGEST_PRODUCT, and with rows of filling behind the texts."""
+    tokens, filling = sum(lengths), 5
+    shapes = ((heads, tokens + filling, 8), *2 * ((shared, tokens + filling, 8),))
+    q, k, v = (random(*shape, seed=i).detach() for i, shape in enumerate(shapes))
+    texts = (x[:, :tokens] for x in (q, k, v))
+    expected = plain_attention(*texts, lengths, 1.0)
+    with torch.inference_mode():
+        found = attend_to_buckets([x.transpose(0, 1).contiguous() for x in (q, k, v)], lengths)
+    torch.testing.assert_close(found[:tokens], expected, atol=1e-12, rtol=1e-12)
+    assert not found[tokens:].any()
+
+
+def check_buckets(buckets: Sequence[Any]) -> None:
     assert [b.start for b in buckets] == [0, *(b.stop for b in buckets)][:-1]
-    assert buckets[-1].stop == sum(lengths)
     for bucket in buckets:
-        rows = bucket.gather[bucket.kept]
+        rows = bucket.gather.reshape(-1)[bucket.kept]
         assert rows.tolist() == list(range(bucket.stop - bucket.start))
-        assert len(bucket.gather) == bucket.count * bucket.length
+        assert bucket.gather.shape == (bucket.count, bucket.length)
+        padded = int(bucket.mask.sum()) + (bucket.count - len(bucket.mask)) * bucket.length
+        assert bucket.shortest <= bucket.length - bucket.mask.shape[2]
+        assert padded < bucket.count * bucket.length
 
 
 def test_attention_gradcheck() -> None:

@@ -228,14 +228,16 @@ def test_rope_scaling_is_used() -> None:
     torch.testing.assert_close(ratio, torch.full((4,), 4.0))
 
 
-def test_position_ids_restart_with_each_text() -> None:
+@pytest.mark.parametrize("fuse", [True, False])
+def test_position_ids_restart_with_each_text(fuse: bool) -> None:
     """Looked at where they arrive: rotary attention gives nearly the same without a restart."""
     model, seen = make_model(TINY), []
+    model.fuse = fuse
 
     def note(_: torch.nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(kwargs["position_ids"].tolist())
 
-    model.embedding_model.register_forward_pre_hook(note, with_kwargs=True)
+    model.embedding_model.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
     run(model, 3, 2, 4)
     assert seen == [[[0, 1, 2, 0, 1, 0, 1, 2, 3]]]
 

@@ -330,7 +330,6 @@ def test_one_job_needs_no_joblib(expected: np.ndarray, monkeypatch: pytest.Monke
         raise AssertionError("workers were asked for")
 
     monkeypatch.setattr(engine, "run_tasks", refuse)
-    monkeypatch.setattr(engine, "spread", refuse)
     for n_jobs in (None, 1):
         found = make_vectorizer(n_jobs=n_jobs).transform(make_texts())
         np.testing.assert_allclose(found, expected, atol=TOLERANCE)

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, MistralConfig
 
 import skembed.model as model_module
-from skembed import NVEmbedVectorizer, registry
+from skembed import NVEmbedVectorizer, fused, registry
 from skembed.checkpoint import load_model, read_config, resolve_source
 from skembed.exceptions import CausalLeakError, TruncationWarning
 from skembed.model import NVEmbedConfig, NVEmbedModel
@@ -28,7 +29,8 @@ GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
 GOLDEN_VECTORS: dict[str, Any] = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))
 TEXTS: list[str] = GOLDEN_VECTORS["texts"]
 BLOCKS = sorted(GOLDEN_VECTORS["embeddings"])
-CPU_PATHS = ("grouped", "padded")
+# "stock" is the grouped path in transformers' own forward pass, "grouped" the fused one.
+CPU_PATHS = ("grouped", "stock", "padded")
 TOLERANCE = 1e-5
 LONG_TEXT = "An unrelated neighbour, much longer than any of the others. " * 12
 SENTENCES = [
@@ -59,8 +61,9 @@ def load(
         config,
         device=torch.device("cpu"),
         dtype=getattr(torch, dtype),
-        attention_path=path,
+        attention_path="grouped" if path == "stock" else path,
     )
+    model.fuse = path != "stock"
     if folded:
         model.fold_pooling()
     return model, registry.load_tokenizer(source.folder, config)
@@ -286,6 +289,16 @@ def borderless_attention(*args: Any) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(0, 1)
 
 
+def as_fused(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Turn an attention of (heads, T, d) into one of the fused pass: rows, scaled queries."""
+
+    def attend_to_rows(rows: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
+        q, k, v = (x.transpose(0, 1) for x in rows)
+        return attend(q, k, v, SimpleNamespace(lengths=lengths), 1.0, 0.0).contiguous()
+
+    return attend_to_rows
+
+
 @pytest.mark.parametrize("path", CPU_PATHS)
 @pytest.mark.parametrize(
     ("wrong", "message"),
@@ -303,7 +316,10 @@ def test_a_leak_stops_the_load(
     model = load(path=path, dtype=dtype)[0]
     registry.prove_bidirectional(model, torch.device("cpu"))
     monkeypatch.setattr(registry, "_proven", set())
-    monkeypatch.setattr(model_module, f"_{path}", wrong)
+    if path == "grouped":
+        monkeypatch.setattr(fused, "attend_to_buckets", as_fused(wrong))
+    else:
+        monkeypatch.setattr(model_module, "_grouped" if path == "stock" else "_padded", wrong)
     with pytest.raises(CausalLeakError, match=message):
         registry.prove_bidirectional(model, torch.device("cpu"))
     assert not registry._proven  # a fault is found again at the next load
@@ -347,7 +363,8 @@ def make_tiny_model(path: str = "grouped") -> NVEmbedModel:
         latent_dim=24,
         ff_mult=2,
     )
-    model = NVEmbedModel(config, attention_path=path).eval()
+    model = NVEmbedModel(config, attention_path="grouped" if path == "stock" else path).eval()
+    model.fuse = path != "stock"
     randomize(model.embedding_model)
     randomize(model.latent_attention_model, seed=1)
     return model
