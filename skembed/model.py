@@ -13,7 +13,7 @@ So every linear layer and norm sees real tokens only, on each of the three atten
 path      attention of packed texts
 ========= =================================================================================
 grouped   texts of equal length side by side, one scaled-dot-product call per length: nothing
-          is padded (CPU)
+          is padded (CPU); without gradients `fused` runs the whole pass
 varlen    torch's variable-length attention on cumulative lengths: nothing is padded (CUDA)
 padded    queries, keys and values padded to the longest text, with a key mask, inside the
           attention function only (any device; the fallback)

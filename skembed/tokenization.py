@@ -207,8 +207,8 @@ def pack_texts(ids: Sequence[np.ndarray], pool_start: int, *, on_grid: bool = Fa
         First pooled position of each text; every text must be longer.
     on_grid : bool, default=False
         Fill up to one of few sizes, with a text of padding at the end and rows of nothing in the
-        result. On CPUs each new size of a bfloat16 matrix product costs milliseconds of
-        preparation, as much as the product itself; few sizes are prepared once.
+        result. On CPUs each new size of a bfloat16 matrix product costs up to milliseconds of
+        preparation; few sizes are prepared once.
 
     Returns
     -------
