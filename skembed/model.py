@@ -535,7 +535,8 @@ class NVEmbedModel(nn.Module):
 
     def _runs_fused(self) -> bool:
         """Whether the pass needs nothing that the fused one lacks."""
-        known = self.fuse and self.attention_path == "grouped" and self.is_silu
+        ours = self.embedding_model.config._attn_implementation == ATTENTION_NAME
+        known = self.fuse and ours and self.attention_path == "grouped" and self.is_silu
         return known and can_fuse(self.embedding_model.norm.weight)
 
     def forward(self, batch: PackedBatch) -> Tensor:

@@ -101,7 +101,7 @@ def causal_attention(
     for bucket in plan_buckets(packed.lengths):
         q, k, v = (
             x[bucket.start : bucket.stop]
-            .index_select(0, bucket.gather)
+            .index_select(0, bucket.gather.reshape(-1))
             .view(bucket.count, bucket.length, *x.shape[1:])
             .transpose(1, 2)
             for x in rows
