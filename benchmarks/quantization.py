@@ -1,6 +1,6 @@
 """Embeddings as int8 and bits: memory, recall of the exact search, and time, beside the peer's.
 
-Run: python benchmarks/quantization.py [--texts 6000] [--queries 500] [--documents 200000]
+Run: python benchmarks/quantization.py [--texts 5500] [--queries 500] [--documents 200000]
 Recall on real texts embedded by skembed-mini: the share of the exact best k that a search among
 codes finds, with and without rescoring. The peer is sentence-transformers: `quantize_embeddings`
 with ranges learned from the documents, and `semantic_search_usearch` (exact, its rescoring on,
@@ -142,7 +142,7 @@ def compare_times(args: Any) -> dict[str, Any]:
 
 def main() -> int:
     """Measure, write the result, and return the exit status."""
-    parser = make_parser(__doc__, texts=6_000)
+    parser = make_parser(__doc__, texts=5_500)
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--documents", type=int, default=200_000, help="random vectors, for times")
     parser.add_argument("--dim", type=int, default=384, help="of the random vectors")
