@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skembed.lean import attend_to_buckets, normalise_rms
+from skembed.tokenization import PackedBatch
 
 __all__ = ["MAX_PACKED_BYTES", "can_fuse", "fused_linear", "pack_weights", "run_backbone"]
 
@@ -143,37 +144,34 @@ def _apply(
     return _follow(layer(x), activation, times, plus)
 
 
-def run_backbone(
-    backbone: Any, input_ids: Tensor, position_ids: Tensor, lengths: tuple[int, ...], n_texts: int
-) -> list[Tensor]:
+def run_backbone(backbone: Any, batch: PackedBatch, *, all_layers: bool = False) -> list[Tensor]:
     """The forward pass of transformers' `MistralModel` over packed texts.
 
     Parameters
     ----------
     backbone : MistralModel
         With SiLU as activation; its linear layers may be replaced by others of the same shape.
-    input_ids, position_ids : Tensor of int64, shape (T,)
-        Texts one after the other, positions from 0 in each.
-    lengths : tuple of int
-        Tokens of each text, in their order.
-    n_texts : int
-        Texts that count; those behind them are filling, and their rows hold no meaning.
+    batch : PackedBatch
+        Of T positions. Rows of its filling hold no meaning in the result.
+    all_layers : bool, default=False
+        Return the result of every layer, and not of the last one alone.
 
     Returns
     -------
     list of Tensor, shape (T, D) each
-        The result of every layer; the last one after the final norm.
+        The last one is behind the final norm.
     """
-    hidden = backbone.embed_tokens(input_ids)
+    hidden = backbone.embed_tokens(batch.input_ids)
     scaling: float = backbone.layers[0].self_attn.scaling
-    rotation = _list_rotation(backbone, position_ids, scaling, hidden.dtype)
+    rotation = _list_rotation(backbone, batch.position_ids, scaling, hidden.dtype)
+    lengths = batch.lengths[: batch.n_texts]
     results = []
     for layer in backbone.layers:
-        hidden = _run_attention(layer, hidden, rotation, lengths[:n_texts])
+        hidden = _run_attention(layer, hidden, rotation, lengths)
         hidden = _run_feed_forward(layer, hidden)
-        results.append(hidden)
-    results[-1] = _norm(backbone.norm, hidden)
-    return results
+        if all_layers:
+            results.append(hidden)
+    return [*results[:-1], _norm(backbone.norm, hidden)]
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:

@@ -513,13 +513,7 @@ class NVEmbedModel(nn.Module):
     ) -> Tensor | tuple[Tensor, ...]:
         """Last hidden states (T, D) of a pack, or those of every layer, in a tuple."""
         if self._runs_fused():
-            results = run_backbone(
-                self.embedding_model,
-                batch.input_ids,
-                batch.position_ids,
-                batch.lengths,
-                batch.n_texts,
-            )
+            results = run_backbone(self.embedding_model, batch, all_layers=all_layers)
             return tuple(results) if all_layers else results[-1]
         output = self.embedding_model(
             input_ids=batch.input_ids.unsqueeze(0),

@@ -96,7 +96,8 @@ def test_who_runs_the_pass(fuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused pass without gradients, transformers' own with them; or these tests see nothing."""
     calls = []
     monkeypatch.setattr(
-        "skembed.model.run_backbone", lambda *args: calls.append(1) or run_backbone(*args)
+        "skembed.model.run_backbone",
+        lambda *args, **kwargs: calls.append(1) or run_backbone(*args, **kwargs),
     )
     model, batch = make_tiny_model(), make_batch(5, 4)
     model.fuse = fuse

@@ -123,9 +123,13 @@ def check_buckets(buckets: Sequence[Any]) -> None:
         rows = bucket.gather.reshape(-1)[bucket.kept]
         assert rows.tolist() == list(range(bucket.stop - bucket.start))
         assert bucket.gather.shape == (bucket.count, bucket.length)
-        padded = int(bucket.mask.sum()) + (bucket.count - len(bucket.mask)) * bucket.length
-        assert bucket.shortest <= bucket.length - bucket.mask.shape[2]
-        assert padded < bucket.count * bucket.length
+        assert bucket.mask.shape == (bucket.count, 1, bucket.length - bucket.shortest)
+        filled = torch.zeros(bucket.count * bucket.length, dtype=torch.bool)
+        filled[bucket.kept] = True
+        filled = filled.view(bucket.count, bucket.length)
+        texts = filled.any(1)
+        assert filled[texts, : bucket.shortest].all()
+        assert torch.equal(bucket.mask[texts, 0], ~filled[texts, bucket.shortest :])
 
 
 def test_attention_gradcheck() -> None:
