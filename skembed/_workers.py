@@ -6,7 +6,8 @@ import os
 import platform
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -78,6 +79,39 @@ if hasattr(os, "register_at_fork"):
     # A forked process has none of the threads that its OpenMP library believes it has, and would
     # wait for them at its first parallel loop, for ever.
     os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+
+
+def run_ahead(task: Callable[[_T], _R], items: Iterable[_T]) -> Generator[_R, None, None]:
+    """Results of `task`, in order; the next one is worked on while the caller uses the last.
+
+    One thread beside the caller's, started only where there is a second item. At most two results
+    exist at a time. An error of `task` arrives where its result would have; when the caller
+    stops, the task at work is waited for.
+
+    Parameters
+    ----------
+    task : callable
+        Takes one item.
+    items : iterable
+        Drawn by the caller's thread.
+    """
+    source = iter(items)
+    item: Any = next(source, _END)
+    if item is _END:
+        return
+    upcoming: Any = next(source, _END)
+    if upcoming is _END:
+        yield task(item)
+        return
+    result = task(item)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        while upcoming is not _END:
+            future = pool.submit(task, upcoming)
+            yield result
+            del result  # not held beside the next but one
+            upcoming = next(source, _END)
+            result = future.result()
+        yield result
 
 
 class SharedIterator(Iterator[_T]):

@@ -1,9 +1,9 @@
 """Texts -> raw embeddings: each distinct text once, cached, in batches of a token budget.
 
 The way of a call: hash and deduplicate -> longest first -> per chunk of some thousand texts: look
-up the cache, tokenise what is missing, pack by true token length up to the budget, run the model,
-store -> scatter back to input order. Beside the output, memory is a constant (one chunk) plus 50
-bytes a text.
+up the cache, tokenise what is missing (both for the next chunk while the model is at work on this
+one), pack by true token length up to the budget, run the model, store -> scatter back to input
+order. Beside the output, memory is a constant (two chunks) plus 50 bytes a text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from joblib import effective_n_jobs
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from skembed._workers import name_process, run_tasks, share_cores, spread
+from skembed._workers import name_process, run_ahead, run_tasks, share_cores, spread
 from skembed.cache import EmbeddingCache
 from skembed.exceptions import CacheError, SkembedWarning
 from skembed.registry import LoadedModel, ModelKey, registry
@@ -156,8 +156,11 @@ def embed_texts(
     with tqdm(
         total=len(distinct), unit="text", desc="embedding", delay=delay, disable=progress is False
     ) as bar:
-        for rows in _chunks(texts, distinct, max(1, workers // 4)):
-            _embed_chunk(texts, rows, out, cache, runner, bar)
+        chunks = _chunks(texts, distinct, max(1, workers // 4))
+        prepare = partial(_prepare_chunk, texts, cache, runner)
+        with closing(run_ahead(prepare, chunks)) as prepared:
+            for chunk in prepared:
+                _embed_chunk(chunk, out, cache, runner, bar)
     if source is not None:
         repeated = np.flatnonzero(source != np.arange(len(texts)))
         for start in range(0, len(repeated), CHUNK_TEXTS):
@@ -202,24 +205,61 @@ def _chunks(texts: Sequence[str], rows: np.ndarray, scale: int = 1) -> Iterator[
         start = stop
 
 
-def _embed_chunk(
+@dataclass(frozen=True)
+class _Chunk:
+    """Texts that are embedded together, as far as that goes without the model.
+
+    Attributes
+    ----------
+    found_rows : ndarray of int64, shape (n_found,)
+        Rows of the output that the cache knew.
+    found : ndarray of float32, shape (n_found, dim)
+        Their vectors.
+    rows : ndarray of int64, shape (n,)
+        Rows that are to be computed.
+    texts : list of str, length n
+        Their texts.
+    encoded : EncodedTexts or None
+        Their token ids; None where workers tokenise or there are no texts.
+    """
+
+    found_rows: np.ndarray
+    found: np.ndarray
+    rows: np.ndarray
+    texts: list[str]
+    encoded: Any
+
+
+def _prepare_chunk(
     texts: Sequence[str],
+    cache: EmbeddingCache | None,
+    runner: _Runner | _ParallelRunner,
     rows: np.ndarray,
+) -> _Chunk:
+    """Look the texts of some rows up, and tokenise those that the cache does not know."""
+    request = runner.request
+    part = [texts[i] for i in rows]
+    found_rows, found = rows[:0], np.empty((0, request.dim), dtype=np.float32)
+    if cache is not None:
+        vectors = np.empty((len(rows), request.dim), dtype=np.float32)
+        known = cache.lookup(request.namespace, part, vectors)
+        found_rows, found = rows[known], vectors[known]
+        rows = rows[~known]
+        part = [text for text, hit in zip(part, known, strict=True) if not hit]
+    return _Chunk(found_rows, found, rows, part, runner.encode(part) if part else None)
+
+
+def _embed_chunk(
+    chunk: _Chunk,
     out: np.ndarray,
     cache: EmbeddingCache | None,
     runner: _Runner | _ParallelRunner,
     bar: tqdm,
 ) -> None:
-    """Fill ``out[rows]`` from the cache or the model; what was done is stored even on Ctrl-C."""
-    part = [texts[i] for i in rows]
-    namespace = runner.request.namespace
-    if cache is not None:
-        vectors = np.empty((len(rows), out.shape[1]), dtype=np.float32)
-        found = cache.lookup(namespace, part, vectors)
-        out[rows[found]] = vectors[found]
-        bar.update(int(found.sum()))
-        rows = rows[~found]
-        part = [text for text, hit in zip(part, found, strict=True) if not hit]
+    """Fill the chunk's rows of `out`; what was computed is stored even on Ctrl-C."""
+    out[chunk.found_rows] = chunk.found
+    bar.update(len(chunk.found_rows))
+    rows, part, namespace = chunk.rows, chunk.texts, runner.request.namespace
     if not part:
         return
     unsaved: list[int] = []
@@ -238,7 +278,7 @@ def _embed_chunk(
         unsaved.clear()
 
     try:
-        for done, vectors in runner.run(part):
+        for done, vectors in runner.run(part, chunk.encoded):
             out[rows[done]] = vectors
             unsaved.extend(done.tolist())
             bar.update(len(done))
@@ -279,15 +319,23 @@ class _Runner:
             )
         return self._replicas[0]
 
-    def run(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Positions in `texts` and their vectors, batch by batch."""
-        loaded, request, report = self.loaded, self.request, self.report
-        encoded = loaded.tokenizer.encode(
+    def encode(self, texts: list[str]) -> EncodedTexts:
+        """Token ids of texts; may be called from another thread than `run`."""
+        with self._guard:
+            loaded = self.loaded
+        request = self.request
+        return loaded.tokenizer.encode(
             texts,
             prefix=request.prefix,
             max_length=request.max_length,
             mask_prefix=loaded.config.is_mask_instruction,
         )
+
+    def run(
+        self, texts: list[str], encoded: EncodedTexts
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Positions in `texts` and their vectors, batch by batch."""
+        report = self.report
         report.n_truncated += encoded.n_truncated
         report.n_embedded += len(texts)
         report.n_tokens += int(encoded.lengths.sum())
@@ -423,7 +471,10 @@ class _ParallelRunner:
         self._batch_tokens = batch_tokens
         self._workers = workers
 
-    def run(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def encode(self, texts: list[str]) -> None:
+        """Nothing: the workers tokenise."""
+
+    def run(self, texts: list[str], encoded: None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Positions in `texts` and their vectors, part by part."""
         n_parts = max(self._workers, len(texts) // STORE_ROWS)
         parts = [np.arange(k, len(texts), n_parts) for k in range(n_parts)]  # alike in length

@@ -271,6 +271,31 @@ def test_chunks_are_bounded_in_texts_and_characters(monkeypatch: pytest.MonkeyPa
     assert report.n_embedded == len(texts)
 
 
+def test_the_next_chunk_is_tokenised_while_the_model_is_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "CHUNK_TEXTS", 50)
+    tokenised = [threading.Event() for _ in range(4)]
+    encode, count = FakeTokenizer.encode, iter(tokenised)
+
+    def watched(self: FakeTokenizer, texts: list[str], **kwargs: Any) -> EncodedTexts:
+        next(count).set()
+        return encode(self, texts, **kwargs)
+
+    monkeypatch.setattr(FakeTokenizer, "encode", watched)
+    model = FakeModel()
+
+    def wait(call: int, batch: PackedBatch) -> None:
+        assert tokenised[1].wait(60), "the first pass would wait for ever"
+
+    model.fail = wait
+    texts = make_texts(200)
+    vectors, report = run(texts, model)
+    np.testing.assert_array_equal(vectors, expected(texts))
+    assert report.n_embedded == 200
+    assert all(event.is_set() for event in tokenised)
+
+
 def test_grouped_path_pads_nothing() -> None:
     _, report = run(make_texts(2_000), FakeModel("grouped"))
     assert report.n_positions == report.n_tokens > 0

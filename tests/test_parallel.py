@@ -22,7 +22,7 @@ from sklearn.base import clone
 
 from skembed import ContrastiveTrainer, EmbeddingCache, _workers, engine
 from skembed import registry as registry_module
-from skembed._workers import name_process, run_tasks, share_cores, spread
+from skembed._workers import name_process, run_ahead, run_tasks, share_cores, spread
 from skembed.exceptions import CheckpointError, ModelNotFoundError, SkembedWarning
 from skembed.model import NVEmbedModel
 from skembed.registry import registry, resolve_devices
@@ -137,6 +137,48 @@ def test_threads_of_torch_are_set_inside_and_restored_outside() -> None:
             yield torch.get_num_threads()
 
     assert set(spread(range(10), [report, report], n_threads=3)) == {3}
+
+
+@pytest.mark.parametrize("n_items", [0, 1, 2, 7])
+def test_running_ahead_keeps_the_order(n_items: int) -> None:
+    started = threading.active_count()
+    assert list(run_ahead(lambda k: 2 * k, range(n_items))) == list(range(0, 2 * n_items, 2))
+    assert threading.active_count() == started
+
+
+def test_the_next_item_is_worked_on_while_the_last_is_used() -> None:
+    begun = [threading.Event() for _ in range(4)]
+
+    def task(k: int) -> int:
+        begun[k].set()
+        return k
+
+    for k in run_ahead(task, range(4)):
+        if k < 3:
+            assert begun[k + 1].wait(60), "it would wait for ever"
+        assert not any(event.is_set() for event in begun[k + 2 :]), "one ahead, not more"
+
+
+def test_one_item_needs_no_thread() -> None:
+    assert list(run_ahead(lambda k: threading.get_ident(), [0])) == [threading.get_ident()]
+
+
+def test_an_error_ahead_arrives_in_its_turn_and_closing_waits() -> None:
+    started = threading.active_count()
+
+    def task(k: int) -> int:
+        if k == 1:
+            raise MemoryError("no room")
+        return k
+
+    results = run_ahead(task, range(3))
+    assert next(results) == 0
+    with pytest.raises(MemoryError, match="no room"):
+        next(results)
+    results = run_ahead(task, iter([0, 2, 3]))
+    next(results)
+    results.close()
+    assert threading.active_count() == started
 
 
 # ---------------------------------------------------------------- several devices
