@@ -14,6 +14,12 @@ over tokens) the student's stream ``A_s * sum_s`` needs no scaling, and is the t
 GELU as SwiGLU: ``gelu(x) = silu(1.702 x) / 1.702`` (Hendrycks & Gimpel, arXiv 1606.08415, section
 2), the second branch a constant to begin with.
 
+Narrower students: the channels are scaled so that the stream ends as the teacher's last hidden
+state, and everything is projected onto the directions in which that has most of its length.
+
+Shared keys: attention heads that share one head of keys and values get the directions in which
+their own keys (values) vary most, and queries projected to match.
+
 Groups: where one of our layers stands for several of the teacher's, heads and units of all of them
 are candidates, those that write most are kept, and the last matrix aims at the group's result.
 """
@@ -67,6 +73,27 @@ def rest(x: Tensor, y: Tensor, weight: Tensor) -> float:
     return float(error / (y - y.mean(0)).square().sum())
 
 
+def principal_directions(x: Tensor, count: int) -> Tensor:
+    """The `count` directions (D, count) in which x (T, D) has most of its length."""
+    return torch.linalg.eigh(x.T @ x).eigenvectors[:, -count:]
+
+
+def share_keys(aims: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    """Queries (H, T, d) for keys and values (H / size, T, d) that `size` heads share each."""
+    width = aims["key"].shape[2]
+    shared: dict[str, list[Tensor]] = {"query": [], "key": [], "value": []}
+    for first in range(0, len(aims["key"]), size):
+        heads = slice(first, first + size)
+        for part in ("key", "value"):
+            joint = torch.cat(list(aims[part][heads]), 1)
+            joint = joint - joint.mean(0)  # the same for all keys: the softmax drops it
+            basis = principal_directions(joint, width)
+            shared[part].append(joint @ basis)
+            if part == "key":
+                shared["query"] += list(aims["query"][heads] @ basis.unflatten(0, (size, width)))
+    return {part: torch.stack(values) for part, values in shared.items()}
+
+
 class Inheritance:
     """One student in the making.
 
@@ -93,31 +120,41 @@ class Inheritance:
         recipe: Recipe,
     ) -> None:
         self.model, self.recipe, self.batch = model, recipe, batch
+        model.fuse = False  # `capture` needs the modules one by one
         self.weights = teacher.weights
         ids = torch.from_numpy(teacher_ids)
         self.seen: dict[str, Tensor] = {}
         self.last = teacher.hidden_states(ids[batch.input_ids], batch, self.seen.__setitem__)
         self.word_ids = ids
-        self.scales = self._stream_scales()
+        self.scales = self._stream_scales(teacher.hidden_size)
+        self.basis: Tensor | None = None  # (teacher's dimension, ours) where ours is smaller
+        if recipe.hidden_size < teacher.hidden_size:
+            self.basis = principal_directions(self.last, recipe.hidden_size)
         self.report: dict[str, dict[str, float]] = defaultdict(dict)
 
-    def _stream_scales(self) -> list[Tensor]:
+    def _stream_scales(self, width: int) -> list[Tensor]:
         """A_s of the module's docstring for every sublayer."""
         names = ["embeddings"]
         for layer in range(6):
             names += [f"encoder.layer.{layer}.attention.output", f"encoder.layer.{layer}.output"]
-        scales = [torch.ones(self.recipe.hidden_size)]
-        for s, name in enumerate(names[:-1]):
+        scales = [torch.ones(width)]
+        for s, name in enumerate(names):
             sigma = (self.seen[f"sum.{s}"].var(1, correction=0) + EPS).sqrt().mean()
             gamma = self.weights[f"{name}.LayerNorm.weight"]
             scale = scales[-1] * sigma / gamma.abs().clamp(min=0.1)
             scales.append(scale)
-        return scales
+        last = scales.pop()
+        # At this scale the stream ends as the last hidden state, the place to choose directions.
+        return [scale / last for scale in scales] if self.recipe.hidden_size < width else scales
+
+    def project(self, stream: Tensor) -> Tensor:
+        """The teacher's stream (..., D) in our directions."""
+        return stream if self.basis is None else stream @ self.basis
 
     def target(self, sublayer: int) -> Tensor:
         """What the student's stream should be behind a sublayer of the teacher, (T, D)."""
         total = self.seen[f"sum.{sublayer}"]
-        return (total - total.mean(1, keepdim=True)) * self.scales[sublayer]
+        return self.project((total - total.mean(1, keepdim=True)) * self.scales[sublayer])
 
     def capture(self, module: torch.nn.Module) -> Tensor:
         """Input of a module when the student runs on the calibration texts, (T, ...)."""
@@ -145,6 +182,7 @@ class Inheritance:
             self._attention(k, layer, group)
             self._feed_forward(k, layer, group)
         self._head()
+        self.model.fuse = True
 
     def _words(self) -> None:
         """Word vectors with the mean place, centred as the teacher's norm does."""
@@ -153,8 +191,8 @@ class Inheritance:
         shared = self.weights["embeddings.token_type_embeddings.weight"][0]
         table = words + shared + places[1:40].mean(0)
         table[1] = words[1] + shared + places[0]  # <s> always stands first
-        table = table - table.mean(1, keepdim=True)
-        self.model.embedding_model.embed_tokens.weight.copy_(table)
+        table = (table - table.mean(1, keepdim=True)) * self.scales[0]
+        self.model.embedding_model.embed_tokens.weight.copy_(self.project(table))
 
     def _attention(self, k: int, layer: torch.nn.Module, group: tuple[int, ...]) -> None:
         """Queries, keys and values of the heads that write most; then the output matrix."""
@@ -167,12 +205,18 @@ class Inheritance:
             steps = [self.target(2 * j + 1) - self.target(2 * j) for j in group]
             aim = aim + sum(steps[1:])
         heads = self._choose_heads(group)
+        aims = {
+            part: torch.stack([self._of_head(part, j, h) for j, h in heads])
+            for part in ("query", "key", "value")
+        }
+        if recipe.heads_per_key > 1:
+            aims = share_keys(aims, recipe.heads_per_key)
         for part, matrix in (
             ("query", attention.q_proj),
             ("key", attention.k_proj),
             ("value", attention.v_proj),
         ):
-            y = torch.cat([self._of_head(part, j, h) for j, h in heads], 1)
+            y = aims[part].transpose(0, 1).flatten(1)
             matrix.weight.copy_(fit(x, y, recipe.ridge))
             self.report[f"layer {k}"][part] = rest(x, y, matrix.weight)
         self._calm_pairs_last(attention, x)
@@ -194,19 +238,23 @@ class Inheritance:
             for h in range(HEADS):
                 z = self._of_head("attended", j, h)
                 z = z - z.mean(0)
-                written[j, h] = float(((z @ out[:, h].T) * scale).square().sum())
+                change = self.project((z @ out[:, h].T) * scale)
+                written[j, h] = float(change.square().sum())
         best = sorted(written, key=lambda key: -written[key])
         return sorted(best[: self.recipe.num_attention_heads])
 
     def _calm_pairs_last(self, attention: torch.nn.Module, x: Tensor) -> None:
         """Turn each head's basis so that quickly rotating pairs carry the least of the scores."""
         d = self.recipe.head_dim
-        q_rows = attention.q_proj.weight.unflatten(0, (-1, d))
         k_rows = attention.k_proj.weight.unflatten(0, (-1, d))
+        q_rows = attention.q_proj.weight.unflatten(0, (len(k_rows), -1, d))
         places = torch.stack([torch.arange(d // 2), torch.arange(d // 2) + d // 2], 1).flatten()
-        for h in range(len(q_rows)):
-            q, key = x @ q_rows[h].T, x @ k_rows[h].T
-            energy = q.T @ q / q.square().sum() + key.T @ key / key.square().sum()
+        for h in range(len(k_rows)):
+            key = x @ k_rows[h].T
+            energy = key.T @ key / key.square().sum()
+            for rows in q_rows[h]:
+                q = x @ rows.T
+                energy += q.T @ q / q.square().sum()
             basis = torch.linalg.eigh(energy).eigenvectors  # ascending
             turned = torch.empty_like(basis)
             turned[:, places] = basis
@@ -234,7 +282,7 @@ class Inheritance:
         """Final norm channel by channel; the latent layer begins as a mean with a bias."""
         norm, pooling = self.model.embedding_model.norm, self.model.latent_attention_model
         x = self.model.hidden_states(self.batch)
-        y = self.last
+        y = self.project(self.last)
         x_mean, y_mean = x.mean(0), y.mean(0)
         slope = ((x - x_mean) * (y - y_mean)).sum(0) / (x - x_mean).square().sum(0)
         norm.weight.copy_(norm.weight * slope)

@@ -33,7 +33,7 @@ def build_config(recipe: Recipe) -> NVEmbedConfig:
         "intermediate_size": recipe.intermediate_size,
         "num_hidden_layers": len(recipe.layer_groups),
         "num_attention_heads": recipe.num_attention_heads,
-        "num_key_value_heads": recipe.num_attention_heads,
+        "num_key_value_heads": recipe.num_attention_heads // recipe.heads_per_key,
         "head_dim": recipe.head_dim,
         "max_position_embeddings": 4_096,
         "rms_norm_eps": 1e-5,
@@ -77,15 +77,19 @@ def calibration_batch(texts: list[str], tokenizer: TextTokenizer, recipe: Recipe
 
 
 def inherit(
-    texts: list[str], tokenizer: TextTokenizer, teacher_ids: np.ndarray, recipe: Recipe
-) -> tuple[NVEmbedModel, dict[str, dict[str, float]]]:
-    """A student that begins near the teacher, and what each regression left over."""
+    texts: list[str], paths: dict[str, Path], recipe: Recipe
+) -> dict[str, dict[str, float]]:
+    """Write a student that begins near the teacher; return what each regression left over."""
+    tokenizer, teacher_ids = load_tokenizer(paths), np.load(paths["teacher_ids"])
     torch.manual_seed(recipe.random_state)
     model = NVEmbedModel(build_config(recipe))
     batch = calibration_batch(texts, tokenizer, recipe)
     inheritance = Inheritance(model, PackedTeacher(torch.float32), teacher_ids, batch, recipe)
     inheritance.run()
-    return model, dict(inheritance.report)
+    if inheritance.basis is not None:
+        np.save(paths["basis"], inheritance.basis.numpy())
+    torch.save(model.state_dict(), paths["start"])
+    return dict(inheritance.report)
 
 
 def write_corpus(data: Path, paths: dict[str, Path], recipe: Recipe) -> None:
@@ -113,9 +117,7 @@ def main() -> None:
     print(f"{len(texts)} texts, {sum(len(t.split()) for t in texts)} words", flush=True)
     if not paths["start"].exists():
         begin = time.perf_counter()
-        model, report = inherit(texts, load_tokenizer(paths), np.load(paths["teacher_ids"]), recipe)
-        print(json.dumps(report, indent=1))
-        torch.save(model.state_dict(), paths["start"])
+        print(json.dumps(inherit(texts, paths, recipe), indent=1))
         print(f"start written after {time.perf_counter() - begin:.0f} s")
 
 

@@ -101,9 +101,10 @@ class Recipe:
     vocab_size: int = 24_576
 
     # Architecture (Mistral names)
-    hidden_size: int = 384  # = the teacher's dimension: weights and losses need no map
+    hidden_size: int = 384  # = the teacher's dimension: no map between the two is needed
     intermediate_size: int = 896
     num_attention_heads: int = 6
+    heads_per_key: int = 1  # attention heads that share one head of keys and values
     head_dim: int = 32  # = the teacher's, so that its heads can be inherited
     rope_theta: float = 1e6
     # The teacher's layers that each of ours stands for.
@@ -159,7 +160,7 @@ class Recipe:
             learning_rate=2e-4,
         ),
     )
-    shares: tuple[float, ...] = (0.0, 0.5, 1.0)  # of a stage's change that are tried
+    shares: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)  # of a stage's change that are tried
 
     def for_refinement(self, number: int) -> Recipe:
         """This recipe with the rates and weights of a refinement."""
@@ -198,6 +199,7 @@ def work_paths(work: Path) -> dict[str, Path]:
         "long_texts": work / "long_texts.jsonl",
         "tokenizer": work / "tokenizer.json",
         "teacher_ids": work / "teacher_ids.npy",
+        "basis": work / "basis.npy",
         "start": work / "start.pt",
         "checkpoint": work / "checkpoint.pt",
         "log": work / "log.jsonl",

@@ -1,9 +1,15 @@
-"""What was tried for the architecture: each variant trained on the same texts, and its speed.
+"""What was tried for the architecture: every variant trained at the same cost, and its speed.
 
-    python examples/train_mini/search.py --work WORK --data DATA [--steps 80] [--only NAME ...]
+    python examples/train_mini/search.py --work WORK --data DATA [--only NAME ...]
+    python examples/train_mini/search.py --work WORK --data DATA --speed
 
-Scores are of development splits and train folds only. A variant that has a result is not run
-again; results gather in benchmarks/results/architecture.json, and the table in architecture.md.
+The first command inherits, trains and scores each variant that has no result yet; the second,
+on a machine that does nothing else, measures the texts per second of them all in turns. Scores
+are of development splits and train folds only. Results gather in
+benchmarks/results/architecture.json, and the table in architecture.md.
+
+Cost is counted in multiply-adds, three times the student's forward pass and once the teacher's,
+so that a small variant takes more steps than a large one.
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import sys
 import time
 from dataclasses import replace
@@ -19,12 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from prepare import inherit, load_tokenizer, read_texts, write_corpus
+from prepare import build_config, inherit, load_tokenizer, read_texts, write_corpus
 from recipe import Recipe, work_paths
-from train import Distillation, batches, embedder
+from train import Distillation, batches
 
-from skembed.model import NVEmbedModel
-from skembed.tokenization import TextTokenizer
+from skembed import NVEmbedVectorizer
+from skembed.checkpoint import save_checkpoint
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -32,71 +39,179 @@ from _results import RESULTS, describe_machine, package_versions
 
 NAME = "architecture"
 SCORES = ("stsb", "sickr", "banking77", "hwu64", "emotion", "trecqa", "scifact")
-MAX_TOKENS = 512
-FOUR = ((0,), (1, 2), (3, 4), (5,))
-SIX = tuple((k,) for k in range(6))
-# Name: what differs from the recipe.
-VARIANTS = {
-    "4 layers, 8 heads, MLP 1024": {
-        "layer_groups": FOUR,
-        "num_attention_heads": 8,
-        "intermediate_size": 1_024,
+STEPS = 40  # of the recipe's own architecture
+SPEED_TEXTS = 2_000
+ROUNDS = 5
+CHOSEN = "the bundled model"
+OTHER_TEXTS = "the same, other texts"
+# Question: name: what differs from the recipe.
+VARIANTS: dict[str, dict[str, dict]] = {
+    "": {
+        CHOSEN: {},
+        OTHER_TEXTS: {"random_state": 1},
     },
-    "6 layers, 8 heads, MLP 512": {
-        "layer_groups": SIX,
-        "num_attention_heads": 8,
-        "intermediate_size": 512,
+    "depth": {
+        "3 layers, MLP 1280": {
+            "layer_groups": ((0, 1), (2, 3), (4, 5)),
+            "intermediate_size": 1_280,
+        },
+        "6 layers, MLP 512": {
+            "layer_groups": tuple((k,) for k in range(6)),
+            "intermediate_size": 512,
+        },
     },
-    "5 layers, 8 heads, MLP 704": {
-        "layer_groups": ((0,), (1,), (2, 3), (4,), (5,)),
-        "num_attention_heads": 8,
-        "intermediate_size": 704,
+    "width": {
+        "256 wide": {"hidden_size": 256},
+        "MLP 512": {"intermediate_size": 512},
+        "MLP 1408": {"intermediate_size": 1_408},
     },
-    "3 layers, 8 heads, MLP 1472": {
-        "layer_groups": ((0, 1), (2, 3), (4, 5)),
-        "num_attention_heads": 8,
-        "intermediate_size": 1_472,
+    "heads": {
+        "12 heads": {"num_attention_heads": 12},
     },
-    "4 layers, 8 heads, MLP 704": {
-        "layer_groups": FOUR,
-        "num_attention_heads": 8,
-        "intermediate_size": 704,
+    "heads of keys and values": {
+        "3 of keys and values": {"heads_per_key": 2},
+        "1 of keys and values": {"heads_per_key": 6},
     },
-    "3 layers, 8 heads, MLP 1088": {
-        "layer_groups": ((0, 1), (2, 3), (4, 5)),
-        "num_attention_heads": 8,
-        "intermediate_size": 1_088,
+    "latents": {
+        "16 latents": {"num_latents_value": 16},
+        "256 latents": {"num_latents_value": 256},
     },
-    "4 layers, 12 heads, MLP 848": {
-        "layer_groups": FOUR,
-        "num_attention_heads": 12,
-        "intermediate_size": 848,
-    },
-    "4 layers, 6 heads, MLP 896": {"layer_groups": FOUR, "num_attention_heads": 6},
-    "6 layers, 6 heads, MLP 576": {
-        "layer_groups": SIX,
-        "num_attention_heads": 6,
-        "intermediate_size": 576,
+    "vocabulary": {
+        "8,192 pieces": {"vocab_size": 8_192},
+        "16,384 pieces": {"vocab_size": 16_384},
     },
 }
+ALL = {name: changes for part in VARIANTS.values() for name, changes in part.items()}
 
 
-def measure_speed(model: NVEmbedModel, tokenizer: TextTokenizer, texts: list[str]) -> int:
-    """Tokens a second of the folded model in bfloat16, best of three passes over the texts."""
-    model.to(torch.bfloat16)
-    model.use_lean_modules()
-    model.fold_pooling()
-    embed = embedder(model, tokenizer, MAX_TOKENS)
-    count = int(tokenizer.encode(texts, prefix="", max_length=MAX_TOKENS).lengths.sum())
-    times = []
-    for _ in range(4):  # the first prepares the matrix products
-        begin = time.perf_counter()
-        embed(texts)
-        times.append(time.perf_counter() - begin)
-    return round(count / min(times[1:]))
+def count_products(recipe: Recipe) -> int:
+    """Multiply-adds of one token's forward pass; attention's own, few at this length, left out."""
+    wide, inner = recipe.hidden_size, recipe.head_dim * recipe.num_attention_heads
+    shared = inner // recipe.heads_per_key
+    layer = 2 * wide * (inner + shared) + 3 * wide * recipe.intermediate_size
+    cross = recipe.num_cross_heads * recipe.cross_dim_head
+    pooling = 2 * cross * (wide + recipe.num_latents_value) + 3 * wide * wide * recipe.ff_mult
+    return len(recipe.layer_groups) * layer + pooling
 
 
-def write_table(results: dict[str, dict], steps: int) -> None:
+TEACHER_PRODUCTS = 6 * (4 * 384 * 384 + 2 * 384 * 1_536)
+
+
+def step_cost(recipe: Recipe, tokens_per_text: float) -> float:
+    """Multiply-adds of one step: forward and backward here, forward in the teacher."""
+    per_token = 3 * count_products(recipe) + TEACHER_PRODUCTS
+    return per_token * tokens_per_text * recipe.batch_size
+
+
+def mean_tokens(texts: list[str], paths: dict[str, Path], recipe: Recipe) -> float:
+    """Tokens of a text with the tokenizer of `paths`, over the held-out texts."""
+    tokenizer = load_tokenizer(paths)
+    held = texts[: recipe.held_out_texts]
+    return float(tokenizer.encode(held, prefix="", max_length=recipe.max_length).lengths.mean())
+
+
+def try_variant(name: str, arguments: argparse.Namespace, shared: dict[str, Path]) -> dict:
+    """Inherit, train at the common cost, score on the development splits, and export."""
+    base = replace(Recipe(), warmup_steps=10, calibration_tokens=20_000)
+    recipe = replace(base, **ALL[name])
+    folder = arguments.work / "search" / name.replace(", ", "-").replace(" ", "_")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    paths = work_paths(folder)
+    for part in ("texts", "long_texts"):
+        paths[part] = shared[part]
+    if recipe.vocab_size == base.vocab_size:
+        for part in ("tokenizer", "teacher_ids"):
+            shutil.copyfile(shared[part], paths[part])
+    write_corpus(arguments.data / "train" / "permissive", paths, recipe)  # what is missing of it
+    texts, long_texts = read_texts(paths), read_texts(paths, "long_texts")
+    tokens = mean_tokens(texts, paths, recipe)
+    budget = STEPS * step_cost(base, mean_tokens(texts, shared, base))
+    steps = round(budget / step_cost(recipe, tokens))
+    report = inherit(texts, paths, recipe)
+    tokenizer = load_tokenizer(paths)
+    first = 300 * recipe.random_state  # other texts for another state
+    run = Distillation(recipe, paths, tokenizer)
+    run.run(
+        lambda step: batches(texts, long_texts, tokenizer, recipe, first + step),
+        steps,
+        arguments.data,
+        score_start=False,
+    )
+    log = [json.loads(line) for line in paths["log"].open()]
+    state = run.model.state_dict()
+    save_checkpoint(
+        folder / "model",
+        config=build_config(recipe),
+        tensors=((key, tensor.to(torch.bfloat16)) for key, tensor in state.items()),
+        tokenizer_folder=folder,
+        extra={},
+    )
+    paths["checkpoint"].unlink()
+    paths["start"].unlink()
+    return {
+        "layers": len(recipe.layer_groups),
+        "wide": recipe.hidden_size,
+        "heads": recipe.num_attention_heads,
+        "heads of keys": recipe.num_attention_heads // recipe.heads_per_key,
+        "MLP": recipe.intermediate_size,
+        "latents": recipe.num_latents_value,
+        "pieces": len(np.load(paths["teacher_ids"])),
+        "tokens per text": round(tokens, 2),
+        "multiply-adds per token": count_products(recipe),
+        "MB in bfloat16": round(sum(p.nbytes for p in run.model.parameters()) / 1e6, 1),
+        "steps": steps,
+        "left of the token vectors": round(report["end"]["token vectors"], 3),
+        "end": log[-1],
+    }
+
+
+def measure_speeds(results: dict[str, dict], arguments: argparse.Namespace) -> None:
+    """Texts a second of each exported variant, in turns; the median of the rounds' ratios."""
+    texts = read_texts(work_paths(arguments.work))[:SPEED_TEXTS]
+    models = {}
+    for name in results:
+        folder = arguments.work / "search" / name.replace(", ", "-").replace(" ", "_") / "model"
+        if folder.exists():
+            model = NVEmbedVectorizer(str(folder), trainer=None, cache=None, verbose=False)
+            models[name] = model.fit(["a"])
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(ROUNDS + 1):
+        for name, model in models.items():
+            model.transform(texts[:500])  # the weights are there, the products prepared
+            begin = time.perf_counter()
+            model.transform(texts)
+            if turn:
+                times[name].append(time.perf_counter() - begin)
+    for name, spent in times.items():
+        ratios = [b / a for a, b in zip(spent, times[CHOSEN], strict=True)]
+        results[name]["texts/s"] = round(len(texts) / statistics.median(spent))
+        results[name]["speed"] = round(statistics.median(ratios), 3)
+
+
+def read_results() -> dict[str, dict]:
+    """Results so far, by variant."""
+    path = RESULTS / f"{NAME}.json"
+    return json.loads(path.read_text())["values"] if path.exists() else {}
+
+
+def describe(name: str, result: dict) -> str:
+    """One row of the table."""
+    scores = [result["end"][score] for score in SCORES]
+    cells = [
+        name,
+        f"{result['multiply-adds per token'] / 1e6:.2f}",
+        f"{result['MB in bfloat16']:.1f}",
+        f"{result['steps']}",
+        f"{result['speed']:.2f}" if "speed" in result else "",
+        f"{result['left of the token vectors']:.3f}",
+        *(f"{score:.1f}" for score in scores),
+        f"{np.mean(scores):.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def write_table(results: dict[str, dict]) -> None:
     """benchmarks/results/architecture.json, and its table as architecture.md."""
     record = {
         "benchmark": NAME,
@@ -104,81 +219,52 @@ def write_table(results: dict[str, dict], steps: int) -> None:
         "command": "python examples/train_mini/search.py",
         "machine": describe_machine(),
         "versions": package_versions(),
-        "steps": steps,
         "values": results,
     }
     (RESULTS / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n")
-    names = [name for name in next(iter(results.values()))["end"] if name in SCORES]
+    chosen = Recipe()
     lines = [
-        f"# Architectures tried, {steps} steps each",
+        "# Architectures tried, each at the same training cost",
         "",
-        f"`{record['command']}`, {record['date']}. Scores of development splits, percent.",
+        f"`{record['command']}`, {record['date']}. The bundled model: {len(chosen.layer_groups)} "
+        f"layers, {chosen.hidden_size} wide, {chosen.num_attention_heads} heads of "
+        f"{chosen.head_dim}, as many of keys and values, MLP {chosen.intermediate_size}, "
+        f"{chosen.num_latents_value} latents, {chosen.vocab_size:,} pieces; the others differ in "
+        "what their name says. Products: millions of multiply-adds a token. Steps: what the cost "
+        f"of {STEPS} of the bundled model's pays. Speed: texts a second, as a multiple of the "
+        "bundled model's in the same rounds. Left at the start: share of the variance of the "
+        "teacher's token vectors that the student lacks before training. Scores of "
+        "development splits and train folds, percent.",
         "",
-        f"| variant | M weights | tokens/s | mean at the start | {' | '.join(names)} | mean |",
-        "|---" * (len(names) + 5) + "|",
+        "| variant | products | MB | steps | speed | left at the start | "
+        f"{' | '.join(SCORES)} | mean |",
+        "|---" * (len(SCORES) + 7) + "|",
+        *(describe(name, results[name]) for name in ALL if name in results),
     ]
-    for variant, result in results.items():
-        scores = [result["end"][name] for name in names]
-        start = [value for name, value in result["start"].items() if name in SCORES]
-        cells = [
-            variant,
-            f"{result['parameters without word vectors'] / 1e6:.1f}",
-            f"{result['tokens/s']:,}",
-            f"{sum(start) / len(start):.1f}",
-            *(f"{score:.1f}" for score in scores),
-            f"{sum(scores) / len(scores):.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
     machine = record["machine"]
     lines += ["", f"Machine: {machine['processor']}, {machine['cores']} cores.", ""]
     (RESULTS / f"{NAME}.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def try_variant(name: str, arguments: argparse.Namespace, shared: dict[str, Path]) -> dict:
-    """Inherit, train for the given minutes, and score on the development splits."""
-    recipe = replace(Recipe(), **VARIANTS[name])
-    folder = arguments.work / "search" / name.replace(", ", "-").replace(" ", "_")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    paths = work_paths(folder)
-    for part in ("texts", "long_texts", "tokenizer", "teacher_ids"):
-        paths[part] = shared[part]
-    texts, tokenizer = read_texts(paths), load_tokenizer(paths)
-    model, report = inherit(texts, tokenizer, np.load(paths["teacher_ids"]), recipe)
-    torch.save(model.state_dict(), paths["start"])
-    long_texts = read_texts(paths, "long_texts")
-    Distillation(recipe, paths, tokenizer).run(
-        lambda step: batches(texts, long_texts, tokenizer, recipe, step),
-        arguments.steps,
-        arguments.data,
-    )
-    log = [json.loads(line) for line in paths["log"].open()]
-    body = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
-    return {
-        "parameters without word vectors": body,
-        "tokens/s": measure_speed(model, tokenizer, texts[: recipe.held_out_texts]),
-        "left of the token vectors": round(report["end"]["token vectors"], 3),
-        "start": log[0],
-        "end": log[-1],
-    }
-
-
 def main() -> None:
-    """Run the variants that have no result yet."""
+    """Run the variants that have no result yet, or time those that have."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder with eval/ and train/")
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--only", nargs="*", default=list(ALL))
+    parser.add_argument("--speed", action="store_true", help="time what is there")
     arguments = parser.parse_args()
     shared = work_paths(arguments.work)
+    results = read_results()
+    if arguments.speed:
+        measure_speeds(results, arguments)
+        write_table(results)
+        return
     write_corpus(arguments.data / "train" / "permissive", shared, Recipe())
-    path = RESULTS / f"{NAME}.json"
-    results = json.loads(path.read_text())["values"] if path.exists() else {}
     for name in arguments.only:
-        if name not in results:
-            results[name] = try_variant(name, arguments, shared)
-            write_table(results, arguments.steps)
+        if name not in read_results():
+            result = try_variant(name, arguments, shared)
+            write_table({**read_results(), name: result})  # others may be at work beside us
 
 
 if __name__ == "__main__":

@@ -6,6 +6,10 @@ Stage 1: retrieval-like pairs, in-batch and mined hard negatives. Stage 2: all k
 blended, negatives of their own only. Each stage trains LoRA adapters, which are then added to the
 weights at the share that the development scores like best, 0 included: a smaller share keeps more
 of the teacher's geometry. A stage that was interrupted resumes from its checkpoint.
+
+With ``--start FOLDER`` the stages begin from a model folder, the bundled one say, instead of the
+distillation's last checkpoint. What every share scored is written into
+benchmarks/results/stages.json, and as a table into stages.md.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +31,12 @@ from safetensors.torch import load_file
 import dev
 from skembed import ContrastiveTrainer, NVEmbedVectorizer, TrainingTask
 from skembed.checkpoint import read_config, resolve_source, save_checkpoint
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from _results import RESULTS, describe_machine, package_versions
+
+NAME = "stages"
 
 
 def pair_task(data: Path, name: str, stage: Stage, seed: int) -> TrainingTask:
@@ -112,22 +124,61 @@ def run_stage(number: int, start: Path, work: Path, data: Path, recipe: Recipe, 
     return results_path
 
 
+def write_result(log: dict, recipe: Recipe) -> None:
+    """benchmarks/results/stages.json, and its table as stages.md."""
+    record = {
+        "benchmark": NAME,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": "python examples/train_mini/stages.py",
+        "machine": describe_machine(),
+        "versions": package_versions(),
+        "values": log,
+    }
+    (RESULTS / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n")
+    names = list(next(iter(log["stage 1"].values())))
+    lines = [
+        f"# Contrastive stages, tried on {log['start']}",
+        "",
+        f"`{record['command']}`, {record['date']}. Scores of development splits and train folds, "
+        "percent; share: how much of the stage's change is added to the weights.",
+        "",
+        f"| stage | steps | share | {' | '.join(names)} | mean |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    for number, stage in enumerate(recipe.stages):
+        for share, scores in log.get(f"stage {number + 1}", {}).items():
+            cells = [str(number + 1), str(stage.max_steps), share]
+            cells += [f"{scores[name]:.2f}" for name in names]
+            cells.append(f"{np.mean(list(scores.values())):.2f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    machine = record["machine"]
+    lines += ["", f"Machine: {machine['processor']}, {machine['cores']} cores.", ""]
+    (RESULTS / f"{NAME}.md").write_text("\n".join(lines), encoding="utf-8")
+
+
 def main() -> None:
     """Run both stages, and write what to export into WORK/final.txt."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of the distillation")
     parser.add_argument("--data", type=Path, required=True, help="folder with eval/ and train/")
+    parser.add_argument("--start", type=Path, help="model folder to begin from")
     parser.add_argument("--stages", type=int, default=len(Recipe().stages), help="how many")
     arguments = parser.parse_args()
     recipe, work = Recipe(), arguments.work
-    folder = work / "distilled"
-    export(work_paths(work), folder, recipe)
     log_path = work / "stages.json"
     log = json.loads(log_path.read_text()) if log_path.exists() else {}
-    done = [refine_paths(work_paths(work), k)["log"] for k in range(len(recipe.refinements))]
-    log.setdefault("start", f"after refinement {sum(path.exists() for path in done)}")
+    if arguments.start is None:
+        folder = work / "distilled"
+        export(work_paths(work), folder, recipe)
+        done = [refine_paths(work_paths(work), k)["log"] for k in range(len(recipe.refinements))]
+        log.setdefault("start", f"after refinement {sum(path.exists() for path in done)}")
+    else:
+        folder = arguments.start
+        work.mkdir(parents=True, exist_ok=True)
+        log.setdefault("start", folder.name)
     for number in range(arguments.stages):
         folder = run_stage(number, folder, work, arguments.data, recipe, log)
+        write_result(log, recipe)
     (work / "final.txt").write_text(folder.name)
 
 

@@ -36,6 +36,7 @@ class PackedTeacher:
         state = load_file(teacher_folder() / "model.safetensors")
         state = {name.removeprefix("bert."): value for name, value in state.items()}
         self.weights = {k: v.to(dtype) for k, v in state.items() if v.is_floating_point()}
+        self.hidden_size: int = self.weights["embeddings.LayerNorm.weight"].shape[0]
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])

@@ -129,6 +129,8 @@ class Distillation:
         self.model.use_lean_modules()
         self.teacher = PackedTeacher(torch.bfloat16)
         self.teacher_ids = torch.from_numpy(np.load(paths["teacher_ids"]))
+        narrower = recipe.hidden_size < self.teacher.hidden_size
+        self.basis = torch.from_numpy(np.load(paths["basis"])).bfloat16() if narrower else None
         self.optimizer = MasterAdamW(self.model, recipe)
         self.embed = embedder(self.model, tokenizer, recipe.max_length)
         self.step, self.spent_s, self.tokens = 0, 0.0, 0
@@ -157,6 +159,8 @@ class Distillation:
         ids, related = texts
         batch = pack_texts(ids, 0, on_grid=True)
         target = self.teacher.hidden_states(self.teacher_ids[batch.input_ids], batch)
+        if self.basis is not None:
+            target = target @ self.basis
         loss = distillation_loss(self.model, batch, target, related, self.recipe)
         loss.backward()
         warm = min(1.0, (self.step + 1) / self.recipe.warmup_steps)
@@ -166,14 +170,21 @@ class Distillation:
         self.spent_s += time.perf_counter() - begin
         return loss.item()
 
-    def run(self, batches_from: Callable[[int], Iterator[Texts]], steps: int, data: Path) -> None:
+    def run(
+        self,
+        batches_from: Callable[[int], Iterator[Texts]],
+        steps: int,
+        data: Path,
+        *,
+        score_start: bool = True,
+    ) -> None:
         """Train up to step `steps`, scoring on development splits now and then.
 
         `batches_from` gives the batches from a step on.
         """
         if self.step >= steps:
             return
-        if self.step == 0:
+        if self.step == 0 and score_start:
             self.log({"step": 0, **dev.dev_scores(data, self.embed, quick=True)})
         losses: list[float] = []
         saved = logged = self.spent_s
