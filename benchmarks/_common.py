@@ -35,13 +35,13 @@ from skembed.tokenization import EncodedTexts, PackedBatch, TextTokenizer
 ROOT = Path(__file__).resolve().parents[1]
 # Exit status of a benchmark that lacks its data, a package or a device; automake's number for it.
 EXIT_SKIPPED = 77
-# Set -> part of it and field with the text; short titles and questions up to abstracts.
+# Set -> parts of it, in order, and field with the text; short titles and questions up to abstracts.
 MIXED_SETS = {
-    "classification/banking77": ("test", "text"),
-    "sts/stsb": ("test", "sentence1"),
-    "clustering/stackoverflow_titles": ("test", "text"),
-    "classification/ag_news": ("test", "text"),
-    "retrieval/scifact": ("corpus", "text"),
+    "classification/banking77": (("test", "train"), "text"),
+    "sts/stsb": (("test", "train", "dev"), "sentence1"),
+    "clustering/stackoverflow_titles": (("test",), "text"),
+    "classification/ag_news": (("test", "train"), "text"),
+    "retrieval/scifact": (("corpus",), "text"),
 }
 
 
@@ -128,8 +128,12 @@ def load_texts(data: Path, n_texts: int) -> list[str]:
     """
     share = -(-n_texts // len(MIXED_SETS))
     texts: list[str] = []
-    for name, (part, column) in MIXED_SETS.items():
-        distinct = dict.fromkeys(str(row[column]) for row in read_rows(data, name, part))
+    for name, (parts, column) in MIXED_SETS.items():
+        distinct: dict[str, None] = {}
+        for part in parts:
+            if len(distinct) < share:
+                rows = read_rows(data, name, part)
+                distinct.update(dict.fromkeys(str(row[column]) for row in rows))
         if len(distinct) < share:
             sys.exit(
                 f"{name} has {len(distinct)} distinct texts; {share} are needed. Lower --texts."

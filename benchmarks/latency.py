@@ -20,7 +20,7 @@ from _results import Figure, finish
 
 from skembed import NVEmbedVectorizer
 
-MAX_LATENCY_MS = 10.0
+MAX_LATENCY_MS = 5.0
 MAX_IMPORT_S = 0.3
 # Prints seconds of both imports, and whether torch came along.
 IMPORT_CODE = """
