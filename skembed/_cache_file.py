@@ -1,42 +1,50 @@
 """Rows of the embedding cache in one SQLite file, shared by processes.
 
-The file side of ``skembed.cache``: layout, transactions, eviction, and the refusal of
-files that are not ours. Every error of SQLite leaves here as a ``CacheError``.
+The file side of ``skembed.cache``: one connection, transactions, the limit, and the refusal of
+files that are not ours; the tables are in ``skembed._cache_layout``. Every error of SQLite leaves
+here as a ``CacheError``.
 """
 
 import contextlib
 import ctypes
+import logging
 import pathlib
 import sqlite3
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from skembed._cache_layout import (
+    DTYPES,
+    OLD_TABLES,
+    PAGE_BYTES,
+    SCHEMA,
+    SCHEMA_VERSION,
+    TABLES,
+    count_rows,
+    delete_all,
+    estimate_row_bytes,
+    evict,
+    fetch_rows,
+    find_storable,
+    insert_rows,
+    migrate,
+    touch,
+    used_bytes,
+)
 from skembed.exceptions import CacheError
 
 __all__ = ["FileStore"]
 
+logger = logging.getLogger(__name__)
+
 _APPLICATION_ID = 0x736B656D  # "skem" in ASCII
-_SCHEMA_VERSION = 1
-# Two tables: uses and evictions change small index pages only, and vectors append in order.
-# One table keyed by the digest inserts 4 times slower, as every row lands on a random page.
-_SCHEMA = (
-    "CREATE TABLE entries (key BLOB PRIMARY KEY, id INTEGER NOT NULL, tick INTEGER NOT NULL)"
-    " WITHOUT ROWID",
-    "CREATE TABLE vectors (id INTEGER PRIMARY KEY, vector BLOB NOT NULL)",
-    "CREATE TABLE clock (tick INTEGER NOT NULL)",
-    "INSERT INTO clock VALUES (0)",
-)
-_TABLES = {"entries", "vectors", "clock"}
-_PAGE_BYTES = 4096
-_EMPTY_FILE_BYTES = 16 * _PAGE_BYTES  # headers, roots and slack of a file without rows
-_ENTRY_BYTES = 48  # one row of `entries`, in pages that are on average 70 % full
-_LOG_BYTES = 8000 * _PAGE_BYTES  # the write-ahead log is moved into the file at this size
-_SELECT_SIZES = (8, 64, 512)  # few distinct statements, so that each is compiled once
+_EMPTY_FILE_BYTES = 16 * PAGE_BYTES  # headers, roots and slack of a file without rows
+_LOG_BYTES = 8000 * PAGE_BYTES  # the write-ahead log is moved into the file at this size
 _LOCK_TIMEOUT_S = 30.0
 _MAX_TOUCHED = 1 << 18
 
@@ -51,78 +59,62 @@ class FileStore:
     when a thread ends.
     """
 
-    def __init__(self, path: pathlib.Path, max_bytes: int | None) -> None:
+    def __init__(self, path: pathlib.Path, max_bytes: int | None, dtype: str | None) -> None:
         self._path = path
         self._max_bytes = max_bytes
+        self._asked_dtype = dtype
+        self._dtype = DTYPES["float32"]  # the file's own, once it is open
         self._connection: sqlite3.Connection | None = None
         self._file_id: tuple[int, int] | None = None
-        self._touched: set[bytes] = set()
+        self._touched: set[int] = set()
 
-    def fetch(self, keys: list[bytes], row_bytes: int) -> list[bytes | None]:
-        """Return the row of each key, None where there is none of that length."""
-        sql = (
-            "SELECT e.key, e.tick, v.vector FROM entries e CROSS JOIN vectors v ON v.id = e.id"
-            " WHERE e.key IN ({})"
-        )
+    def fetch(self, keys: list[bytes], out: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+        """Copy known rows into `out` (n, dim); return which these are (n,)."""
+        digests = _to_digests(keys)
 
-        def work(connection: sqlite3.Connection) -> dict[bytes, bytes]:
-            (clock,) = connection.execute("SELECT tick FROM clock").fetchone()
-            rows = {}
-            for key, tick, vector in _select_by_key(connection, sql, keys):
-                if len(vector) == row_bytes:
-                    rows[key] = vector
-                    if self._max_bytes is not None and tick <= clock:
-                        self._touch(key)
-            return rows
+        def work(connection: sqlite3.Connection) -> npt.NDArray[np.bool_]:
+            mask, blocks = fetch_rows(connection, digests, out, self._dtype)
+            if self._max_bytes is not None and len(self._touched) < _MAX_TOUCHED:
+                self._touched.update(blocks.tolist())  # for the next transaction that writes
+            return mask
 
-        get = self._run(work, write=False).get
-        return [get(key) for key in keys]
-
-    def _touch(self, key: bytes) -> None:
-        """Note the use of a row, for the next transaction that writes."""
-        if len(self._touched) < _MAX_TOUCHED:
-            self._touched.add(key)
+        return self._run(work, write=False)
 
     def put(self, items: dict[bytes, int], vectors: npt.NDArray[np.float32]) -> None:
         """Insert row `position` of `vectors` under each key, in one transaction."""
+        digests = _to_digests(list(items))
+        positions = np.fromiter(items.values(), dtype=np.int64, count=len(items))
 
         def work(connection: sqlite3.Connection) -> None:
-            self._write_touched(connection)
-            connection.execute("UPDATE clock SET tick = tick + 2")
-            kept = self._make_room(connection, items, vectors.shape[1] * vectors.itemsize)
-            _insert(connection, kept, vectors)
+            touch(connection, list(self._touched))
+            connection.execute("UPDATE state SET tick = tick + 2")
+            kept = np.arange(len(items))
+            if self._dtype.itemsize < vectors.itemsize:  # some may be too large for it
+                kept = np.flatnonzero(find_storable(vectors, self._dtype)[positions])
+            row_bytes = vectors.shape[1] * self._dtype.itemsize
+            kept = kept[len(kept) - self._make_room(connection, len(kept), row_bytes) :]
+            if len(kept):
+                insert_rows(connection, digests[kept], vectors, positions[kept], self._dtype)
             # The estimate may have fallen short, or the limit may be new to this file.
-            if self._max_bytes is not None and _used_bytes(connection) > self._max_bytes:
-                _evict(connection, self._max_bytes - self._max_bytes // 10)
+            if self._max_bytes is not None and used_bytes(connection) > self._max_bytes:
+                evict(connection, self._max_bytes - self._max_bytes // 10)
 
         self._run(work, write=True)
         self._touched.clear()
         if self._max_bytes is not None:
             self._shrink(self._max_bytes)
 
-    def _write_touched(self, connection: sqlite3.Connection) -> None:
-        """Mark the rows used since the last ``store`` as younger than all that it wrote."""
-        # `store` leaves an even tick behind, uses get the odd one after it.
-        connection.executemany(
-            "UPDATE entries SET tick = (SELECT tick + 1 FROM clock) WHERE key = ?",
-            [(key,) for key in self._touched],
-        )
-
-    def _make_room(
-        self, connection: sqlite3.Connection, items: dict[bytes, int], row_bytes: int
-    ) -> dict[bytes, int]:
+    def _make_room(self, connection: sqlite3.Connection, n_rows: int, row_bytes: int) -> int:
         """Evict before inserting, so that the file never outgrows the limit; return what fits."""
         if self._max_bytes is None:
-            return items
-        row_cost = _estimate_row_bytes(row_bytes)
-        capacity = max(0, self._max_bytes - _EMPTY_FILE_BYTES) // row_cost
-        if len(items) > capacity:
-            items = dict(list(items.items())[len(items) - capacity :])
-        target = self._max_bytes - len(items) * row_cost
-        if items and _used_bytes(connection) > target:
-            # A tenth more than needed: finding the oldest rows reads the whole index.
-            _evict(connection, target - self._max_bytes // 10)
-        return items
+            return n_rows
+        row_cost = estimate_row_bytes(row_bytes)
+        n_rows = min(n_rows, max(0, self._max_bytes - _EMPTY_FILE_BYTES) // row_cost)
+        target = self._max_bytes - n_rows * row_cost
+        if n_rows and used_bytes(connection) > target:
+            # A tenth more than needed: finding the oldest rows reads all of `uses`.
+            evict(connection, target - self._max_bytes // 10)
+        return n_rows
 
     def _shrink(self, limit_bytes: int) -> None:
         """Cut free pages off the end of a file longer than `limit_bytes`, if nobody is in the way.
@@ -133,7 +125,7 @@ class FileStore:
             return
         with contextlib.suppress(sqlite3.Error):
             (n_pages,) = self._connection.execute("PRAGMA page_count").fetchone()
-            excess = n_pages - limit_bytes // _PAGE_BYTES
+            excess = n_pages - limit_bytes // PAGE_BYTES
             if excess > 0:
                 # The statement frees one page a step. `execute` makes only one step of a
                 # statement without columns; `executescript` makes all, outside a transaction.
@@ -141,20 +133,19 @@ class FileStore:
 
     def count(self) -> int:
         """Return the number of rows; reads the whole index (20 ms for a million rows)."""
-        return self._run(_count_entries, write=False)
+        return self._run(count_rows, write=False)
+
+    def dtype(self) -> str:
+        """Return the type of the file's vectors."""
+        return self._run(lambda _: self._dtype.name, write=False)
 
     def size_bytes(self) -> int:
         """Return the bytes of the pages in use."""
-        return self._run(_used_bytes, write=False)
+        return self._run(used_bytes, write=False)
 
     def clear(self) -> None:
         """Drop every row and give the pages back to the disk (20 s for a file of 2 GB)."""
-
-        def work(connection: sqlite3.Connection) -> None:
-            connection.execute("DELETE FROM entries")
-            connection.execute("DELETE FROM vectors")
-
-        self._run(work, write=True)
+        self._run(delete_all, write=True)
         self._touched.clear()
         if self._connection is not None:
             # The rows are gone; only giving back the space can fail, as others may be reading.
@@ -171,7 +162,7 @@ class FileStore:
             if self._touched:
                 connection.execute("PRAGMA busy_timeout = 100")
                 with _transaction(connection, "IMMEDIATE"):
-                    self._write_touched(connection)
+                    touch(connection, list(self._touched))
         self._touched.clear()
         connection.close()
 
@@ -206,39 +197,76 @@ class FileStore:
         file_id = _stat_file_id(self._path)
         if self._connection is None or file_id is None or file_id != self._file_id:
             self.close()
-            self._connection = _open(self._path)
+            self._connection, self._dtype = _open(self._path, self._asked_dtype)
             self._file_id = _stat_file_id(self._path)
         return self._connection
 
 
-def _open(path: pathlib.Path) -> sqlite3.Connection:
-    """Open the file, making it if it does not exist; refuse any that is not ours."""
+def _to_digests(keys: list[bytes]) -> npt.NDArray[np.int64]:
+    """Return digests as integers (n, 2), the form of the file's index."""
+    digests: npt.NDArray[np.int64] = np.frombuffer(b"".join(keys), dtype="<i8").reshape(-1, 2)
+    return digests
+
+
+def _open(path: pathlib.Path, dtype: str | None) -> tuple[sqlite3.Connection, np.dtype[Any]]:
+    """Open the file, making it if it does not exist; refuse any that is not ours.
+
+    Returns the connection and the type of the file's vectors.
+    """
     if _check_place(path) > 0:
         _check_application(path)
     connection = _sqlite_connect(path, "mode=rwc")
     try:
         identity = _read_identity(connection)
         if identity == (0, 0, set()):
-            connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+            connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
             with _transaction(connection, "DEFERRED"):
                 # This writes the first page: not before the transaction, where another process
                 # would find a file without our mark; nor after a BEGIN that writes it itself.
                 connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-                _create_schema(connection)
+                _create_schema(connection, dtype or "float32")
             identity = _read_identity(connection)
-        _check_identity(identity, path)
+        is_old = _check_identity(identity, path)
+        kept = "float32" if is_old else _read_dtype(connection, path)
+        if dtype is not None and dtype != kept:
+            raise _path_error(
+                path,
+                f"a cache of {kept} vectors, not of {dtype}, which `dtype` asks for",
+                "Leave `dtype` out to use the file as it is, or choose another path.",
+            )
         connection.execute("PRAGMA journal_mode = WAL").fetchone()
         connection.execute("PRAGMA synchronous = NORMAL")
         # 8000 pages: most calls of `store` change pages all over the index, and a checkpoint
         # writes each once for many calls. A million rows are stored 1.5 times faster than
         # with SQLite's own 1000.
-        connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_BYTES // _PAGE_BYTES}")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_BYTES // PAGE_BYTES}")
         connection.execute(f"PRAGMA journal_size_limit = {2 * _LOG_BYTES}")
-        connection.execute("PRAGMA cache_size = -16384")  # KiB; more gained nothing
+        # KiB. The system keeps the file's pages too; a larger copy of them here only pushes
+        # others out of the processor's cache.
+        connection.execute("PRAGMA cache_size = -8192")
+        if is_old:
+            _migrate(connection, path)
     except BaseException:
         connection.close()
         raise
-    return connection
+    return connection, DTYPES[kept]
+
+
+def _migrate(connection: sqlite3.Connection, path: pathlib.Path) -> None:
+    """Bring a file of the first layout up to date, unless another process was faster."""
+    with _transaction(connection, "IMMEDIATE"):
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version < SCHEMA_VERSION:
+            logger.info("rewriting %s, a cache file of an older layout", path)
+            migrate(connection)
+
+
+def _read_dtype(connection: sqlite3.Connection, path: pathlib.Path) -> str:
+    """Return the name of the type of the file's vectors."""
+    row = connection.execute("SELECT dtype FROM state").fetchone()
+    if row is None or row[0] not in DTYPES:
+        raise _path_error(path, "an SQLite file with other tables", _LEFT_ALONE)
+    return str(row[0])
 
 
 def _sqlite_connect(path: pathlib.Path, query: str) -> sqlite3.Connection:
@@ -297,28 +325,31 @@ def _read_identity(connection: sqlite3.Connection) -> tuple[int, int, set[str]]:
         return application_id, version, {name for (name,) in tables}
 
 
-def _create_schema(connection: sqlite3.Connection) -> None:
+def _create_schema(connection: sqlite3.Connection, dtype: str) -> None:
     """Make the tables, unless another process was faster; the caller has begun to write."""
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     if application_id == 0:
-        for statement in _SCHEMA:
+        for statement in SCHEMA:
             connection.execute(statement)
+        connection.execute("INSERT INTO state VALUES (0, ?)", (dtype,))
         connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
-def _check_identity(identity: tuple[int, int, set[str]], path: pathlib.Path) -> None:
-    """Refuse a file with another layout than this release writes."""
+def _check_identity(identity: tuple[int, int, set[str]], path: pathlib.Path) -> bool:
+    """Refuse a file with tables that we do not know; return whether they are the older ones."""
     application_id, version, tables = identity
-    if application_id == _APPLICATION_ID and version > _SCHEMA_VERSION:
+    if application_id == _APPLICATION_ID and version > SCHEMA_VERSION:
         raise _path_error(
             path,
-            f"a cache of layout {version}, which this release (layout {_SCHEMA_VERSION}) "
+            f"a cache of layout {version}, which this release (layout {SCHEMA_VERSION}) "
             "does not know",
             "Upgrade skembed, or choose another path.",
         )
-    if application_id != _APPLICATION_ID or version != _SCHEMA_VERSION or tables != _TABLES:
+    known = {1: OLD_TABLES, SCHEMA_VERSION: TABLES}
+    if application_id != _APPLICATION_ID or tables != known.get(version):
         raise _path_error(path, "an SQLite file with other tables", _LEFT_ALONE)
+    return version < SCHEMA_VERSION
 
 
 @contextlib.contextmanager
@@ -333,84 +364,6 @@ def _transaction(connection: sqlite3.Connection, kind: str) -> Iterator[None]:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
         raise
-
-
-def _select_by_key(
-    connection: sqlite3.Connection, sql: str, keys: Sequence[bytes]
-) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows of `sql`, whose ``{}`` stands for the keys, in any order."""
-    largest = _SELECT_SIZES[-1]
-    for start in range(0, len(keys), largest):
-        batch: list[bytes | None] = list(keys[start : start + largest])
-        size = next(size for size in _SELECT_SIZES if size >= len(batch))
-        batch += [None] * (size - len(batch))  # NULL is never IN anything
-        yield from connection.execute(sql.format(",".join("?" * size)), batch)
-
-
-def _insert(
-    connection: sqlite3.Connection, items: dict[bytes, int], vectors: npt.NDArray[np.float32]
-) -> None:
-    """Write row `position` of `vectors` under each key; known keys keep their place."""
-    sql = "SELECT key, id FROM entries WHERE key IN ({})"
-    ids: dict[bytes, int] = dict(_select_by_key(connection, sql, list(items)))
-    (next_id,) = connection.execute("SELECT coalesce(max(id), 0) + 1 FROM vectors").fetchone()
-    for key in items:
-        if key not in ids:
-            ids[key] = next_id
-            next_id += 1
-    (tick,) = connection.execute("SELECT tick FROM clock").fetchone()
-    # Sorted, rows that share a page of the index are written one after the other.
-    connection.executemany(
-        "INSERT OR REPLACE INTO entries VALUES (?, ?, ?)",
-        [(key, ids[key], tick) for key in sorted(items)],
-    )
-    connection.executemany(
-        "INSERT OR REPLACE INTO vectors VALUES (?, ?)",
-        ((ids[key], vectors[position].data) for key, position in items.items()),
-    )
-
-
-def _evict(connection: sqlite3.Connection, target_bytes: int) -> None:
-    """Delete the least recently used rows until at most `target_bytes` are in use."""
-    while (used := _used_bytes(connection)) > target_bytes and (
-        n_rows := _count_entries(connection)
-    ):
-        share = min(1.0, (used - max(target_bytes, 0)) / used)
-        n_doomed = max(1, int(n_rows * share))
-        doomed = connection.execute(
-            "SELECT key, id FROM entries ORDER BY tick, id LIMIT ?", (n_doomed,)
-        ).fetchall()
-        connection.executemany("DELETE FROM entries WHERE key = ?", ((key,) for key, _ in doomed))
-        connection.executemany("DELETE FROM vectors WHERE id = ?", ((id_,) for _, id_ in doomed))
-
-
-def _count_entries(connection: sqlite3.Connection) -> int:
-    """Return the number of rows."""
-    (n_rows,) = connection.execute("SELECT count(*) FROM entries").fetchone()
-    return int(n_rows)
-
-
-def _used_bytes(connection: sqlite3.Connection) -> int:
-    """Return the bytes of all pages that are not free."""
-    (n_pages,) = connection.execute("PRAGMA page_count").fetchone()
-    (n_free,) = connection.execute("PRAGMA freelist_count").fetchone()
-    return (int(n_pages) - int(n_free)) * _PAGE_BYTES
-
-
-def _estimate_row_bytes(row_bytes: int) -> int:
-    """Return what a row takes in the file, by SQLite's rules for long rows.
-
-    References: https://www.sqlite.org/fileformat2.html, section 1.6.
-    """
-    payload = row_bytes + 8  # with the record's header
-    smallest, largest, per_page = 489, _PAGE_BYTES - 35, _PAGE_BYTES - 4
-    local = payload
-    if payload > largest:
-        local = smallest + (payload - smallest) % per_page
-        local = local if local <= largest else smallest
-    n_overflow = -(-(payload - local) // per_page)
-    n_on_page = max(1, (_PAGE_BYTES - 8) // (local + 10))
-    return n_overflow * _PAGE_BYTES + -(-_PAGE_BYTES // n_on_page) + _ENTRY_BYTES
 
 
 _LEFT_ALONE = "It was left as it is: choose another path, or move it away."

@@ -9,7 +9,6 @@ import os
 import pathlib
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -18,26 +17,24 @@ import numpy as np
 import numpy.typing as npt
 
 from skembed._cache_file import FileStore
-from skembed._validation import check_int, check_string
+from skembed._cache_layout import DTYPES, KEY_BYTES, find_storable
+from skembed._cache_memory import MemoryStore
+from skembed._validation import check_choice, check_int, check_string
 
 __all__ = ["EmbeddingCache", "resolve_cache"]
 
 _DEFAULT_MEMORY_BYTES = 1 << 30
-# Key (49 bytes), header of the vector's bytes object (33) and its place in an OrderedDict:
-# 187 to 198 bytes a row measured with tracemalloc, more right after the table has grown.
-_ROW_OVERHEAD_BYTES = 208
-_KEY_BYTES = 16
 # Bounds what one step copies: at most this many rows, and about this many bytes.
 _CHUNK_ROWS = 8192
 _CHUNK_BYTES = 16 << 20
-_DTYPE = np.dtype("<f4")  # fixed byte order, so that a file can move between machines
 
 
 class _Store(Protocol):
     """Where the rows are; the caller holds the lock of the cache."""
 
-    def fetch(self, keys: list[bytes], row_bytes: int) -> list[bytes | None]: ...
+    def fetch(self, keys: list[bytes], out: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]: ...
     def put(self, items: dict[bytes, int], vectors: npt.NDArray[np.float32]) -> None: ...
+    def dtype(self) -> str: ...
     def count(self) -> int: ...
     def size_bytes(self) -> int: ...
     def clear(self) -> None: ...
@@ -46,7 +43,7 @@ class _Store(Protocol):
 
 
 class EmbeddingCache:
-    """Bounded cache of float32 vectors, one per text and namespace.
+    """Bounded cache of vectors, one per text and namespace.
 
     Use one to share embeddings between runs and processes (give a path), to set a
     limit, or to read the counters; ``NVEmbedVectorizer(cache="memory")`` needs none of
@@ -60,6 +57,10 @@ class EmbeddingCache:
     max_bytes : int or None, default=None
         Limit in bytes. The least recently used rows go first. None means 1 GiB in
         memory, and no limit for a file.
+    dtype : {"float32", "float16"} or None, default=None
+        How vectors are kept; ``lookup`` gives float32 either way. "float16" halves the
+        space and rounds each component: see Notes. None means the type of the file, and
+        "float32" for a new file or memory.
 
     Attributes
     ----------
@@ -67,6 +68,8 @@ class EmbeddingCache:
         Absolute path of the file, links resolved.
     max_bytes : int or None
         The limit in force.
+    dtype : {"float32", "float16"} or None
+        As given; ``stats()["dtype"]`` is the type in force.
     hits, misses : int
         Texts found and not found by ``lookup`` of this object, since it was made or
         last cleared. Not shared between processes.
@@ -78,14 +81,14 @@ class EmbeddingCache:
     Raises
     ------
     TypeError
-        If `path` or `max_bytes` is of another type.
+        If `path`, `max_bytes` or `dtype` is of another type.
     ValueError
-        If `path` is empty or `max_bytes` is below 1.
+        If `path` is empty, `max_bytes` is below 1, or `dtype` is not one of those above.
 
     Notes
     -----
     ``copy.copy``, ``copy.deepcopy`` and scikit-learn's ``clone`` return the cache
-    itself, so that clones of an estimator share it. A pickle holds the path and the limit,
+    itself, so that clones of an estimator share it. A pickle holds path, limit and type,
     no vectors: a file is opened anew where the pickle is loaded, a memory cache arrives
     empty, and the default of ``cache="memory"`` arrives as that process's own default.
 
@@ -97,11 +100,19 @@ class EmbeddingCache:
 
     The order of use in a file is approximate: ``lookup`` never writes, and what it
     used is recorded by the next ``store`` or ``close`` of the same object, if it has a
-    limit. A row's vector takes whole fractions of 4096-byte pages: 2048 bytes for 384
-    dimensions. Pages that lose only some of their rows still count as in use.
+    limit. Rows stored by one call lie in blocks of up to 16 (3 at 384 dimensions), which
+    are used and leave together. The space of a row that was replaced is free once its
+    whole block is.
+
+    With ``dtype="float16"`` a component is off by at most a factor of 1 +- 2 ** -11, or by
+    2 ** -25 where it is smaller than 2 ** -14. A row with a component of 65520 or more, which
+    would become infinite, is not kept: ``lookup`` does not find it. The vectors handed to
+    ``store`` stay as they are, so a text's first embedding and those from the cache differ by
+    the rounding. A file has one type for good; another one in `dtype` raises ``CacheError``.
 
     A file that is not such a cache, is damaged, or was made by a newer release raises
-    ``CacheError`` at first use and is never overwritten.
+    ``CacheError`` at first use and is never overwritten. One of the first layout is
+    rewritten at first use, in one transaction.
 
     Examples
     --------
@@ -117,20 +128,29 @@ class EmbeddingCache:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None = None, *, max_bytes: int | None = None
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        max_bytes: int | None = None,
+        dtype: str | None = None,
     ) -> None:
         max_bytes = check_int(
             max_bytes, name="max_bytes", owner="EmbeddingCache", low=1, allow_none=True
         )
+        if dtype is not None:
+            dtype = check_choice(
+                dtype, name="dtype", owner="EmbeddingCache", allowed=[*DTYPES, None]
+            )
         self._store: _Store
         self._path: pathlib.Path | None = None
         if path is None:
             max_bytes = _DEFAULT_MEMORY_BYTES if max_bytes is None else max_bytes
-            self._store = _MemoryStore(max_bytes)
+            self._store = MemoryStore(max_bytes, dtype or "float32")
         else:
             self._path = _resolve_path(path, name="path", owner="EmbeddingCache")
-            self._store = FileStore(self._path, max_bytes)
+            self._store = FileStore(self._path, max_bytes, dtype)
         self._max_bytes = max_bytes
+        self._dtype = dtype
         self._hits = 0
         self._misses = 0
         self._lock = threading.RLock()
@@ -148,6 +168,11 @@ class EmbeddingCache:
     def max_bytes(self) -> int | None:
         """The limit in bytes, or None for a file without one."""
         return self._max_bytes
+
+    @property
+    def dtype(self) -> str | None:
+        """The type asked for, or None; ``stats()["dtype"]`` is the one in force."""
+        return self._dtype
 
     @property
     def hits(self) -> int:
@@ -213,15 +238,9 @@ class EmbeddingCache:
                 f"got {out.dtype}."
             )
         mask = np.zeros(len(keys), dtype=np.bool_)  # (n,)
-        row_bytes = out.shape[1] * _DTYPE.itemsize
-        for rows in _iter_chunks(len(keys), row_bytes):
+        for rows in _iter_chunks(len(keys), out.shape[1] * out.itemsize):
             with self._lock:
-                values = self._store.fetch(keys[rows], row_bytes)
-            found = [value for value in values if value is not None]
-            mask[rows] = [value is not None for value in values]
-            vectors = np.frombuffer(b"".join(found), dtype=_DTYPE)
-            # (n_found, dim)
-            out[rows][mask[rows]] = vectors.reshape(len(found), out.shape[1])
+                mask[rows] = self._store.fetch(keys[rows], out[rows])
         n_hits = int(np.count_nonzero(mask))
         with self._lock:
             self._hits += n_hits
@@ -231,8 +250,9 @@ class EmbeddingCache:
     def store(self, namespace: str, texts: Sequence[str], vectors: npt.ArrayLike) -> None:
         """Keep the vectors of texts; those already there are replaced.
 
-        Rows that are not finite are left out, and so are rows for which the limit has no
-        room. In a file, the call is one transaction: all of its rows are kept, or none.
+        Rows that are not finite are left out (for float16: that would not be, once
+        rounded), and so are rows for which the limit has no room. In a file, the call is one
+        transaction: all of its rows are kept, or none.
 
         Parameters
         ----------
@@ -254,13 +274,10 @@ class EmbeddingCache:
             What was stored before is kept, and the cache can be used again.
         """
         keys = _make_keys(namespace, texts, owner="EmbeddingCache.store")
-        array = np.ascontiguousarray(vectors, dtype=_DTYPE)  # (n, dim)
+        array = np.ascontiguousarray(vectors, dtype=np.float32)  # (n, dim)
         _check_rows(array, len(keys), name="vectors", owner="EmbeddingCache.store")
-        items: dict[bytes, int] = {}
-        for rows in _iter_chunks(len(keys), array.shape[1] * _DTYPE.itemsize):
-            finite = np.isfinite(array[rows]).all(axis=1)  # (n_rows,)
-            positions = np.flatnonzero(finite) + rows.start
-            items.update((keys[position], position) for position in positions.tolist())
+        positions = np.flatnonzero(find_storable(array, DTYPES["float32"])).tolist()
+        items: dict[bytes, int] = {keys[position]: position for position in positions}
         if items:
             with self._lock:
                 self._store.put(items, array)
@@ -288,8 +305,8 @@ class EmbeddingCache:
         Returns
         -------
         dict
-            ``path`` (str or None), ``max_bytes``, ``n_rows``, ``size_bytes``, ``hits`` and
-            ``misses``.
+            ``path`` (str or None), ``max_bytes``, ``dtype`` ("float32" or "float16"),
+            ``n_rows``, ``size_bytes``, ``hits`` and ``misses``.
 
         Raises
         ------
@@ -300,6 +317,7 @@ class EmbeddingCache:
             return {
                 "path": None if self._path is None else str(self._path),
                 "max_bytes": self._max_bytes,
+                "dtype": self._store.dtype(),
                 "n_rows": self._store.count(),
                 "size_bytes": self._store.size_bytes(),
                 "hits": self._hits,
@@ -308,7 +326,8 @@ class EmbeddingCache:
 
     def __repr__(self) -> str:
         path = "" if self._path is None else f"{str(self._path)!r}, "
-        return f"EmbeddingCache({path}max_bytes={self._max_bytes})"
+        dtype = "" if self._dtype is None else f", dtype={self._dtype!r}"
+        return f"EmbeddingCache({path}max_bytes={self._max_bytes}{dtype})"
 
     def __copy__(self) -> "EmbeddingCache":
         return self
@@ -319,7 +338,8 @@ class EmbeddingCache:
     def __reduce__(self) -> tuple[Callable[..., "EmbeddingCache"], tuple[Any, ...]]:
         if self is _default_cache:
             return _get_default_cache, ()
-        return _restore_cache, (None if self._path is None else str(self._path), self._max_bytes)
+        path = None if self._path is None else str(self._path)
+        return _restore_cache, (path, self._max_bytes, self._dtype)
 
 
 def resolve_cache(cache: Any) -> EmbeddingCache | None:
@@ -354,65 +374,7 @@ def resolve_cache(cache: Any) -> EmbeddingCache | None:
     if isinstance(cache, str) and cache == "memory":
         return _get_default_cache()
     path = _resolve_path(cache, name="cache", owner="NVEmbedVectorizer")
-    return _get_file_cache(path, None)
-
-
-class _MemoryStore:
-    """Rows in an OrderedDict, the least recently used first."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._rows: OrderedDict[bytes, bytes] = OrderedDict()
-        self._size_bytes = 0
-
-    def fetch(self, keys: list[bytes], row_bytes: int) -> list[bytes | None]:
-        """Return the row of each key, None where there is none of that length."""
-        get, move_to_end = self._rows.get, self._rows.move_to_end
-        values = [get(key) for key in keys]
-        for position, value in enumerate(values):
-            if value is None:
-                continue
-            if len(value) == row_bytes:
-                move_to_end(keys[position])
-            else:
-                values[position] = None
-        return values
-
-    def put(self, items: dict[bytes, int], vectors: npt.NDArray[np.float32]) -> None:
-        """Insert row `position` of `vectors` under each key, then evict down to the limit."""
-        row_cost = vectors.shape[1] * _DTYPE.itemsize + _ROW_OVERHEAD_BYTES
-        if row_cost > self._max_bytes:
-            return  # it would push out everything else and then itself
-        for key, position in items.items():
-            self._remove(self._rows.pop(key, None))
-            self._rows[key] = vectors[position].tobytes()
-            self._size_bytes += row_cost
-            while self._size_bytes > self._max_bytes:
-                self._remove(self._rows.popitem(last=False)[1])
-
-    def _remove(self, row: bytes | None) -> None:
-        """Take the bytes of a row that has left the dict off the account."""
-        if row is not None:
-            self._size_bytes -= len(row) + _ROW_OVERHEAD_BYTES
-
-    def count(self) -> int:
-        """Return the number of rows."""
-        return len(self._rows)
-
-    def size_bytes(self) -> int:
-        """Return the bytes held, with the overhead of each row."""
-        return self._size_bytes
-
-    def clear(self) -> None:
-        """Drop every row; a new dict, as an emptied one keeps its table."""
-        self._rows = OrderedDict()
-        self._size_bytes = 0
-
-    def close(self) -> None:
-        """Do nothing: there is no file to let go of."""
-
-    def after_fork(self) -> None:
-        """Do nothing: the child goes on with its own copy of the rows."""
+    return _get_file_cache(path, None, None)
 
 
 def _resolve_path(path: Any, *, name: str, owner: str) -> pathlib.Path:
@@ -440,7 +402,7 @@ def _make_keys(namespace: str, texts: Sequence[str], *, owner: str) -> list[byte
         )
     encoded = namespace.encode("utf-8", "surrogatepass")
     # With the length in front, no other namespace and text join to the same bytes.
-    prefix = blake2b(len(encoded).to_bytes(8, "little") + encoded, digest_size=_KEY_BYTES)
+    prefix = blake2b(len(encoded).to_bytes(8, "little") + encoded, digest_size=KEY_BYTES)
     keys = []
     for position, text in enumerate(texts):
         if not isinstance(text, str):
@@ -477,7 +439,7 @@ def _iter_chunks(n_rows: int, row_bytes: int) -> Iterator[slice]:
 # Guards the four names below. Whoever holds the lock of a cache never asks for this one.
 _registry_lock = threading.RLock()
 _instances: "weakref.WeakSet[EmbeddingCache]" = weakref.WeakSet()
-_file_caches: "weakref.WeakValueDictionary[tuple[str, int | None], EmbeddingCache]" = (
+_file_caches: "weakref.WeakValueDictionary[tuple[str, int | None, str | None], EmbeddingCache]" = (
     weakref.WeakValueDictionary()
 )
 _default_cache: EmbeddingCache | None = None
@@ -493,21 +455,24 @@ def _get_default_cache() -> EmbeddingCache:
         return _default_cache
 
 
-def _get_file_cache(path: pathlib.Path, max_bytes: int | None) -> EmbeddingCache:
-    """Return the shared cache of a path and limit."""
+def _get_file_cache(path: pathlib.Path, max_bytes: int | None, dtype: str | None) -> EmbeddingCache:
+    """Return the shared cache of a path, limit and type."""
+    key = (str(path), max_bytes, dtype)
     with _registry_lock:
-        cache = _file_caches.get((str(path), max_bytes))
+        cache = _file_caches.get(key)
         if cache is None:
-            cache = EmbeddingCache(path, max_bytes=max_bytes)
-            _file_caches[str(path), max_bytes] = cache
+            cache = EmbeddingCache(path, max_bytes=max_bytes, dtype=dtype)
+            _file_caches[key] = cache
         return cache
 
 
-def _restore_cache(path: str | None, max_bytes: int | None) -> EmbeddingCache:
+def _restore_cache(
+    path: str | None, max_bytes: int | None, dtype: str | None = None
+) -> EmbeddingCache:
     """Return what a pickled cache stands for in this process."""
     if path is None:
-        return EmbeddingCache(max_bytes=max_bytes)
-    return _get_file_cache(pathlib.Path(path), max_bytes)
+        return EmbeddingCache(max_bytes=max_bytes, dtype=dtype)
+    return _get_file_cache(pathlib.Path(path), max_bytes, dtype)
 
 
 def _before_fork() -> None:

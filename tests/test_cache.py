@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT
 from sklearn.base import BaseEstimator, clone
 
-from skembed import _cache_file
+from skembed import _cache_file, _cache_layout, _cache_memory
 from skembed import cache as cache_module
 from skembed.cache import EmbeddingCache, resolve_cache
 from skembed.exceptions import CacheError
@@ -271,6 +271,7 @@ def test_clear_and_stats(make_cache: MemoryOrFile) -> None:
     assert stats == {
         "path": None if cache.path is None else str(cache.path),
         "max_bytes": 50_000_000,
+        "dtype": "float32",
         "n_rows": 500,
         "size_bytes": cache.size_bytes,
         "hits": 1,
@@ -313,7 +314,7 @@ def test_default_limit_of_memory_is_a_gibibyte(path: Path) -> None:
 
 
 def test_memory_evicts_the_least_recently_used() -> None:
-    row = DIM * 4 + cache_module._ROW_OVERHEAD_BYTES
+    row = DIM * 4 + _cache_memory.ROW_OVERHEAD_BYTES
     cache = EmbeddingCache(max_bytes=3 * row)
     cache.store("model", ["a", "b", "c"], make_vectors(3))
     find(cache, ["a"])
@@ -347,7 +348,7 @@ def test_file_keeps_to_its_limit(path: Path, dim: int) -> None:
 
 
 def test_file_evicts_the_least_recently_used(path: Path) -> None:
-    cache = EmbeddingCache(path, max_bytes=1_000_000)
+    cache = EmbeddingCache(path, max_bytes=800_000)
     texts = [str(i) for i in range(300)]
     cache.store("model", texts, make_vectors(300, 384))
     used = texts[:100]
@@ -359,11 +360,11 @@ def test_file_evicts_the_least_recently_used(path: Path) -> None:
 
 
 def test_close_records_what_was_used(path: Path) -> None:
-    cache = EmbeddingCache(path, max_bytes=1_000_000)
+    cache = EmbeddingCache(path, max_bytes=800_000)
     cache.store("model", [str(i) for i in range(300)], make_vectors(300, 384))
     find(cache, [str(i) for i in range(100)], dim=384)
     cache.close()
-    other = EmbeddingCache(path, max_bytes=1_000_000)
+    other = EmbeddingCache(path, max_bytes=800_000)
     other.store("model", [f"new {i}" for i in range(250)], make_vectors(250, 384))
     assert all(find(other, [str(i) for i in range(100)], dim=384)[0])
 
@@ -385,7 +386,7 @@ def test_smaller_limit_shrinks_an_existing_file(path: Path) -> None:
     cache = EmbeddingCache(path)
     cache.store("model", [str(i) for i in range(1000)], make_vectors(1000, 384))
     cache.close()
-    assert path.stat().st_size > 2_000_000
+    assert path.stat().st_size > 1_500_000
     cache = EmbeddingCache(path, max_bytes=500_000)
     cache.store("model", ["new"], make_vectors(1, 384))
     assert cache.size_bytes <= 500_000
@@ -401,20 +402,20 @@ def test_estimate_of_a_row_is_close(path: Path, dim: int) -> None:
     before = cache.size_bytes
     cache.store("model", [str(i) for i in range(2000)], make_vectors(2000, dim))
     per_row = (cache.size_bytes - before) / 2000
-    assert 0.85 < per_row / _cache_file._estimate_row_bytes(dim * 4) < 1.02
+    assert 0.85 < per_row / _cache_layout.estimate_row_bytes(dim * 4) < 1.02
 
 
 def test_file_does_not_outgrow_its_limit_in_passing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    insert = _cache_file._insert
+    insert = _cache_file.insert_rows
     peaks: list[int] = []
 
     def watched(connection: sqlite3.Connection, *args: Any) -> None:
         insert(connection, *args)
-        peaks.append(_cache_file._used_bytes(connection))
+        peaks.append(_cache_layout.used_bytes(connection))
 
-    monkeypatch.setattr(_cache_file, "_insert", watched)
+    monkeypatch.setattr(_cache_file, "insert_rows", watched)
     cache = EmbeddingCache(path, max_bytes=1_000_000)
     for block in range(10):
         cache.store("model", [f"{block} {i}" for i in range(150)], make_vectors(150, 384))
@@ -703,10 +704,10 @@ def test_our_mark_with_other_tables_is_refused(path: Path) -> None:
 def test_newer_layout_is_refused(path: Path) -> None:
     EmbeddingCache(path).store("model", ["a"], make_vectors(1))
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 2")
+    connection.execute("PRAGMA user_version = 3")
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     connection.close()
-    assert_refused(path, "layout 2.*Upgrade skembed")
+    assert_refused(path, "layout 3.*Upgrade skembed")
 
 
 @pytest.mark.parametrize("keep", [50, 100, 4096, 5000, 40_000])
@@ -880,10 +881,10 @@ def test_lock_that_sqlite_does_not_wait_for(path: Path, monkeypatch: pytest.Monk
     opened = _cache_file._open
     failures = [sqlite3.OperationalError("database is locked")] * 2
 
-    def open_when_free(path: Path) -> sqlite3.Connection:
+    def open_when_free(path: Path, dtype: str | None) -> tuple[sqlite3.Connection, Any]:
         if failures:
             raise failures.pop()
-        return opened(path)
+        return opened(path, dtype)
 
     monkeypatch.setattr(_cache_file, "_open", open_when_free)
     cache = EmbeddingCache(path)
@@ -908,14 +909,14 @@ def test_lock_held_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_interrupt_rolls_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = EmbeddingCache(path)
     cache.store("model", ["a"], make_vectors(1))
-    insert = _cache_file._insert
+    insert = _cache_file.insert_rows
 
     def interrupted(*args: Any) -> None:
         insert(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_cache_file, "_insert", interrupted)
+        patch.setattr(_cache_file, "insert_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache.store("model", ["b"], make_vectors(1))
     assert find(cache, ["a", "b"])[0] == [True, False]

@@ -25,6 +25,7 @@ PACKAGE = ROOT / "skembed"
 # A module imports only from modules of lower levels; levels 0 to 4 never import torch.
 LEVELS = {
     "skembed.exceptions": 0,
+    "skembed._cache_layout": 1,
     "skembed._evaluation_tasks": 1,
     "skembed._file_lock": 1,
     "skembed._index_file": 1,
@@ -32,6 +33,7 @@ LEVELS = {
     "skembed._stream_manifest": 1,
     "skembed._validation": 1,
     "skembed._cache_file": 2,
+    "skembed._cache_memory": 2,
     "skembed._evaluation_result": 2,
     "skembed._ranking": 2,
     "skembed._shards": 2,

@@ -1,0 +1,515 @@
+"""EmbeddingCache's file: float16, blocks, files of the first layout, writers that are killed."""
+
+import copy
+import pickle
+import random
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from sklearn.base import clone
+from test_cache import (
+    DIM,
+    Holder,
+    assert_refused,
+    file_connection,
+    find,
+    finish_all,
+    integrity,
+    make_vectors,
+    snapshot,
+    start_python,
+)
+
+from skembed import NVEmbedVectorizer, _cache_file, _cache_layout, _cache_memory
+from skembed import cache as cache_module
+from skembed._cache_layout import DTYPES, estimate_row_bytes, find_storable
+from skembed.cache import EmbeddingCache, resolve_cache
+from skembed.exceptions import CacheError
+
+Vectors = npt.NDArray[np.float32]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "cache.sqlite"
+
+
+@pytest.fixture(params=["memory", "file"])
+def half(request: pytest.FixtureRequest, path: Path) -> EmbeddingCache:
+    """An empty float16 cache of either kind."""
+    return EmbeddingCache(path if request.param == "file" else None, dtype="float16")
+
+
+# float16
+
+
+def test_float16_gives_float32_rounded_once(half: EmbeddingCache) -> None:
+    vectors = make_vectors(200, 384) * np.geomspace(1e-9, 1e4, 200, dtype=np.float32)[:, None]
+    texts = [str(i) for i in range(200)]
+    half.store("model", texts, vectors)
+    mask, out = find(half, texts, dim=384)
+    assert all(mask)
+    assert out.dtype == np.float32
+    assert np.array_equal(out, vectors.astype(np.float16).astype(np.float32))
+    # What the documentation promises.
+    error = np.abs(out.astype(np.float64) - vectors)
+    assert (error <= np.maximum(np.abs(vectors) * 2.0**-11, 2.0**-25)).all()
+    again = np.zeros_like(out)
+    half.store("model", texts, out)
+    half.lookup("model", texts, again)
+    assert np.array_equal(again, out), "what is rounded already stays as it is"
+
+
+def test_float16_leaves_out_what_would_be_infinite(half: EmbeddingCache) -> None:
+    vectors = make_vectors(6)
+    largest = np.nextafter(np.float32(65520), np.float32(0))
+    vectors[0, 3], vectors[1, 0], vectors[2, 5] = 65504, largest, -largest
+    vectors[3, 1], vectors[4, 2], vectors[5, 0] = 65520, -1e30, np.nan
+    texts = list("abcdef")
+    half.store("model", texts, vectors)
+    mask, out = find(half, texts)
+    assert mask == [True, True, True, False, False, False]
+    assert (out[0, 3], out[1, 0], out[2, 5]) == (65504, 65504, -65504)
+    assert len(half) == 3
+    half.store("model", texts[3:5], vectors[3:5])
+    assert len(half) == 3
+
+
+def test_row_too_large_for_float16_keeps_the_one_before(half: EmbeddingCache) -> None:
+    half.store("model", ["a"], np.ones((1, DIM)))
+    half.store("model", ["a"], np.full((1, DIM), 1e6))
+    mask, out = find(half, ["a"])
+    assert mask == [True]
+    assert (out == 1).all()
+
+
+def test_storable_is_what_rounds_to_something_finite() -> None:
+    values = np.array([0, -0.0, 1e-45, 65504, 65519.996, 65520, 1e38, np.inf, -np.inf, np.nan])
+    rows = values.astype(np.float32)[:, None]
+    for dtype in DTYPES.values():
+        with np.errstate(over="ignore"):
+            expected = np.isfinite(rows.astype(dtype))[:, 0]
+        assert find_storable(rows, dtype).tolist() == expected.tolist()
+
+
+def test_float16_takes_half_the_space(tmp_path: Path) -> None:
+    texts = [str(i) for i in range(3000)]
+    sizes = {}
+    for dtype in ("float32", "float16"):
+        with_file = EmbeddingCache(tmp_path / dtype, dtype=dtype)
+        in_memory = EmbeddingCache(dtype=dtype)
+        for cache in (with_file, in_memory):
+            cache.store("model", texts, make_vectors(3000, 384))
+        sizes[dtype] = with_file.size_bytes / 3000
+        payload = 384 * DTYPES[dtype].itemsize
+        assert in_memory.size_bytes == 3000 * (payload + _cache_memory.ROW_OVERHEAD_BYTES)
+    assert sizes["float32"] < 1650
+    assert sizes["float16"] < 0.54 * sizes["float32"]
+
+
+def test_float16_keeps_to_its_limit(path: Path) -> None:
+    cache = EmbeddingCache(path, max_bytes=400_000, dtype="float16")
+    for block in range(10):
+        texts = [f"{block} {i}" for i in range(150)]
+        cache.store("model", texts, make_vectors(150, 384, seed=block))
+        assert all(find(cache, texts, dim=384)[0])
+        assert cache.size_bytes <= 400_000
+    assert len(cache) > 200
+
+
+def test_file_keeps_its_type(path: Path) -> None:
+    EmbeddingCache(path, dtype="float16").store("model", ["a"], np.full((1, DIM), 0.1))
+    follows = EmbeddingCache(path)
+    assert follows.dtype is None
+    assert follows.stats()["dtype"] == "float16"
+    follows.store("model", ["b"], np.full((1, DIM), 0.1))
+    mask, out = find(follows, ["a", "b"])
+    assert mask == [True, True]
+    assert (out == np.float32(np.float16(0.1))).all()
+    follows.clear()
+    follows.close()
+    assert EmbeddingCache(path).stats()["dtype"] == "float16"
+    assert find(EmbeddingCache(path, dtype="float16"), ["a"])[0] == [False]
+
+
+@pytest.mark.parametrize(("kept", "asked"), [("float16", "float32"), ("float32", "float16")])
+def test_another_type_is_refused(path: Path, kept: str, asked: str) -> None:
+    cache = EmbeddingCache(path, dtype=kept)
+    cache.store("model", ["a"], make_vectors(1))
+    cache.close()
+    before = snapshot(path.parent)
+    other = EmbeddingCache(path, dtype=asked)
+    uses: list[Callable[[], object]] = [
+        lambda: find(other, ["a"]),
+        lambda: other.store("model", ["a"], make_vectors(1)),
+        lambda: len(other),
+        other.stats,
+        other.clear,
+    ]
+    for use in uses:
+        with pytest.raises(
+            CacheError, match=f"cache of {kept} vectors, not of {asked}.*Leave `dtype` out"
+        ):
+            use()
+    assert snapshot(path.parent) == before
+    assert find(cache, ["a"])[0] == [True]
+
+
+def test_default_type(path: Path) -> None:
+    assert EmbeddingCache().stats()["dtype"] == "float32"
+    assert EmbeddingCache(path).stats()["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [("float64", ValueError), ("Float16", ValueError), (np.float16, TypeError)]
+)
+def test_other_types_do_not_exist(value: str, error: type[Exception]) -> None:
+    with pytest.raises(error, match="`dtype` parameter of `EmbeddingCache` must be one of"):
+        EmbeddingCache(dtype=value)
+
+
+def test_type_is_shown_and_copied(path: Path) -> None:
+    assert repr(EmbeddingCache(max_bytes=5, dtype="float16")) == (
+        "EmbeddingCache(max_bytes=5, dtype='float16')"
+    )
+    cache = EmbeddingCache(path, dtype="float16")
+    assert repr(cache) == f"EmbeddingCache({str(path)!r}, max_bytes=None, dtype='float16')"
+    assert not path.exists()
+    assert copy.deepcopy(cache) is cache
+    assert clone(Holder(cache)).cache is cache
+
+
+def test_type_is_in_the_pickle(path: Path) -> None:
+    memory = pickle.loads(pickle.dumps(EmbeddingCache(dtype="float16")))
+    assert (memory.dtype, memory.stats()["dtype"]) == ("float16", "float16")
+    data = pickle.dumps(EmbeddingCache(path, dtype="float16"))
+    one, two = pickle.loads(data), pickle.loads(data)
+    assert one is two
+    assert one.dtype == "float16"
+    assert resolve_cache(path) is not one, "a plain path follows the file"
+
+
+def test_vectorizer_uses_files_of_either_type(path: Path, golden_dir: Path) -> None:
+    texts = ["a cat", "a dog", "some tax"]
+    make = partial(NVEmbedVectorizer, golden_dir, device="cpu", dtype="float32")
+    expected = make(cache=None).transform(texts)
+    files = EmbeddingCache(path, dtype="float16")
+    assert np.array_equal(make(cache=files).transform(texts), expected), "as the model gave them"
+    files.close()
+    found = make(cache=path).transform(texts)
+    assert resolve_cache(path) is not None
+    assert len(files) == 3
+    assert 0 < np.abs(found - expected).max() < 2.0**-10 * np.abs(expected).max()
+
+
+# Blocks
+
+
+@pytest.mark.parametrize("dim", [1, 16, 100, 384, 768, 1024, 1536, 4096])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_of_every_width(path: Path, dim: int, dtype: str) -> None:
+    cache = EmbeddingCache(path, dtype=dtype)
+    texts = [str(i) for i in range(107)]
+    vectors = make_vectors(107, dim)
+    for start, stop in ((0, 1), (1, 60), (60, 107)):  # blocks that are not full
+        cache.store("model", texts[start:stop], vectors[start:stop])
+    order = np.random.default_rng(0).permutation(107)
+    order = np.concatenate([order, order[:20]])
+    mask, out = find(cache, [*(texts[i] for i in order), "unknown"], dim=dim)
+    assert mask == [True] * 127 + [False]
+    assert np.array_equal(out[:127], vectors.astype(dtype).astype(np.float32)[order])
+
+
+def test_widths_side_by_side(path: Path) -> None:
+    cache = EmbeddingCache(path)
+    wide, narrow = make_vectors(40, 24), make_vectors(40)
+    cache.store("model", [f"wide {i}" for i in range(40)], wide)
+    cache.store("model", [f"narrow {i}" for i in range(40)], narrow)
+    texts = [f"{kind} {i}" for i in range(40) for kind in ("narrow", "wide")]
+    mask, out = find(cache, texts)
+    assert mask == [True, False] * 40
+    assert np.array_equal(out[::2], narrow)
+
+
+@pytest.mark.parametrize(("dim", "spare"), [(384, 1.35), (768, 1.1), (1024, 1.1), (4096, 1.05)])
+def test_pages_are_well_filled(dim: int, spare: float) -> None:
+    assert estimate_row_bytes(dim * 4) < spare * dim * 4 + 100
+
+
+def test_rows_stored_again_take_no_more_space(path: Path) -> None:
+    cache = EmbeddingCache(path)
+    texts = [str(i) for i in range(300)]
+    sizes = []
+    for seed in range(6):
+        cache.store("model", texts, make_vectors(300, 384, seed=seed))
+        cache.store("model", ["one"], make_vectors(1, 384, seed=seed))
+        sizes.append(cache.size_bytes)
+    assert max(sizes[1:]) < 1.1 * sizes[0]
+    mask, out = find(cache, texts, dim=384)
+    assert all(mask)
+    assert np.array_equal(out, make_vectors(300, 384, seed=5))
+    assert len(cache) == 301
+
+
+def test_replacing_a_part_of_a_block_keeps_the_rest(path: Path) -> None:
+    cache = EmbeddingCache(path)
+    texts = [str(i) for i in range(90)]
+    first, second = make_vectors(90, 384), make_vectors(90, 384, seed=1)
+    cache.store("model", texts, first)
+    cache.store("model", texts[::3], second[::3])
+    expected = first.copy()
+    expected[::3] = second[::3]
+    assert np.array_equal(find(cache, texts, dim=384)[1], expected)
+    cache.store("model", texts[1::3] + texts[2::3], np.vstack([second[1::3], second[2::3]]))
+    assert np.array_equal(find(cache, texts, dim=384)[1], second)
+    (n_blocks,) = file_connection(cache).execute("SELECT count(*) FROM blocks").fetchone()
+    (n_uses,) = file_connection(cache).execute("SELECT count(*) FROM uses").fetchone()
+    assert n_blocks == n_uses == 30, "blocks without a row are gone"
+
+
+def test_eviction_leaves_rows_that_have_moved_to_younger_blocks(path: Path) -> None:
+    cache = EmbeddingCache(path, max_bytes=800_000)
+    texts = [str(i) for i in range(300)]
+    cache.store("model", texts, make_vectors(300, 384))
+    moved = texts[:100:3]
+    cache.store("model", moved, make_vectors(len(moved), 384, seed=1))
+    cache.store("model", [f"new {i}" for i in range(250)], make_vectors(250, 384))
+    assert all(find(cache, moved, dim=384)[0])
+    assert not all(find(cache, texts[:100], dim=384)[0])
+    connection = file_connection(cache)
+    pointed = {slot // 16 for (slot,) in connection.execute("SELECT slot FROM entries")}
+    assert pointed == {block for (block,) in connection.execute("SELECT id FROM blocks")}
+    assert pointed == {block for (block,) in connection.execute("SELECT block FROM uses")}
+
+
+def test_digests_that_begin_alike_are_told_apart(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_keys(namespace: str, texts: list[str], *, owner: str) -> list[bytes]:
+        return [b"the same" + text.encode().ljust(8) for text in texts]
+
+    monkeypatch.setattr(cache_module, "_make_keys", make_keys)
+    cache = EmbeddingCache(path)
+    vectors = make_vectors(3)
+    cache.store("model", ["a"], vectors[:1])
+    assert find(cache, ["a", "b"])[0] == [True, False]
+    cache.store("model", ["b", "c"], vectors[1:])
+    mask, out = find(cache, ["a", "b", "c"])
+    assert mask == [False, False, True], "the last one stays, the others are misses"
+    assert np.array_equal(out[2], vectors[2])
+    assert len(cache) == 1
+
+
+# Files of the first layout
+
+OLD_SCHEMA = """
+PRAGMA page_size = 4096;
+PRAGMA auto_vacuum = INCREMENTAL;
+CREATE TABLE entries (key BLOB PRIMARY KEY, id INTEGER NOT NULL, tick INTEGER NOT NULL)
+    WITHOUT ROWID;
+CREATE TABLE vectors (id INTEGER PRIMARY KEY, vector BLOB NOT NULL);
+CREATE TABLE clock (tick INTEGER NOT NULL);
+INSERT INTO clock VALUES (8);
+PRAGMA user_version = 1;
+PRAGMA journal_mode = WAL;
+"""
+
+
+def write_old_file(path: Path, texts: list[str], vectors: Vectors) -> None:
+    """Make a file as the first layout had it; the second half was used last."""
+    keys = cache_module._make_keys("model", texts, owner="test")
+    with sqlite3.connect(path) as connection:
+        connection.executescript(OLD_SCHEMA)
+        connection.execute(f"PRAGMA application_id = {_cache_file._APPLICATION_ID}")
+        for i, key in enumerate(keys):
+            tick = 2 if i < len(keys) // 2 else 9
+            connection.execute("INSERT INTO entries VALUES (?, ?, ?)", (key, i + 1, tick))
+            connection.execute("INSERT INTO vectors VALUES (?, ?)", (i + 1, vectors[i].tobytes()))
+    connection.close()
+
+
+def read_version(path: Path) -> int:
+    connection = sqlite3.connect(path)
+    try:
+        return int(connection.execute("PRAGMA user_version").fetchone()[0])
+    finally:
+        connection.close()
+
+
+def test_file_of_the_first_layout_is_rewritten(path: Path) -> None:
+    texts = [str(i) for i in range(3000)]
+    vectors = make_vectors(3000, 384)
+    write_old_file(path, texts, vectors)
+    old_size = path.stat().st_size
+    cache = EmbeddingCache(path)
+    mask, out = find(cache, [*texts, "unknown"], dim=384)
+    assert mask == [True] * 3000 + [False]
+    assert np.array_equal(out[:3000], vectors)
+    assert (len(cache), cache.stats()["dtype"]) == (3000, "float32")
+    assert cache.size_bytes < 0.85 * old_size
+    cache.store("model", ["new"], make_vectors(1, 384))
+    cache.close()
+    assert read_version(path) == _cache_layout.SCHEMA_VERSION
+    assert path.stat().st_size < old_size + 2_000_000, "a part at a time"
+    assert integrity(path) == "ok"
+
+
+def test_rewriting_keeps_the_order_of_use(path: Path) -> None:
+    texts = [str(i) for i in range(300)]
+    write_old_file(path, texts, make_vectors(300, 384))
+    cache = EmbeddingCache(path, max_bytes=400_000)
+    cache.store("model", ["new"], make_vectors(1, 384))
+    mask, _ = find(cache, texts, dim=384)
+    assert sum(mask[:150]) < 100
+    assert all(mask[150:])
+
+
+def test_rewriting_is_all_or_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [str(i) for i in range(3000)]
+    vectors = make_vectors(3000)
+    write_old_file(path, texts, vectors)
+    insert = _cache_layout.insert_rows
+    calls: list[None] = []
+
+    def interrupted(*args: object) -> None:
+        calls.append(insert(*args))  # type: ignore[arg-type]
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_cache_layout, "insert_rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            len(EmbeddingCache(path))
+    assert read_version(path) == 1
+    assert integrity(path) == "ok"
+    mask, out = find(EmbeddingCache(path), texts)
+    assert all(mask)
+    assert np.array_equal(out, vectors)
+
+
+def test_first_layout_is_float32(path: Path) -> None:
+    write_old_file(path, ["a"], make_vectors(1))
+    before = snapshot(path.parent)
+    with pytest.raises(CacheError, match="cache of float32 vectors, not of float16"):
+        len(EmbeddingCache(path, dtype="float16"))
+    assert snapshot(path.parent) == before
+    assert find(EmbeddingCache(path, dtype="float32"), ["a"])[0] == [True]
+
+
+def test_first_layout_with_other_tables_is_refused(path: Path) -> None:
+    write_old_file(path, ["a"], make_vectors(1))
+    connection = sqlite3.connect(path)
+    connection.executescript("DROP TABLE clock; PRAGMA journal_mode = DELETE;")
+    connection.close()
+    assert_refused(path, "other tables")
+
+
+READER = """
+import sys
+from skembed.cache import EmbeddingCache
+cache = EmbeddingCache(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+print(len(cache))
+"""
+
+
+def test_processes_race_to_rewrite_the_file(path: Path) -> None:
+    write_old_file(path, [str(i) for i in range(3000)], make_vectors(3000))
+    readers = [start_python(READER, path) for _ in range(3)]
+    for reader in readers:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "ready\n"
+    for reader in readers:
+        _go(reader)
+    assert finish_all(readers) == ["3000"] * 3
+    assert integrity(path) == "ok"
+
+
+# Writers that are killed
+
+KILLED = """
+import sys
+import numpy as np
+from skembed.cache import EmbeddingCache
+path, name = sys.argv[1], int(sys.argv[2])
+cache = EmbeddingCache(path)
+print("ready", flush=True)
+sys.stdin.readline()
+for call in range(1_000_000):
+    texts = [f"{name} {call} {i}" for i in range(40)]
+    rows = np.random.default_rng([name, call]).standard_normal((40, 384), dtype=np.float32)
+    cache.store("model", texts, rows)
+    cache.store("model", ["shared"], np.full((1, 384), name, dtype=np.float32))
+    print(call, flush=True)
+"""
+N_KILLS = 5
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_writers_killed_beside_another(path: Path, dtype: str) -> None:
+    EmbeddingCache(path, dtype=dtype).stats()
+    writers = [start_python(KILLED, path, name) for name in range(N_KILLS + 1)]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    rng = random.Random(0)
+    survivor, victims = writers[-1], writers[:-1]
+    _go(survivor)
+    committed = []
+    for victim in victims:
+        _go(victim)
+        time.sleep(rng.uniform(0.02, 0.25))  # in the middle of a call, or between two
+        victim.send_signal(signal.SIGKILL)
+        committed.append(len(victim.communicate()[0].split()))
+        # What was committed is there at once, for whoever opens the file next.
+        _check_committed(path, len(committed) - 1, committed[-1], dtype)
+    assert survivor.poll() is None, "the other writer goes on"
+    n_before = _count_calls(path, N_KILLS)
+    time.sleep(0.3)
+    assert _count_calls(path, N_KILLS) > n_before
+    survivor.send_signal(signal.SIGKILL)
+    committed.append(len(survivor.communicate()[0].split()))
+    assert sum(committed[:-1]) > 0
+    for name, n_calls in enumerate(committed):
+        _check_committed(path, name, n_calls, dtype)
+    mask, out = find(EmbeddingCache(path), ["shared"], dim=384)
+    assert mask == [True]
+    assert len(set(out[0].tolist())) == 1
+    assert integrity(path) == "ok"
+
+
+def _go(process: "subprocess.Popen[str]") -> None:
+    """Let a waiting writer begin."""
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def _count_calls(path: Path, name: int) -> int:
+    """Return how many calls of a writer are in the file."""
+    mask, _ = find(EmbeddingCache(path), [f"{name} {call} 0" for call in range(5000)], dim=384)
+    return sum(mask)
+
+
+def _check_committed(path: Path, name: int, n_calls: int, dtype: str) -> None:
+    """Hold that each row of `n_calls` calls is there bit for bit, and the next whole or not."""
+    cache = EmbeddingCache(path)
+    for call in range(n_calls + 1):
+        mask, out = find(cache, [f"{name} {call} {i}" for i in range(40)], dim=384)
+        rows = np.random.default_rng([name, call]).standard_normal((40, 384), dtype=np.float32)
+        if call < n_calls:
+            assert all(mask)
+        assert len(set(mask)) == 1, "a call is there as a whole or not at all"
+        if all(mask):
+            assert out.tobytes() == rows.astype(dtype).astype(np.float32).tobytes()
+    cache.close()
