@@ -3,7 +3,8 @@
     python examples/train_mini/card.py --work WORK --data DATA \\
         --scores benchmarks/results/quality.json --out skembed/data/skembed-mini
 
-`--data` is the folder whose README.md lists every source with its licence.
+`--data` is the folder whose README.md lists every source with its licence. What stages.py tried
+is read from the folder of the scores.
 """
 
 from __future__ import annotations
@@ -97,8 +98,9 @@ def describe_refinements(paths: dict[str, Path], recipe: Recipe) -> list[str]:
         log = read_log(refine_paths(paths, number)["log"])
         if log:
             last = log[-1]
+            begin = f"from the mean of the {recipe.averaged} before: " if chosen.from_mean else ""
             passes.append(
-                f"{last['step']:,} steps, {last['tokens'] / 1e6:.1f} million tokens, "
+                f"{begin}{last['step']:,} steps, {last['tokens'] / 1e6:.1f} million tokens, "
                 f"{last['spent_s'] / 60:.0f} minutes, texts up to {chosen.max_length} tokens, "
                 f"learning rate {chosen.learning_rate:g} falling to nothing, weight of the tokens' "
                 f"own loss {chosen.token_weight:g}: "
@@ -114,30 +116,31 @@ def describe_refinements(paths: dict[str, Path], recipe: Recipe) -> list[str]:
         f"cosine over {recipe.ranking_temperature:g}) joins the loss with weight "
         f"{recipe.ranking_weight:g}. Passes, with the development scores at their ends:",
         *(f"   - {line}." for line in passes),
-        "",
-        f"   The model is the mean of the weights of the last {recipe.averaged} passes.",
     ]
 
 
 def describe_stages(stages: dict[str, dict], recipe: Recipe) -> list[str]:
-    """The contrastive stages and the share of each that was kept."""
+    """The contrastive stages, tried, and what each share of their change scored."""
     lines = []
     for number, stage in enumerate(recipe.stages):
         shares = stages.get(f"stage {number + 1}")
         if shares is None:
             continue
-        best = max(shares, key=lambda share: sum(shares[share].values()))
         tried = ", ".join(
             f"{share}: {sum(scores.values()) / len(scores):.2f}" for share, scores in shares.items()
         )
-        kept = f"{best}" if float(best) else "0, so the model is as it was"
         negatives = "in-batch and mined" if stage.in_batch_negatives else "mined"
         lines.append(
             f"{number + 4}. **Stage {number + 1}** (`stages.py`, `fit_tasks`). LoRA of rank "
             f"{stage.r} on {len(stage.files)} files of pairs, at most "
             f"{stage.examples_per_file:,} of each, {negatives} negatives, {stage.max_steps} steps "
-            f"of {stage.batch_size}, tried on the model {stages['start']}. The share of its change "
-            f"that is added was chosen by the mean of the development scores ({tried}): {kept}."
+            f"of {stage.batch_size}. Mean of the development scores by the share of its change "
+            f"that is added to the weights: {tried}."
+        )
+    if lines:
+        lines.append(
+            f"   Both were tried on {stages['start']}. No share gains more than the passes of "
+            "the refinement differ by, so neither stage is in the weights."
         )
     return lines
 
@@ -148,8 +151,8 @@ def write_card(work: Path, data: Path, scores: Path, out: Path) -> str:
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     quality = json.loads(scores.read_text(encoding="utf-8"))
     log = read_log(paths["log"])
-    stages_path = work / "stages.json"
-    stages = json.loads(stages_path.read_text()) if stages_path.exists() else {}
+    tried = scores.with_name("stages.json")
+    stages = json.loads(tried.read_text())["values"] if tried.exists() else {}
     used = {path.name.removesuffix(".jsonl.gz") for path in source_files(data / "train/permissive")}
     sources = read_sources(data / "README.md", used)
     size = sum(path.stat().st_size for path in out.glob("*.*") if path.suffix != ".md") / 1e6

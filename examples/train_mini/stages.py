@@ -137,7 +137,7 @@ def write_result(log: dict, recipe: Recipe) -> None:
     (RESULTS / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n")
     names = list(next(iter(log["stage 1"].values())))
     lines = [
-        f"# Contrastive stages, tried on {log['start']}",
+        f"# The two contrastive stages, tried on {log['start']}",
         "",
         f"`{record['command']}`, {record['date']}. Scores of development splits and train folds, "
         "percent; share: how much of the stage's change is added to the weights.",
@@ -171,11 +171,12 @@ def main() -> None:
         folder = work / "distilled"
         export(work_paths(work), folder, recipe)
         done = [refine_paths(work_paths(work), k)["log"] for k in range(len(recipe.refinements))]
-        log.setdefault("start", f"after refinement {sum(path.exists() for path in done)}")
+        passes = sum(path.exists() for path in done)
+        log.setdefault("start", f"the model after {passes} passes of refinement")
     else:
         folder = arguments.start
         work.mkdir(parents=True, exist_ok=True)
-        log.setdefault("start", folder.name)
+        log.setdefault("start", f"the model of {folder.name}")
     for number in range(arguments.stages):
         folder = run_stage(number, folder, work, arguments.data, recipe, log)
         write_result(log, recipe)

@@ -31,6 +31,7 @@ from skembed.pooling import segment_mean
 from skembed.tokenization import PackedBatch, TextTokenizer, iterate_batches, pack_texts
 
 LOG_EVERY_S = 60.0
+SCORE_EVERY = 15  # entries of the log: the scores cost as much as two minutes of training
 
 
 Texts = tuple[list[np.ndarray], np.ndarray]  # token ids by length; which texts belong together
@@ -201,7 +202,7 @@ class Distillation:
                     "tokens_per_s": round((self.tokens - since) / (self.spent_s - logged)),
                 }
                 logs += 1
-                if done or logs % 5 == 0:  # the scores cost as much as a minute of training
+                if done or logs % SCORE_EVERY == 0:
                     entry.update(dev.dev_scores(data, self.embed, quick=not done))
                 self.log(entry)
                 logged, since, losses = self.spent_s, self.tokens, []
