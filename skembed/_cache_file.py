@@ -11,6 +11,7 @@ import logging
 import pathlib
 import sqlite3
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 _APPLICATION_ID = 0x736B656D  # "skem" in ASCII
 _EMPTY_FILE_BYTES = 16 * PAGE_BYTES  # headers, roots and slack of a file without rows
 _LOG_BYTES = 8000 * PAGE_BYTES  # the write-ahead log is moved into the file at this size
+_MAP_BYTES = 1 << 31
 _LOCK_TIMEOUT_S = 30.0
 _MAX_TOUCHED = 1 << 18
 
@@ -66,6 +68,7 @@ class FileStore:
         self._dtype = DTYPES["float32"]  # the file's own, once it is open
         self._connection: sqlite3.Connection | None = None
         self._file_id: tuple[int, int] | None = None
+        self._file_bytes = 0
         self._touched: set[int] = set()
 
     def fetch(self, keys: list[bytes], out: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
@@ -144,7 +147,7 @@ class FileStore:
         return self._run(used_bytes, write=False)
 
     def clear(self) -> None:
-        """Drop every row and give the pages back to the disk (20 s for a file of 2 GB)."""
+        """Drop every row and give the pages back to the disk (a second for a million rows)."""
         self._run(delete_all, write=True)
         self._touched.clear()
         if self._connection is not None:
@@ -193,12 +196,18 @@ class FileStore:
                 raise _translate(error, self._path) from error
 
     def _connect(self) -> sqlite3.Connection:
-        """Return the open connection, or a new one if the file was moved, deleted or replaced."""
-        file_id = _stat_file_id(self._path)
-        if self._connection is None or file_id is None or file_id != self._file_id:
+        """Return the open connection, or a new one if the file was moved, deleted or replaced.
+
+        A shorter file is opened anew as well: reading a memory map beyond its end would end the
+        process, while opening a file that was cut off is an error.
+        """
+        file_id, size_bytes = _stat_file(self._path)
+        is_same = file_id is not None and file_id == self._file_id
+        if self._connection is None or not is_same or size_bytes < self._file_bytes:
             self.close()
             self._connection, self._dtype = _open(self._path, self._asked_dtype)
-            self._file_id = _stat_file_id(self._path)
+            self._file_id, size_bytes = _stat_file(self._path)
+        self._file_bytes = size_bytes
         return self._connection
 
 
@@ -244,6 +253,12 @@ def _open(path: pathlib.Path, dtype: str | None) -> tuple[sqlite3.Connection, np
         # KiB. The system keeps the file's pages too; a larger copy of them here only pushes
         # others out of the processor's cache.
         connection.execute("PRAGMA cache_size = -8192")
+        # Read through a memory map (of 2 GiB at most, SQLite's limit): a quarter more rows a
+        # second in random order.
+        if sys.maxsize > 1 << 32:
+            connection.execute(f"PRAGMA mmap_size = {_MAP_BYTES}")
+        # Some builds of SQLite overwrite what is deleted: `clear` takes ten times as long.
+        connection.execute("PRAGMA secure_delete = OFF")
         if is_old:
             _migrate(connection, path)
     except BaseException:
@@ -419,10 +434,10 @@ def _path_error(path: pathlib.Path, reason: str, next_step: str) -> CacheError:
     )
 
 
-def _stat_file_id(path: pathlib.Path) -> tuple[int, int] | None:
-    """Return what tells a file from another of the same name, or None if there is none."""
+def _stat_file(path: pathlib.Path) -> tuple[tuple[int, int] | None, int]:
+    """Return what tells a file from another of the same name, None if there is none; its size."""
     try:
         info = path.stat()
     except OSError:
-        return None
-    return info.st_dev, info.st_ino
+        return None, 0
+    return (info.st_dev, info.st_ino), info.st_size

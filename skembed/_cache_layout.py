@@ -57,6 +57,7 @@ _USE_BYTES = 10
 _SELECT_SIZES = (1, 8, 32, 128, 512)  # few distinct statements, so that each is compiled once
 # Blocks read by one statement: their copies stay in the processor's cache, and off the heap's end.
 _READ_BYTES = 1 << 20
+_FEW_ROWS = 4
 _COPY_ROWS = 1024  # rows copied in passing
 _LARGEST_FLOAT16 = 65520.0  # from here on, rounding to float16 gives infinity
 
@@ -88,6 +89,8 @@ def fetch_rows(
 
     Returns which rows were found (n,), and the blocks they were in.
     """
+    if len(digests) <= _FEW_ROWS:
+        return _fetch_few(connection, digests, out, dtype)
     mask = np.zeros(len(digests), dtype=np.bool_)
     slots = _find_slots(connection, digests[:, 0])  # (n,)
     rows = np.flatnonzero(slots >= 0)
@@ -114,6 +117,33 @@ def fetch_rows(
         out[target] = vectors[source]
         mask[target] = True
     return mask, blocks
+
+
+def _fetch_few(
+    connection: sqlite3.Connection,
+    digests: _Integers,
+    out: npt.NDArray[np.float32],
+    dtype: np.dtype[Any],
+) -> tuple[npt.NDArray[np.bool_], _Integers]:
+    """Do the work of `fetch_rows` row by row: for a single one, in half the time."""
+    sql = (
+        "SELECT e.slot, b.row_bytes, b.digests, b.vectors FROM entries e CROSS JOIN blocks b"
+        f" ON b.id = e.slot / {_SLOTS} WHERE e.key = ?"
+    )
+    mask = np.zeros(len(digests), dtype=np.bool_)
+    used: list[int] = []
+    row_bytes = out.shape[1] * dtype.itemsize
+    for position, digest in enumerate(digests):
+        row = connection.execute(sql, (int(digest[0]),)).fetchone()
+        if row is None:
+            continue
+        block, place = divmod(row[0], _SLOTS)
+        used.append(block)
+        same = row[2][place * KEY_BYTES : (place + 1) * KEY_BYTES] == digest.tobytes()
+        if row[1] == row_bytes and same and len(row[3]) >= (place + 1) * row_bytes:
+            out[position] = np.frombuffer(row[3], dtype, out.shape[1], place * row_bytes)
+            mask[position] = True
+    return mask, np.array(used, dtype=np.int64)
 
 
 def _find_slots(connection: sqlite3.Connection, keys: _Integers) -> _Integers:

@@ -21,6 +21,7 @@ from test_cache import (
     assert_refused,
     file_connection,
     find,
+    finish,
     finish_all,
     integrity,
     make_vectors,
@@ -306,6 +307,29 @@ def test_digests_that_begin_alike_are_told_apart(
     assert mask == [False, False, True], "the last one stays, the others are misses"
     assert np.array_equal(out[2], vectors[2])
     assert len(cache) == 1
+
+
+CUT = """
+import os, sys
+import numpy as np
+from skembed.cache import EmbeddingCache
+from skembed.exceptions import CacheError
+cache = EmbeddingCache(sys.argv[1])
+texts = [str(i) for i in range(2000)]
+out = np.zeros((2000, 384), dtype=np.float32)
+cache.store("model", texts, np.ones((2000, 384)))
+cache.close()  # the log is in the file
+assert cache.lookup("model", texts, out).all()
+os.truncate(sys.argv[1], 40_000)
+try:
+    cache.lookup("model", texts, out)
+except CacheError as error:
+    print("damaged file" in str(error))
+"""
+
+
+def test_file_cut_off_while_open_is_an_error(path: Path) -> None:
+    assert finish(start_python(CUT, path)) == "True"
 
 
 # Files of the first layout
