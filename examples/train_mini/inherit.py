@@ -14,8 +14,9 @@ over tokens) the student's stream ``A_s * sum_s`` needs no scaling, and is the t
 GELU as SwiGLU: ``gelu(x) = silu(1.702 x) / 1.702`` (Hendrycks & Gimpel, arXiv 1606.08415, section
 2), the second branch a constant to begin with.
 
-Narrower students: the channels are scaled so that the stream ends as the teacher's last hidden
-state, and everything is projected onto the directions in which that has most of its length.
+Narrower students: the channels are scaled so that the stream ends as a multiple of the teacher's
+last hidden state, and everything is projected onto the directions in which that has most of its
+length.
 
 Shared keys: attention heads that share one head of keys and values get the directions in which
 their own keys (values) vary most, and queries projected to match.
@@ -144,8 +145,11 @@ class Inheritance:
             scale = scales[-1] * sigma / gamma.abs().clamp(min=0.1)
             scales.append(scale)
         last = scales.pop()
-        # At this scale the stream ends as the last hidden state, the place to choose directions.
-        return [scale / last for scale in scales] if self.recipe.hidden_size < width else scales
+        if self.recipe.hidden_size == width:
+            return scales
+        # The stream ends as the last hidden state, the place to choose directions, but for one
+        # factor that leaves word vectors their size, on which the learning rates are set.
+        return [scale * last.mean() / last for scale in scales]
 
     def project(self, stream: Tensor) -> Tensor:
         """The teacher's stream (..., D) in our directions."""
