@@ -91,7 +91,7 @@ class Workload:
     def rate(self, task: Callable[[], object], repeats: int = 1) -> dict[str, float]:
         """Return rows/s of a task over all rows: the median, and the spread of several runs."""
         rates = [self.n_rows / seconds(task) for _ in range(repeats)]
-        found = {"rows_per_s": round(statistics.median(rates))}
+        found: dict[str, float] = {"rows_per_s": round(statistics.median(rates))}
         if repeats > 1:
             found |= {"low": round(min(rates)), "high": round(max(rates))}
         return found

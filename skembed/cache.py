@@ -101,8 +101,9 @@ class EmbeddingCache:
     The order of use in a file is approximate: ``lookup`` never writes, and what it
     used is recorded by the next ``store`` or ``close`` of the same object, if it has a
     limit. Rows stored by one call lie in blocks of up to 16 (3 at 384 dimensions), which
-    are used and leave together. The space of a row that was replaced is free once its
-    whole block is.
+    are read and leave together. The space of a row that was replaced is free once its whole
+    block is. The file is read through a memory map: copying over it while it is open is not
+    safe, moving another file into its place is.
 
     With ``dtype="float16"`` a component is off by at most a factor of 1 +- 2 ** -11, or by
     2 ** -25 where it is smaller than 2 ** -14. A row with a component of 65520 or more, which
@@ -203,8 +204,7 @@ class EmbeddingCache:
     ) -> npt.NDArray[np.bool_]:
         """Copy the vectors of known texts into `out`.
 
-        Takes 1 to 3 microseconds a text in memory and 5 to 16 in a file (384 dimensions, up
-        to a million rows, 2 cores: benchmarks/cache_throughput.py).
+        Thousands at once cost microseconds each; benchmarks/cache_throughput.py measures it.
 
         Parameters
         ----------
