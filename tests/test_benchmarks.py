@@ -204,3 +204,51 @@ def test_a_command_gets_its_place_once_there_is_a_result(suite: ModuleType, tmp_
     assert filled.endswith("<!-- /results -->\n\nEnd.\n")
     assert fill.fill(filled, page, tmp_path) == filled
     assert fill.fill(text, tmp_path / "docs" / "other.md", tmp_path) == text
+
+
+# Limits of the forward pass
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Return benchmarks/forward_limits.py; its folder is on the path only here."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = ("forward_limits", "_common", "_results")
+    yield __import__("forward_limits")
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_bytes_of_a_pass_are_those_counted_by_hand(limits: ModuleType) -> None:
+    config = limits.NVEmbedConfig(
+        backbone={
+            "vocab_size": 10,
+            "hidden_size": 8,
+            "intermediate_size": 5,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 2,
+        },
+        pooling="mean",
+    )
+    norms, projections, rotation = 2 * 2 * 8, 3 * 8 + 4 + 2 + 2, 9 * (4 + 2)
+    attention, output = 4 + 2 + 2 + 4, 4 + 8 + 8
+    feed_forward = (8 + 5) + (8 + 5 + 5) + (5 + 8 + 8)  # gate, up, down
+    a_token = norms + projections + rotation + attention + output + feed_forward
+    scores = 6 * 2 * (3**2 + 1**2)
+    weights = 2 * (8 * 4 + 2 * 8 * 2 + 4 * 8 + 3 * 8 * 5)
+    expected = 2 * (2 * (4 * a_token + scores) + weights)
+    assert limits.count_bytes(config, [3, 1], itemsize=2) == expected
+
+
+def test_a_step_is_timed_without_the_steps_inside(
+    limits: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 1.0, 4.0, 6.0])  # outer begins, inner begins and ends, outer ends
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: next(clock))
+    steps = limits.Steps()
+    inner = steps.watch("inner", lambda: 5)
+    outer = steps.watch("outer", lambda: inner() + 1)
+    assert outer() == 6
+    assert dict(steps.spent) == {"inner": 3.0, "outer": 3.0}

@@ -1,0 +1,221 @@
+"""What limits the forward pass on a CPU: arithmetic, bytes, and where the rest of the time goes.
+
+Run: python benchmarks/forward_limits.py [--texts 1000] [--repeats 5]
+skembed-mini on real texts of mixed length, in the engine's own batches, one pass after the other on
+one core (a call runs one such stream a core). Two limits: the multiplications over the core's own
+rate of matrix products, and the bytes that every step reads and writes over the rate of a copy, in
+memory and in the cache, where the activations of a batch stay. Then the measured time, by kind of
+step: each step is timed alone, without what it calls.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from _common import (
+    FLOP_FORMULA,
+    count_flops,
+    describe_lengths,
+    load_texts,
+    make_parser,
+    measure_peak,
+    seconds,
+    start,
+)
+from _results import Figure, finish
+
+from skembed import NVEmbedVectorizer, fused, pooling
+from skembed.engine import CPU_BATCH_TOKENS
+from skembed.model import NVEmbedConfig
+from skembed.registry import LoadedModel
+from skembed.tokenization import PackedBatch, iterate_batches, pack_texts
+
+MEMORY_BYTES, CACHE_BYTES = 1 << 28, 1 << 19
+BYTE_FORMULA = (
+    "Elements that the steps read and write, once each. A token, each layer: norms 4 D; "
+    "queries, keys, values 3 D + (H + 2 K) d; rotation 9 (H + K) d; attention (H + 2 K) d + H d, "
+    "and 6 H n for scores of n tokens; output H d + 2 D; feed-forward 4 D + 4 I. Pooling: norms "
+    "4 D, scores D + 4 h r, values h r + 2 D, feed-forward 2 D + 4 m D. Each batch: all weights "
+    "but the word vectors. D, H, K, d, I, h, r and m as in the FLOP count."
+)
+
+
+def count_bytes(config: NVEmbedConfig, lengths: list[int], itemsize: int) -> float:
+    """Return the bytes that one batch of texts reads and writes: see `BYTE_FORMULA`."""
+    backbone = config.mistral_config()
+    wide, heads, layers = (
+        backbone.hidden_size,
+        backbone.num_attention_heads,
+        backbone.num_hidden_layers,
+    )
+    keys, inner = backbone.num_key_value_heads, backbone.intermediate_size
+    width = backbone.head_dim or wide // heads
+    queries, shared = heads * width, keys * width
+    a_token = 4 * wide + 3 * wide + queries + 2 * shared + 9 * (queries + shared)
+    a_token += 2 * queries + 2 * shared + queries + 2 * wide + 4 * wide + 4 * inner
+    weights = layers * (2 * wide * (queries + shared) + 3 * wide * inner)
+    elements = layers * a_token * sum(lengths)
+    elements += layers * 6 * heads * sum(n * n for n in lengths)
+    if config.pooling == "latent":
+        latents, middle = config.num_cross_heads * config.num_latents_value, config.ff_mult * wide
+        a_token = 4 * wide + wide + 4 * latents + latents + 2 * wide + 2 * wide + 4 * middle
+        elements += a_token * sum(lengths)
+        weights += 2 * latents * wide + 3 * middle * wide
+    return float(itemsize * (elements + weights))
+
+
+def measure_copy(n_bytes: int, *, repeats: int = 15) -> float:
+    """Return the bytes a second that a copy reads and writes; the buffer is half as large."""
+    source = torch.zeros(n_bytes // 2, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    rounds = max(1, MEMORY_BYTES // n_bytes)
+
+    def copy() -> None:
+        for _ in range(rounds):
+            target.copy_(source)
+
+    copy()
+    return rounds * n_bytes / statistics.median(seconds(copy) for _ in range(repeats))
+
+
+class Steps:
+    """Seconds of functions while they are watched, without what they call among themselves."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = defaultdict(float)
+        self._inside: list[float] = []  # seconds of watched calls inside each open one
+
+    def watch(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function with a clock."""
+
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._inside.append(0.0)
+            begin = time.perf_counter()
+            result = function(*args, **kwargs)
+            whole = time.perf_counter() - begin
+            self.spent[name] += whole - self._inside.pop()
+            if self._inside:
+                self._inside[-1] += whole
+            return result
+
+        return timed
+
+
+@contextmanager
+def watch_steps(loaded: LoadedModel) -> Iterator[Steps]:
+    """Time the kinds of steps of every forward pass."""
+    steps = Steps()
+    model: Any = loaded.model
+    places = [
+        (fused, "fused_linear", "matrix products, with what is fused into them"),
+        (pooling, "fused_linear", "matrix products, with what is fused into them"),
+        (fused, "_norm", "norms"),
+        (fused, "_rotate", "rotation"),
+        (fused, "_list_rotation", "rotation"),
+        (fused, "attend_to_buckets", "attention"),
+        (model.latent_attention_model, "forward", "pooling: norms, softmax, means"),
+        (model.embedding_model.embed_tokens, "forward", "word vectors"),
+        (model, "forward", "dispatch between the steps"),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    for owner, name, kind in places:
+        setattr(owner, name, steps.watch(kind, getattr(owner, name)))
+    try:
+        yield steps
+    finally:
+        for owner, name, function in before:
+            if isinstance(owner, torch.nn.Module):
+                delattr(owner, name)  # the class has it
+            else:
+                setattr(owner, name, function)
+
+
+def make_batches(loaded: LoadedModel, texts: list[str]) -> tuple[list[PackedBatch], float, float]:
+    """Return the engine's batches, and the seconds of tokenising and of packing."""
+    begin = time.perf_counter()
+    encoded = loaded.tokenizer.encode(texts, prefix="", max_length=512)
+    tokenized = time.perf_counter()
+    on_grid = loaded.key.dtype != "float32"
+    batches = [
+        pack_texts([encoded.ids[i] for i in rows], encoded.pool_start, on_grid=on_grid)
+        for rows in iterate_batches(encoded.lengths, CPU_BATCH_TOKENS)
+    ]
+    return batches, tokenized - begin, time.perf_counter() - tokenized
+
+
+def main() -> int:
+    """Measure, write the result, and return the exit status."""
+    parser = make_parser(__doc__, texts=1_000)
+    parser.add_argument("--repeats", type=int, default=5, help="passes over the texts")
+    args = start(parser)
+    torch.set_num_threads(1)
+    texts = load_texts(args.data, args.texts)
+    vectorizer = NVEmbedVectorizer(cache=None, trainer=None, device="cpu")
+    vectorizer.fit_transform(texts[:8])
+    (loaded,) = vectorizer._lease.models.values()
+    batches, tokenize_s, pack_s = make_batches(loaded, texts)
+    lengths = [list(batch.lengths[: batch.n_texts]) for batch in batches]
+    flat = [n for part in lengths for n in part]
+    n_tokens, dtype = sum(flat), loaded.key.dtype
+    itemsize = torch.finfo(loaded.key.compute_dtype).bits // 8
+
+    def run() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                loaded.model(batch)
+
+    run()
+    peak = measure_peak(dtypes=[dtype], sizes=(1024, 2048))[dtype]
+    rates = {"memory": measure_copy(MEMORY_BYTES), "cache": measure_copy(CACHE_BYTES)}
+    measured_s = statistics.median(seconds(run) for _ in range(args.repeats))
+    with watch_steps(loaded) as steps:
+        watched_s = seconds(run)
+    arithmetic_s = count_flops(loaded.config, flat) / peak / 1e9
+    n_bytes = sum(count_bytes(loaded.config, part, itemsize) for part in lengths)
+
+    def per_token(spent_s: float) -> float:
+        return round(1e6 * spent_s / n_tokens, 3)
+
+    limit_s = max(arithmetic_s, n_bytes / rates["cache"])
+    figures = [
+        Figure("arithmetic limit, microseconds a token", per_token(arithmetic_s)),
+        Figure(
+            "byte limit in the cache, microseconds a token", per_token(n_bytes / rates["cache"])
+        ),
+        Figure("byte limit in memory, microseconds a token", per_token(n_bytes / rates["memory"])),
+        Figure("measured, microseconds a token", per_token(measured_s)),
+        Figure("measured over the larger of the first two", measured_s / limit_s),
+        Figure(f"share of the {dtype} matrix peak", arithmetic_s / measured_s, 0.6, aim=True),
+        *(
+            Figure(f"share of the time: {kind}", spent / watched_s)
+            for kind, spent in sorted(steps.spent.items(), key=lambda item: -item[1])
+        ),
+        Figure("tokenising on one core, microseconds a token", per_token(tokenize_s)),
+        Figure("packing, microseconds a token", per_token(pack_s)),
+    ]
+    values = {
+        "tokens": describe_lengths(flat),
+        "batches": len(batches),
+        "measured peak of one core, GFLOP/s": peak,
+        "measured copies of one core, GB/s": {k: round(v / 1e9, 1) for k, v in rates.items()},
+        "GFLOP": round(count_flops(loaded.config, flat) / 1e9, 2),
+        "GB": round(n_bytes / 1e9, 3),
+        "FLOP count": FLOP_FORMULA,
+        "byte count": BYTE_FORMULA,
+        "seconds with the clocks over without": round(watched_s / measured_s, 3),
+    }
+    title = "Limits of the forward pass on one core"
+    return finish("forward_limits", title, figures, values, args=args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
