@@ -206,40 +206,76 @@ def test_a_command_gets_its_place_once_there_is_a_result(suite: ModuleType, tmp_
     assert fill.fill(text, tmp_path / "docs" / "other.md", tmp_path) == text
 
 
-# Limits of the forward pass
+# Limits of the forward pass, and torch.compile
 
 
 @pytest.fixture
-def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """Return benchmarks/forward_limits.py; its folder is on the path only here."""
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Return a function that imports a benchmark; its folder is on the path only here."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ("forward_limits", "_common", "_results")
-    yield __import__("forward_limits")
-    for name in names:
+    yield __import__
+    for name in ("compile", "forward_limits", "_common", "_results"):
         sys.modules.pop(name, None)
 
 
+@pytest.fixture
+def limits(load: Any) -> ModuleType:
+    """Return benchmarks/forward_limits.py."""
+    module: ModuleType = load("forward_limits")
+    return module
+
+
+BACKBONE = {
+    "vocab_size": 10,
+    "hidden_size": 8,
+    "intermediate_size": 5,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 2,
+}
+
+
 def test_bytes_of_a_pass_are_those_counted_by_hand(limits: ModuleType) -> None:
-    config = limits.NVEmbedConfig(
-        backbone={
-            "vocab_size": 10,
-            "hidden_size": 8,
-            "intermediate_size": 5,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 2,
-        },
-        pooling="mean",
-    )
-    norms, projections, rotation = 2 * 2 * 8, 3 * 8 + 4 + 2 + 2, 9 * (4 + 2)
-    attention, output = 4 + 2 + 2 + 4, 4 + 8 + 8
+    config = limits.NVEmbedConfig(backbone=BACKBONE, pooling="mean")
+    norm = 8 + (8 + 8) + (8 + 8)  # length, scaling, weight
+    projections = (8 + 4) + (8 + 2) + (8 + 2)  # queries, keys, values
+    rotation = (2 + 3 + 4) * (4 + 2)  # swap, product, sum
+    gathering, scattering = 2 * (4 + 2 + 2), 2 * 4
+    products = (4 + 2) + (2 + 4)  # reads queries and keys; reads values, writes the result
+    output = 4 + 8 + 8  # reads the result and the residual, writes the sum
     feed_forward = (8 + 5) + (8 + 5 + 5) + (5 + 8 + 8)  # gate, up, down
-    a_token = norms + projections + rotation + attention + output + feed_forward
-    scores = 6 * 2 * (3**2 + 1**2)
+    a_layer = 2 * norm + projections + rotation + gathering + products + scattering
+    a_layer += output + feed_forward
+    once = (8 + 8) + 2 * (4 + 2) + norm + (8 + 8)  # word vectors, tables, last norm, pooled rows
+    scores = (1 + 2 + 1) * 2 * (3**2 + 1**2)  # written, softmax, read
     weights = 2 * (8 * 4 + 2 * 8 * 2 + 4 * 8 + 3 * 8 * 5)
-    expected = 2 * (2 * (4 * a_token + scores) + weights)
+    mean = 8 * (2 + 4 + 4 + 8)  # bytes: to float32, then added to the text's sum
+    expected = 2 * (4 * (2 * a_layer + once) + 2 * scores + weights) + 4 * mean
     assert limits.count_bytes(config, [3, 1], itemsize=2) == expected
+
+
+def test_bytes_of_latent_pooling_are_those_counted_by_hand(limits: ModuleType) -> None:
+    sizes = {"num_latents_value": 3, "num_cross_heads": 2, "ff_mult": 2}
+    mean, latent = (
+        limits.count_bytes(
+            limits.NVEmbedConfig(backbone=BACKBONE, pooling=pooling, **sizes), [4], itemsize=4
+        )
+        for pooling in ("mean", "latent")
+    )
+    norms, softmax = 2 * (8 + 8), 6 + 6
+    scores, values = 8 + 6, 6 + 8 + 8
+    feed_forward = (8 + 16) + (8 + 16 + 16)  # gate, value
+    weights = 2 * 6 * 8 + 3 * 16 * 8
+    a_token = norms + scores + softmax + values + feed_forward
+    assert latent - mean == 4 * (4 * a_token + weights) + 4 * 16 * (4 + 4 + 4 + 8)
+
+
+def test_warm_up_is_paid_back_only_by_a_gain(load: Any) -> None:
+    count = load("compile").count_texts_to_pay
+    assert count(20.0, before_s=3.0, after_s=2.0, n_texts=100) == 2_000
+    assert count(20.0, before_s=2.0, after_s=2.0, n_texts=100) == float("inf")
+    assert count(20.0, before_s=2.0, after_s=3.0, n_texts=100) == float("inf")
 
 
 def test_a_step_is_timed_without_the_steps_inside(
