@@ -98,9 +98,8 @@ def describe_refinements(paths: dict[str, Path], recipe: Recipe) -> list[str]:
         log = read_log(refine_paths(paths, number)["log"])
         if log:
             last = log[-1]
-            begin = f"from the mean of the {recipe.averaged} before: " if chosen.from_mean else ""
             passes.append(
-                f"{begin}{last['step']:,} steps, {last['tokens'] / 1e6:.1f} million tokens, "
+                f"{last['step']:,} steps, {last['tokens'] / 1e6:.1f} million tokens, "
                 f"{last['spent_s'] / 60:.0f} minutes, texts up to {chosen.max_length} tokens, "
                 f"learning rate {chosen.learning_rate:g} falling to nothing, weight of the tokens' "
                 f"own loss {chosen.token_weight:g}: "
@@ -116,6 +115,8 @@ def describe_refinements(paths: dict[str, Path], recipe: Recipe) -> list[str]:
         f"cosine over {recipe.ranking_temperature:g}) joins the loss with weight "
         f"{recipe.ranking_weight:g}. Passes, with the development scores at their ends:",
         *(f"   - {line}." for line in passes),
+        "",
+        f"   The model is the mean of the weights of the last {recipe.averaged} passes.",
     ]
 
 

@@ -20,14 +20,17 @@ from skembed.checkpoint import save_checkpoint
 
 
 def export(paths: dict[str, Path], out: Path, recipe: Recipe) -> None:
-    """The weights of the last refinement, or of the distillation, as a bfloat16 model folder."""
+    """The distilled weights, or the mean of the last refinements, as a bfloat16 model folder."""
     refined = [refine_paths(paths, k)["checkpoint"] for k in range(len(recipe.refinements))]
-    last = [paths["checkpoint"], *(path for path in refined if path.exists())][-1]
-    state = torch.load(last, weights_only=True)["model"]
+    last = [path for path in refined if path.exists()][-recipe.averaged :]
+    states = [
+        torch.load(path, weights_only=True)["model"] for path in last or [paths["checkpoint"]]
+    ]
+    mean = ((name, sum(s[name] for s in states) / len(states)) for name in states[0])
     save_checkpoint(
         out,
         config=build_config(recipe),
-        tensors=((name, tensor.to(torch.bfloat16)) for name, tensor in state.items()),
+        tensors=((name, tensor.to(torch.bfloat16)) for name, tensor in mean),
         tokenizer_folder=paths["tokenizer"].parent,
         extra={},
     )

@@ -81,7 +81,6 @@ class Refinement:
     token_weight: float = 1.0
     max_length: int = 256  # tokens
     related_words: int = 200  # words, cap of a text of the block
-    from_mean: bool = False  # begins with the mean of the `averaged` passes before, not the last
 
 
 @dataclass(frozen=True)
@@ -139,16 +138,8 @@ class Recipe:
         Refinement(steps=900, learning_rate=1.5e-4),
         Refinement(steps=300, token_weight=0.0, max_length=512, related_words=350),
         Refinement(steps=480, token_weight=0.0, max_length=512, related_words=350),
-        Refinement(
-            steps=2_400,
-            learning_rate=3e-4,
-            token_weight=0.3,
-            max_length=512,
-            related_words=350,
-            from_mean=True,
-        ),
     )
-    averaged: int = 2  # refinements whose weights' mean a pass with `from_mean` begins with
+    averaged: int = 2  # of the last refinements: their weights' mean is the model
     refine_texts: int = 64
     refine_long_texts: int = 12
     related_texts: int = 64  # at most, of one source

@@ -6,9 +6,6 @@ Texts of one source and one place in it (a question, its answer, the paragraphs 
 to tell apart, as a search has to. They form a block of the batch whose rankings, each text against
 the others, are learned from the teacher beside everything that train.py learns. State is written
 atomically every two minutes; the same command resumes after a kill.
-
-With ``--start FOLDER --only N``, pass N begins with a model folder, the bundled one say, instead
-of the checkpoints of the passes before.
 """
 
 from __future__ import annotations
@@ -22,8 +19,6 @@ import torch
 from corpus import read_values, source_files
 from prepare import load_tokenizer, read_texts
 from recipe import Recipe, refine_paths, work_paths
-from safetensors.torch import load_file
-from torch import Tensor
 from train import Distillation, Texts
 
 from skembed.tokenization import TextTokenizer
@@ -100,25 +95,14 @@ def batches(
         step += 1
 
 
-def read_start(number: int, paths: dict[str, Path], start: Path | None) -> dict[str, Tensor]:
-    """Weights that a refinement begins with."""
-    recipe = Recipe()
-    if start is not None:
-        weights = load_file(start / "model.safetensors")
-        return {name: tensor.float() for name, tensor in weights.items()}
-    several = recipe.averaged if recipe.refinements[number].from_mean else 1
-    before = [paths, *(refine_paths(paths, k) for k in range(number))][-several:]
-    states = [torch.load(part["checkpoint"], weights_only=True)["model"] for part in before]
-    return {name: sum(state[name] for state in states) / several for name in states[0]}
-
-
-def refine(number: int, paths: dict[str, Path], data: Path, start: Path | None = None) -> None:
+def refine(number: int, paths: dict[str, Path], data: Path) -> None:
     """One refinement, from the checkpoint of what came before; or the rest of it."""
     recipe, chosen = Recipe().for_refinement(number), Recipe().refinements[number]
+    before = refine_paths(paths, number - 1) if number else paths
     own = refine_paths(paths, number)
     if not own["start"].exists():
         partial = own["start"].with_suffix(".partial")
-        torch.save(read_start(number, paths, start), partial)
+        torch.save(torch.load(before["checkpoint"], weights_only=True)["model"], partial)
         partial.replace(own["start"])
     tokenizer = load_tokenizer(paths)
     sources = collect_related(data / "train/permissive", recipe, chosen.related_words)
@@ -134,16 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of the distillation")
     parser.add_argument("--data", type=Path, required=True, help="folder with eval/ and train/")
-    parser.add_argument("--only", type=int, help="one pass, counted from 1")
-    parser.add_argument("--start", type=Path, help="model folder that the pass begins with")
     arguments = parser.parse_args()
-    numbers = range(len(Recipe().refinements))
-    if arguments.only is not None:
-        numbers = range(arguments.only - 1, arguments.only)
-    elif arguments.start is not None:
-        parser.error("--start needs --only")
-    for number in numbers:
-        refine(number, work_paths(arguments.work), arguments.data, arguments.start)
+    for number in range(len(Recipe().refinements)):
+        refine(number, work_paths(arguments.work), arguments.data)
 
 
 if __name__ == "__main__":
