@@ -25,6 +25,7 @@ from joblib import effective_n_jobs
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from skembed._memory import release_free_memory
 from skembed._workers import name_process, run_ahead, run_tasks, share_cores, spread
 from skembed.cache import EmbeddingCache
 from skembed.exceptions import CacheError, SkembedWarning
@@ -40,6 +41,7 @@ CHUNK_CHARACTERS = 16_000_000
 PARALLEL_TEXTS = 256  # below, starting workers costs more than they bring
 SHORTEST_PADDED = 0.92  # keeps the padded share of attention under 5 %
 STORE_ROWS = 1_024  # rows between two writes to the cache
+TRIM_TEXTS = 1_024  # a chunk of so many leaves free memory behind that is worth giving back
 PROGRESS_DELAY_S = 3.0
 CPU_BATCH_TOKENS = 2_048  # best of 768 to 4,096 on two cores: activations stay in the cache
 MAX_STREAMS = 4
@@ -286,6 +288,8 @@ def _embed_chunk(
                 store()
     finally:
         store()
+    if len(part) >= TRIM_TEXTS:
+        release_free_memory()
 
 
 class _Runner:

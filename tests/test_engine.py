@@ -5,6 +5,7 @@ Most tests put a counting fake in the place of model and tokenizer: a token is a
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import tracemalloc
@@ -19,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from skembed import EmbeddingCache, NVEmbedVectorizer, engine
+from skembed import EmbeddingCache, NVEmbedVectorizer, _memory, engine
+from skembed._memory import release_free_memory
 from skembed.engine import EmbedReport, EmbedRequest, cache_namespace, embed_texts, find_distinct
 from skembed.model import NVEmbedModel
 from skembed.registry import ModelKey
@@ -322,6 +324,35 @@ def test_truncated_texts_are_counted_once_each() -> None:
 
 
 # ---------------------------------------------------------------- memory
+
+
+def test_free_pages_between_used_ones_go_back_to_the_system() -> None:
+    if _memory._find_trim() is None:
+        pytest.skip("the C library has no malloc_trim")
+
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    blocks = [bytearray(8_192) for _ in range(8_192)]
+    kept = blocks[::512]  # without them the end of the heap would shrink by itself
+    before = resident()
+    blocks.clear()
+    assert release_free_memory()
+    assert before - resident() > 48 << 20
+    assert len(kept) == 16
+
+
+@pytest.mark.parametrize(("n_texts", "n_chunks"), [(10, 0), (100, 1), (250, 2)])
+def test_memory_is_given_back_after_each_large_chunk(
+    monkeypatch: pytest.MonkeyPatch, n_texts: int, n_chunks: int
+) -> None:
+    monkeypatch.setattr(engine, "CHUNK_TEXTS", 100)
+    monkeypatch.setattr(engine, "TRIM_TEXTS", 60)
+    calls: list[None] = []
+    monkeypatch.setattr(engine, "release_free_memory", lambda: calls.append(None))
+    run(make_texts(n_texts), FakeModel())
+    assert len(calls) == n_chunks
 
 
 @pytest.mark.parametrize("error", NO_ROOM, ids=lambda error: type(error).__name__)

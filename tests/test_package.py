@@ -28,6 +28,7 @@ LEVELS = {
     "skembed._cache_layout": 1,
     "skembed._evaluation_tasks": 1,
     "skembed._file_lock": 1,
+    "skembed._memory": 1,
     "skembed._index_file": 1,
     "skembed._map_layout": 1,
     "skembed._stream_manifest": 1,
