@@ -145,8 +145,7 @@ def plan_buckets(lengths: tuple[int, ...], *, tight: bool = False) -> tuple[_Buc
         while last < len(lengths) and least <= lengths[last] <= length:
             last += 1
         sizes = np.array(lengths[first:last])
-        exact = tight and (len(sizes) < 8 or lengths[last - 1] == length)
-        count = len(sizes) if exact else _round_count(len(sizes))
+        count = _round_count(len(sizes), tight=tight)
         shortest = int(sizes.min())
         inside = np.arange(length) < sizes[:, None]  # (n, L)
         gather = np.zeros((count, length), dtype=np.int64)
@@ -176,9 +175,15 @@ def _round_length(length: int) -> tuple[int, int]:
     return -(-length // step) * step, step
 
 
-def _round_count(count: int) -> int:
-    """Up to a power of two below 8, to a multiple of 8 above."""
-    return 1 << (count - 1).bit_length() if count < 8 else -(-count // 8) * 8
+def _round_count(count: int, *, tight: bool) -> int:
+    """Up to one of four numbers an octave: oneDNN keeps most of a megabyte for each size it meets.
+
+    Below 8 any number if `tight`, else a power of two.
+    """
+    if count < 8:
+        return count if tight else 1 << (count - 1).bit_length()
+    step = max(1, 1 << (count - 1).bit_length() >> 3)
+    return -(-count // step) * step
 
 
 def attend_to_buckets(rows: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
