@@ -221,6 +221,9 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture
 def limits(load: Any) -> ModuleType:
     """Return benchmarks/forward_limits.py."""
+    # Set by what it imports; left in place, they would hang forked processes of later tests.
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     module: ModuleType = load("forward_limits")
     return module
 
