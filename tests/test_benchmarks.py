@@ -212,6 +212,9 @@ def test_a_command_gets_its_place_once_there_is_a_result(suite: ModuleType, tmp_
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Return a function that imports a benchmark; its folder is on the path only here."""
+    # Set by what it imports; left in place, they would hang forked processes of later tests.
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield __import__
     for name in ("compile", "forward_limits", "_common", "_results"):
@@ -221,9 +224,6 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture
 def limits(load: Any) -> ModuleType:
     """Return benchmarks/forward_limits.py."""
-    # Set by what it imports; left in place, they would hang forked processes of later tests.
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     module: ModuleType = load("forward_limits")
     return module
 

@@ -33,6 +33,8 @@ def import_script(folder: Path, name: str) -> Iterator[ModuleType]:
     """Yield a script of a folder as a module; what it imported from there is forgotten again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(folder), *sys.path])
+        # Scripts set it to true, which would hang forked processes of other tests.
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
         before = set(sys.modules)
         yield importlib.import_module(name)
         for loaded in set(sys.modules) - before:
