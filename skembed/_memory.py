@@ -1,9 +1,9 @@
 """Give memory that is free back to the system.
 
 Forward passes in several threads leave free blocks between used ones, each thread in an area of its
-own, and the C library of Linux keeps them: 1 KB a text over a long call, without any of it in use.
-Fewer pages at once (its setting for large blocks) would cost half the speed; asking for all that is
-free now and then costs ten milliseconds.
+own, and the C library of Linux keeps them: over a long call, more and more memory of which nothing
+is in use. Its setting that would give large blocks back at once makes every pass fetch its pages
+anew; asking for all that is free now and then does not.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def _round_length(length: int) -> tuple[int, int]:
 
 
 def _round_count(count: int, *, tight: bool) -> int:
-    """Up to one of four numbers an octave: oneDNN keeps most of a megabyte for each size it meets.
+    """Up to one of four numbers an octave: oneDNN keeps code and memory for each size it meets.
 
     Below 8 any number if `tight`, else a power of two.
     """
