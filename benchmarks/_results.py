@@ -130,6 +130,17 @@ class Figure:
         return {"name": self.name, "value": value, "bar": self.asked, "holds": verdict}
 
 
+def describe_run(name: str, command: str, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return what every result begins with: its name, when, by which command and where."""
+    return {
+        "benchmark": name,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command,
+        "machine": describe_machine(device),
+        "versions": package_versions(),
+    }
+
+
 def finish(
     name: str,
     title: str,
@@ -160,12 +171,8 @@ def finish(
         1 where a bar (not an aim) is missed, else 0.
     """
     record: dict[str, Any] = {
-        "benchmark": name,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": command_line(),
+        **describe_run(name, command_line(), device),
         "seconds": round(time.monotonic() - STARTED, 1),
-        "machine": describe_machine(device),
-        "versions": package_versions(),
         "figures": [figure.to_dict() for figure in figures],
         "values": values,
     }

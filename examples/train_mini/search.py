@@ -21,7 +21,6 @@ import statistics
 import sys
 import time
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from skembed.checkpoint import save_checkpoint
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from _results import RESULTS, describe_machine, package_versions
+from _results import RESULTS, describe_run
 
 NAME = "architecture"
 SCORES = ("stsb", "sickr", "banking77", "hwu64", "emotion", "trecqa", "scifact")
@@ -213,14 +212,7 @@ def describe(name: str, result: dict) -> str:
 
 def write_table(results: dict[str, dict]) -> None:
     """benchmarks/results/architecture.json, and its table as architecture.md."""
-    record = {
-        "benchmark": NAME,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": "python examples/train_mini/search.py",
-        "machine": describe_machine(),
-        "versions": package_versions(),
-        "values": results,
-    }
+    record = {**describe_run(NAME, "python examples/train_mini/search.py"), "values": results}
     (RESULTS / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n")
     chosen = Recipe()
     lines = [

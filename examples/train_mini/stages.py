@@ -18,7 +18,6 @@ import argparse
 import json
 import random
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from skembed.checkpoint import read_config, resolve_source, save_checkpoint
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from _results import RESULTS, describe_machine, package_versions
+from _results import RESULTS, describe_run
 
 NAME = "stages"
 
@@ -126,14 +125,7 @@ def run_stage(number: int, start: Path, work: Path, data: Path, recipe: Recipe, 
 
 def write_result(log: dict, recipe: Recipe) -> None:
     """benchmarks/results/stages.json, and its table as stages.md."""
-    record = {
-        "benchmark": NAME,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": "python examples/train_mini/stages.py",
-        "machine": describe_machine(),
-        "versions": package_versions(),
-        "values": log,
-    }
+    record = {**describe_run(NAME, "python examples/train_mini/stages.py"), "values": log}
     (RESULTS / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n")
     names = list(next(iter(log["stage 1"].values())))
     lines = [
