@@ -42,6 +42,7 @@ PARALLEL_TEXTS = 256  # below, starting workers costs more than they bring
 SHORTEST_PADDED = 0.92  # keeps the padded share of attention under 5 %
 STORE_ROWS = 1_024  # rows between two writes to the cache
 TRIM_TEXTS = 1_024  # a chunk of so many leaves free memory behind that is worth giving back
+REST_TEXTS = 4_096  # in a chunk of so many, filling up its last batch costs next to nothing
 PROGRESS_DELAY_S = 3.0
 CPU_BATCH_TOKENS = 2_048  # best of 768 to 4,096 on two cores: activations stay in the cache
 MAX_STREAMS = 4
@@ -393,31 +394,41 @@ class _Runner:
         batches = iterate_batches(lengths, budget, shortest=SHORTEST_PADDED if padded else 0.0)
         rows = (left[batch] for batch in batches)
         if len(replicas) == 1:
-            yield from self._run_on(replicas[0], encoded, rows)
+            yield from self._run_on(replicas[0], encoded, budget, rows)
             return
-        workers = [partial(self._run_on, loaded, encoded) for loaded in replicas]
+        workers = [partial(self._run_on, loaded, encoded, budget) for loaded in replicas]
         yield from spread(rows, workers, n_threads=n_threads)
 
     def _run_on(
-        self, loaded: LoadedModel, encoded: EncodedTexts, batches: Iterator[np.ndarray]
+        self, loaded: LoadedModel, encoded: EncodedTexts, budget: int, batches: Iterator[np.ndarray]
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Forward passes; on CUDA the next one is queued before the last result is fetched."""
+        may_fill = len(encoded.ids) >= REST_TEXTS and loaded.model.attention_path != "padded"
         depth = 1 if loaded.device.type == "cuda" else 0
         pending: deque[tuple[np.ndarray, Callable[[], np.ndarray]]] = deque()
         for rows in batches:
-            pending.append((rows, self._start(loaded, encoded, rows)))
+            coarse = may_fill and _is_rest(encoded.lengths[rows], budget)
+            pending.append((rows, self._start(loaded, encoded, rows, coarse)))
             while len(pending) > depth:
                 yield _fetch(*pending.popleft())
         while pending:
             yield _fetch(*pending.popleft())
 
     def _start(
-        self, loaded: LoadedModel, encoded: EncodedTexts, rows: np.ndarray
+        self, loaded: LoadedModel, encoded: EncodedTexts, rows: np.ndarray, coarse: bool
     ) -> Callable[[], np.ndarray]:
-        """Launch one forward pass; the result gives its vectors (B, D) on the host."""
+        """Launch one forward pass; the result gives its vectors (B, D) on the host.
+
+        `coarse`: the batch is filled up to one of very few sizes.
+        """
         on_cpu = loaded.device.type == "cpu"
         on_grid = on_cpu and loaded.key.dtype != "float32"
-        batch = pack_texts([encoded.ids[i] for i in rows], encoded.pool_start, on_grid=on_grid)
+        batch = pack_texts(
+            [encoded.ids[i] for i in rows],
+            encoded.pool_start,
+            on_grid=on_grid,
+            coarse=coarse,
+        )
         if loaded.model.attention_path == "padded":
             n_positions = max(batch.lengths) * len(batch.lengths)
         else:
@@ -429,6 +440,14 @@ class _Runner:
                 return loaded.model(batch)[: batch.n_texts].numpy
             with _current_device(loaded.device):
                 return _copy_to_host(loaded.model(batch.to(loaded.device)))
+
+
+def _is_rest(lengths: np.ndarray, budget: int) -> bool:
+    """Whether a batch is what was left at the end of a chunk: another text would have fitted.
+
+    Each chunk ends with another size, and of each the CPU's matrix products keep code and memory.
+    """
+    return bool(lengths.sum() + lengths.min() <= budget)
 
 
 def _fetch(rows: np.ndarray, result: Callable[[], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -196,7 +196,9 @@ def find_tokenizer_file(folder: Path) -> Path:
     return path
 
 
-def pack_texts(ids: Sequence[np.ndarray], pool_start: int, *, on_grid: bool = False) -> PackedBatch:
+def pack_texts(
+    ids: Sequence[np.ndarray], pool_start: int, *, on_grid: bool = False, coarse: bool = False
+) -> PackedBatch:
     """Texts one after the other, with everything the model wants to know of their borders.
 
     Parameters
@@ -208,7 +210,9 @@ def pack_texts(ids: Sequence[np.ndarray], pool_start: int, *, on_grid: bool = Fa
     on_grid : bool, default=False
         Fill up to one of few sizes, with a text of padding at the end and rows of nothing in the
         result. On CPUs each new size of a bfloat16 matrix product costs up to milliseconds of
-        preparation; few sizes are prepared once.
+        preparation and memory that stays; few sizes are prepared once.
+    coarse : bool, default=False
+        Take a grid of fewer sizes, for a batch among many.
 
     Returns
     -------
@@ -219,7 +223,7 @@ def pack_texts(ids: Sequence[np.ndarray], pool_start: int, *, on_grid: bool = Fa
     tokens = np.concatenate(ids).astype(np.int64)
     pool_counts = lengths - pool_start
     if on_grid:
-        filling = round_up(len(tokens)) - len(tokens)
+        filling = round_up(len(tokens), coarse=coarse) - len(tokens)
         tokens = np.concatenate([tokens, np.zeros(filling, np.int64)])
         lengths = np.append(lengths, filling) if filling else lengths
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -227,11 +231,12 @@ def pack_texts(ids: Sequence[np.ndarray], pool_start: int, *, on_grid: bool = Fa
     pooled = np.flatnonzero(position[: starts[len(ids)]] >= pool_start)
     segments = np.repeat(np.arange(len(ids)), pool_counts)
     if on_grid:
-        filling = round_up(len(pooled)) - len(pooled)
+        filling = round_up(len(pooled), coarse=coarse) - len(pooled)
         pooled = np.concatenate([pooled, np.zeros(filling, np.int64)])
         segments = np.concatenate([segments, np.full(filling, len(ids))])
         pool_counts = np.append(pool_counts, filling)
-        pool_counts = np.pad(pool_counts, (0, round_up(len(pool_counts)) - len(pool_counts)))
+        n_rows = round_up(len(pool_counts), coarse=True)
+        pool_counts = np.pad(pool_counts, (0, n_rows - len(pool_counts)))
     return PackedBatch(
         input_ids=torch.from_numpy(tokens),
         position_ids=torch.from_numpy(position),
@@ -244,8 +249,10 @@ def pack_texts(ids: Sequence[np.ndarray], pool_start: int, *, on_grid: bool = Fa
     )
 
 
-def round_up(size: int) -> int:
-    """The next size of the grid: steps of 16 up to 256, of 64 above."""
+def round_up(size: int, *, coarse: bool = False) -> int:
+    """The next size of the grid: steps of 16 up to 256, of 64 above; coarse, powers of two."""
+    if coarse:
+        return max(16, 1 << (size - 1).bit_length())
     step = 16 if size <= 256 else 64
     return -(-size // step) * step
 

@@ -298,6 +298,27 @@ def test_the_next_chunk_is_tokenised_while_the_model_is_at_work(
     assert all(event.is_set() for event in tokenised)
 
 
+@pytest.mark.parametrize(("n_texts", "n_coarse"), [(399, 0), (400, 1), (1_000, 2)])
+def test_the_rest_of_each_large_chunk_is_filled_up_to_few_sizes(
+    monkeypatch: pytest.MonkeyPatch, one_stream: None, n_texts: int, n_coarse: int
+) -> None:
+    monkeypatch.setattr(engine, "CHUNK_TEXTS", 450)
+    monkeypatch.setattr(engine, "REST_TEXTS", 400)
+    pack, kinds = engine.pack_texts, []
+
+    def watched(ids: Any, pool_start: int, *, on_grid: bool, coarse: bool) -> PackedBatch:
+        kinds.append((coarse, sum(map(len, ids))))
+        return pack(ids, pool_start, on_grid=on_grid, coarse=coarse)
+
+    monkeypatch.setattr(engine, "pack_texts", watched)
+    texts = make_texts(n_texts)
+    vectors, _ = run(texts, FakeModel(), batch_tokens=1_024)
+    np.testing.assert_array_equal(vectors, expected(texts))
+    assert sum(coarse for coarse, _ in kinds) == n_coarse
+    assert len(kinds) > 10 * max(1, n_coarse)
+    assert all(size < 1_024 for coarse, size in kinds if coarse)
+
+
 def test_grouped_path_pads_nothing() -> None:
     _, report = run(make_texts(2_000), FakeModel("grouped"))
     assert report.n_positions == report.n_tokens > 0

@@ -283,11 +283,24 @@ def test_pack_on_the_grid_adds_padding_behind_the_texts(pool_start: int) -> None
     assert torch.equal(grid.pool_counts[:3], plain.pool_counts)
 
 
+def test_coarse_grid_fills_up_everything_to_powers_of_two() -> None:
+    ids = [np.arange(3, 3 + n, dtype=np.int32) for n in [9, 4, 7] * 30]  # 600 tokens
+    plain, coarse = pack_texts(ids, 2), pack_texts(ids, 2, on_grid=True, coarse=True)
+    assert coarse.lengths == (*plain.lengths, 424)
+    assert len(coarse.input_ids) == coarse.cu_seqlens[-1] == 1_024
+    assert (len(plain.pool_index), len(coarse.pool_index)) == (420, 512)
+    assert (plain.n_texts, coarse.n_texts, len(coarse.pool_counts)) == (90, 90, 128)
+    assert torch.equal(coarse.pool_index[:420], plain.pool_index)
+    assert torch.equal(coarse.pool_counts[:90], plain.pool_counts)
+
+
 def test_grid_has_few_sizes() -> None:
     sizes = [round_up(n) for n in range(1, 2_049)]
     assert all(n <= size for n, size in enumerate(sizes, start=1))
     assert len(set(sizes)) == 44
     assert max(size / n for n, size in enumerate(sizes, start=1) if n >= 1_024) < 1.07
+    coarse = {round_up(n, coarse=True) for n in range(1, 2_049)}
+    assert coarse == {16, 32, 64, 128, 256, 512, 1_024, 2_048}
 
 
 def test_pack_moves_as_a_whole() -> None:
