@@ -422,20 +422,18 @@ class _Runner:
         `coarse`: the batch is filled up to one of very few sizes.
         """
         on_cpu = loaded.device.type == "cpu"
-        on_grid = on_cpu and loaded.key.dtype != "float32"
-        batch = pack_texts(
-            [encoded.ids[i] for i in rows],
-            encoded.pool_start,
-            on_grid=on_grid,
-            coarse=coarse,
-        )
-        if loaded.model.attention_path == "padded":
-            n_positions = max(batch.lengths) * len(batch.lengths)
-        else:
-            n_positions = len(batch.input_ids)
-        with self._guard:
-            self.report.n_positions += n_positions
         with torch.inference_mode():
+            # oneDNN does the products of the fused pass, and those in bfloat16.
+            on_grid = on_cpu and (loaded.key.dtype != "float32" or loaded.model.runs_fused)
+            batch = pack_texts(
+                [encoded.ids[i] for i in rows], encoded.pool_start, on_grid=on_grid, coarse=coarse
+            )
+            if loaded.model.attention_path == "padded":
+                n_positions = max(batch.lengths) * len(batch.lengths)
+            else:
+                n_positions = len(batch.input_ids)
+            with self._guard:
+                self.report.n_positions += n_positions
             if on_cpu:
                 return loaded.model(batch)[: batch.n_texts].numpy
             with _current_device(loaded.device):

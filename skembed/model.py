@@ -512,7 +512,7 @@ class NVEmbedModel(nn.Module):
         self, batch: PackedBatch, *, all_layers: bool = False
     ) -> Tensor | tuple[Tensor, ...]:
         """Last hidden states (T, D) of a pack, or those of every layer, in a tuple."""
-        if self._runs_fused():
+        if self.runs_fused:
             results = run_backbone(self.embedding_model, batch, all_layers=all_layers)
             return tuple(results) if all_layers else results[-1]
         output = self.embedding_model(
@@ -527,8 +527,9 @@ class NVEmbedModel(nn.Module):
             return tuple(hidden[0] for hidden in output.hidden_states[1:])
         return output.last_hidden_state[0]
 
-    def _runs_fused(self) -> bool:
-        """Whether the pass needs nothing that the fused one lacks."""
+    @property
+    def runs_fused(self) -> bool:
+        """Whether a pass at this place needs nothing that the fused one lacks."""
         ours = self.embedding_model.config._attn_implementation == ATTENTION_NAME
         known = self.fuse and ours and self.attention_path == "grouped" and self.is_silu
         return known and can_fuse(self.embedding_model.norm.weight)

@@ -25,7 +25,7 @@ from skembed._memory import release_free_memory
 from skembed.engine import EmbedReport, EmbedRequest, cache_namespace, embed_texts, find_distinct
 from skembed.model import NVEmbedModel
 from skembed.registry import ModelKey
-from skembed.tokenization import EncodedTexts, PackedBatch
+from skembed.tokenization import EncodedTexts, PackedBatch, round_up
 
 DIM = 3
 NO_ROOM = [
@@ -52,6 +52,8 @@ class FakeTokenizer:
 
 class FakeModel:
     """Vectors that tell the text; counts what it runs, and fails when told to."""
+
+    runs_fused = False
 
     def __init__(self, attention_path: str = "grouped") -> None:
         self.attention_path = attention_path
@@ -317,6 +319,24 @@ def test_the_rest_of_each_large_chunk_is_filled_up_to_few_sizes(
     assert sum(coarse for coarse, _ in kinds) == n_coarse
     assert len(kinds) > 10 * max(1, n_coarse)
     assert all(size < 1_024 for coarse, size in kinds if coarse)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_a_cpu_have_few_sizes(
+    golden_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    forward, sizes = NVEmbedModel.forward, set()
+
+    def watched(self: NVEmbedModel, batch: PackedBatch) -> torch.Tensor:
+        sizes.update([len(batch.input_ids), len(batch.pool_index)])
+        return forward(self, batch)
+
+    monkeypatch.setattr(NVEmbedModel, "forward", watched)
+    emb = NVEmbedVectorizer(golden_dir, dtype=dtype, device="cpu", cache=None).fit(["a"])
+    for n in range(1, 60):
+        emb.transform(["a word " * (n // 2), "another word " * n])
+    assert all(size == round_up(size) for size in sizes)
+    assert 5 < len(sizes) < 30
 
 
 def test_grouped_path_pads_nothing() -> None:
