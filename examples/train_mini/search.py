@@ -198,14 +198,14 @@ def describe(name: str, result: dict) -> str:
     """One row of the table."""
     scores = [result["end"][score] for score in SCORES]
     cells = [
-        name,
+        name.replace(" ", "&nbsp;"),
+        f"{np.mean(scores):.2f}",
+        f"{result['speed']:.2f}" if "speed" in result else "",
         f"{result['multiply-adds per token'] / 1e6:.2f}",
         f"{result['MB in bfloat16']:.1f}",
         f"{result['steps']}",
-        f"{result['speed']:.2f}" if "speed" in result else "",
         f"{result['left of the token vectors']:.3f}",
         *(f"{score:.1f}" for score in scores),
-        f"{np.mean(scores):.2f}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -214,7 +214,12 @@ def write_table(results: dict[str, dict]) -> None:
     """benchmarks/results/architecture.json, and its table as architecture.md."""
     record = {**describe_run(NAME, "python examples/train_mini/search.py"), "values": results}
     (RESULTS / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n")
-    chosen = Recipe()
+    (RESULTS / f"{NAME}.md").write_text(render(record), encoding="utf-8")
+
+
+def render(record: dict) -> str:
+    """The page of a record."""
+    results, machine, chosen = record["values"], record["machine"], Recipe()
     lines = [
         "# Architectures tried, each at the same training cost",
         "",
@@ -224,18 +229,16 @@ def write_table(results: dict[str, dict]) -> None:
         f"{chosen.num_latents_value} latents, {chosen.vocab_size:,} pieces; the others differ in "
         "what their name says. Products: millions of multiply-adds a token. Steps: what the cost "
         f"of {STEPS} of the bundled model's pays. Speed: texts a second, as a multiple of the "
-        "bundled model's in the same rounds. Left at the start: share of the variance of the "
+        "bundled model's in the same rounds. Left: at the start, share of the variance of the "
         "teacher's token vectors that the student lacks before training. Scores of "
         "development splits and train folds, percent.",
         "",
-        "| variant | products | MB | steps | speed | left at the start | "
-        f"{' | '.join(SCORES)} | mean |",
+        f"| variant | mean | speed | products | MB | steps | left | {' | '.join(SCORES)} |",
         "|---" * (len(SCORES) + 7) + "|",
         *(describe(name, results[name]) for name in ALL if name in results),
     ]
-    machine = record["machine"]
     lines += ["", f"Machine: {machine['processor']}, {machine['cores']} cores.", ""]
-    (RESULTS / f"{NAME}.md").write_text("\n".join(lines), encoding="utf-8")
+    return "\n".join(lines)
 
 
 def main() -> None:
