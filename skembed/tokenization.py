@@ -209,10 +209,10 @@ def pack_texts(
         First pooled position of each text; every text must be longer.
     on_grid : bool, default=False
         Fill up to one of few sizes, with a text of padding at the end and rows of nothing in the
-        result. On CPUs each new size of a bfloat16 matrix product costs up to milliseconds of
+        result. On CPUs each new size of a product in oneDNN costs up to milliseconds of
         preparation and memory that stays; few sizes are prepared once.
     coarse : bool, default=False
-        Take a grid of fewer sizes, for a batch among many.
+        With `on_grid`: to one of fewer sizes yet, for a batch among many.
 
     Returns
     -------
@@ -235,7 +235,7 @@ def pack_texts(
         pooled = np.concatenate([pooled, np.zeros(filling, np.int64)])
         segments = np.concatenate([segments, np.full(filling, len(ids))])
         pool_counts = np.append(pool_counts, filling)
-        n_rows = round_up(len(pool_counts), coarse=True)
+        n_rows = round_up(len(pool_counts), coarse=True)  # one small product a batch sees them
         pool_counts = np.pad(pool_counts, (0, n_rows - len(pool_counts)))
     return PackedBatch(
         input_ids=torch.from_numpy(tokens),
