@@ -3,7 +3,8 @@
 The way of a call: hash and deduplicate -> longest first -> per chunk of some thousand texts: look
 up the cache, tokenise what is missing (both for the next chunk while the model is at work on this
 one), pack by true token length up to the budget, run the model, store -> scatter back to input
-order. Beside the output, memory is a constant (two chunks) plus 50 bytes a text.
+order. Beside the output, a call holds two chunks, the passes at work and 50 bytes a text; what the
+process takes for it is measured by benchmarks/encode_scale.py.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ PARALLEL_TEXTS = 256  # below, starting workers costs more than they bring
 SHORTEST_PADDED = 0.92  # keeps the padded share of attention under 5 %
 STORE_ROWS = 1_024  # rows between two writes to the cache
 TRIM_TEXTS = 1_024  # a chunk of so many leaves free memory behind that is worth giving back
-REST_TEXTS = 4_096  # in a chunk of so many, filling up its last batch costs next to nothing
+REST_TEXTS = 4_096  # of a chunk of so many, the last batch is a small part: it may be filled up
 PROGRESS_DELAY_S = 3.0
 CPU_BATCH_TOKENS = 2_048  # best of 768 to 4,096 on two cores: activations stay in the cache
 MAX_STREAMS = 4
