@@ -2,7 +2,7 @@
 
 The whole job in one script, offline and on a CPU:
 
-1. load a labelled text set built from the documentation of the installed packages;
+1. load a labelled text set, the documentation of the three packages;
 2. embed every text once with NVEmbedVectorizer;
 3. compare the pipeline NVEmbedVectorizer + LogisticRegression with TF-IDF + LogisticRegression,
    trained on 4, 8 and 16 labelled texts per class and on all of them, always tested on functions

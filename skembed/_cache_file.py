@@ -7,7 +7,6 @@ here as a ``CacheError``.
 
 import contextlib
 import ctypes
-import logging
 import pathlib
 import sqlite3
 import stat
@@ -21,7 +20,6 @@ import numpy.typing as npt
 
 from skembed._cache_layout import (
     DTYPES,
-    OLD_TABLES,
     PAGE_BYTES,
     SCHEMA,
     SCHEMA_VERSION,
@@ -33,15 +31,12 @@ from skembed._cache_layout import (
     fetch_rows,
     find_storable,
     insert_rows,
-    migrate,
     touch,
     used_bytes,
 )
 from skembed.exceptions import CacheError
 
 __all__ = ["FileStore"]
-
-logger = logging.getLogger(__name__)
 
 _APPLICATION_ID = 0x736B656D  # "skem" in ASCII
 _EMPTY_FILE_BYTES = 16 * PAGE_BYTES  # headers, roots and slack of a file without rows
@@ -235,8 +230,8 @@ def _open(path: pathlib.Path, dtype: str | None) -> tuple[sqlite3.Connection, np
                 connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
                 _create_schema(connection, dtype or "float32")
             identity = _read_identity(connection)
-        is_old = _check_identity(identity, path)
-        kept = "float32" if is_old else _read_dtype(connection, path)
+        _check_identity(identity, path)
+        kept = _read_dtype(connection, path)
         if dtype is not None and dtype != kept:
             raise _path_error(
                 path,
@@ -259,21 +254,10 @@ def _open(path: pathlib.Path, dtype: str | None) -> tuple[sqlite3.Connection, np
             connection.execute(f"PRAGMA mmap_size = {_MAP_BYTES}")
         # Some builds of SQLite overwrite what is deleted: `clear` takes ten times as long.
         connection.execute("PRAGMA secure_delete = OFF")
-        if is_old:
-            _migrate(connection, path)
     except BaseException:
         connection.close()
         raise
     return connection, DTYPES[kept]
-
-
-def _migrate(connection: sqlite3.Connection, path: pathlib.Path) -> None:
-    """Bring a file of the first layout up to date, unless another process was faster."""
-    with _transaction(connection, "IMMEDIATE"):
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version < SCHEMA_VERSION:
-            logger.info("rewriting %s, a cache file of an older layout", path)
-            migrate(connection)
 
 
 def _read_dtype(connection: sqlite3.Connection, path: pathlib.Path) -> str:
@@ -351,20 +335,19 @@ def _create_schema(connection: sqlite3.Connection, dtype: str) -> None:
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
-def _check_identity(identity: tuple[int, int, set[str]], path: pathlib.Path) -> bool:
-    """Refuse a file with tables that we do not know; return whether they are the older ones."""
+def _check_identity(identity: tuple[int, int, set[str]], path: pathlib.Path) -> None:
+    """Refuse a file of another layout, or with tables that we do not know."""
     application_id, version, tables = identity
-    if application_id == _APPLICATION_ID and version > SCHEMA_VERSION:
+    if application_id == _APPLICATION_ID and version != SCHEMA_VERSION:
+        step = "Upgrade skembed" if version > SCHEMA_VERSION else "Delete it to begin anew"
         raise _path_error(
             path,
             f"a cache of layout {version}, which this release (layout {SCHEMA_VERSION}) "
             "does not know",
-            "Upgrade skembed, or choose another path.",
+            f"{step}, or choose another path.",
         )
-    known = {1: OLD_TABLES, SCHEMA_VERSION: TABLES}
-    if application_id != _APPLICATION_ID or tables != known.get(version):
+    if application_id != _APPLICATION_ID or tables != TABLES:
         raise _path_error(path, "an SQLite file with other tables", _LEFT_ALONE)
-    return version < SCHEMA_VERSION
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ import numpy.typing as npt
 __all__ = [
     "DTYPES",
     "KEY_BYTES",
-    "OLD_TABLES",
     "PAGE_BYTES",
     "SCHEMA",
     "SCHEMA_VERSION",
@@ -29,7 +28,6 @@ __all__ = [
     "fetch_rows",
     "find_storable",
     "insert_rows",
-    "migrate",
     "touch",
     "used_bytes",
 ]
@@ -49,7 +47,6 @@ SCHEMA = (
     "CREATE TABLE state (tick INTEGER NOT NULL, dtype TEXT NOT NULL)",
 )
 TABLES = {"entries", "blocks", "uses", "state"}
-OLD_TABLES = {"entries", "vectors", "clock"}  # layout 1: one row and one index entry a vector
 _SLOTS = 16  # slot = _SLOTS * block + place in the block
 # Rows that share a block are read together: a larger one would cost more than it saves.
 _BLOCK_BYTES = 12_288
@@ -336,48 +333,6 @@ def delete_all(connection: sqlite3.Connection) -> None:
     """Delete every row."""
     for table in ("entries", "blocks", "uses"):
         connection.execute(f"DELETE FROM {table}")
-
-
-# The layout of the first release
-
-
-def migrate(connection: sqlite3.Connection) -> None:
-    """Turn layout 1 into this one, all in the caller's transaction.
-
-    Each part of the old rows is deleted once copied, so that its pages take the new ones.
-    """
-    connection.execute("ALTER TABLE entries RENAME TO old_entries")
-    for statement in SCHEMA:
-        connection.execute(statement)
-    connection.execute("INSERT INTO state SELECT tick, 'float32' FROM clock")
-    keys = connection.execute("SELECT key, id, tick FROM old_entries ORDER BY tick, id").fetchall()
-    for start in range(0, len(keys), _COPY_ROWS):
-        _migrate_part(connection, keys[start : start + _COPY_ROWS])
-    for table in ("old_entries", "vectors", "clock"):
-        connection.execute(f"DROP TABLE {table}")
-    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-
-def _migrate_part(connection: sqlite3.Connection, keys: list[tuple[bytes, int, int]]) -> None:
-    """Move some rows of layout 1, given by key, id and tick."""
-    ids = np.array([id_ for _, id_, _ in keys], dtype=np.int64)
-    sql = "SELECT id, vector FROM vectors WHERE id IN ({})"
-    vectors = dict(_select(connection, sql, ids))
-    # Rows of one width and one tick share blocks.
-    groups: dict[tuple[int, int], list[tuple[bytes, bytes]]] = {}
-    for key, id_, tick in keys:
-        vector = vectors.get(id_)
-        if vector is not None:
-            groups.setdefault((len(vector), tick), []).append((key, vector))
-    dtype = DTYPES["float32"]
-    for (row_bytes, tick), rows in groups.items():
-        digests = np.frombuffer(b"".join([key for key, _ in rows]), dtype="<i8").reshape(-1, 2)
-        array = np.frombuffer(b"".join([vector for _, vector in rows]), dtype=dtype)
-        array = array.reshape(len(rows), row_bytes // dtype.itemsize)
-        (block,) = connection.execute("SELECT coalesce(max(id), 0) + 1 FROM blocks").fetchone()
-        insert_rows(connection, digests, array, np.arange(len(rows)), dtype)
-        connection.execute("UPDATE uses SET tick = ? WHERE block >= ?", (tick, block))
-    connection.executemany("DELETE FROM vectors WHERE id = ?", [(id_,) for id_ in ids.tolist()])
 
 
 # Sizes

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from skembed._files import write_json
+
 __all__ = ["MANIFEST_FILE", "pack_strings", "read_index", "unpack_strings", "write_index"]
 
 MANIFEST_FILE = "manifest.json"
@@ -47,7 +49,8 @@ def write_index(
             "settings": dict(settings),
             "files": {name: {"file": files[name], "bytes": sizes[name]} for name in arrays},
         }
-        _write_manifest(folder, manifest, token)
+        partial = folder / f".{MANIFEST_FILE}.{token}.partial"
+        write_json(folder / MANIFEST_FILE, manifest, partial=partial)
     except BaseException as error:
         _delete(folder, files.values())
         if isinstance(error, OSError):
@@ -126,19 +129,6 @@ def _write_array(path: Path, array: Array) -> int:
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any], token: str) -> None:
-    """Replace the manifest in one step."""
-    partial = folder / f".{MANIFEST_FILE}.{token}.partial"
-    try:
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / MANIFEST_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from skembed._files import write_json
 from skembed.adapters import Adapter, merge_adapter
 from skembed.checkpoint import (
     ADAPTER_CONFIG_FILE,
@@ -14,7 +15,6 @@ from skembed.checkpoint import (
     iterate_tensors,
     resolve_source,
     save_checkpoint,
-    write_json,
 )
 from skembed.resolution import OWNER, ResolvedModel, name_base
 

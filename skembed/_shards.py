@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from skembed._stream_manifest import sync_folder
+from skembed._files import replace_file, sync_folder
 from skembed._validation import check_choice, import_optional
 
 __all__ = ["ArrayTarget", "ParquetTarget", "explain_write_error", "find_target", "make_target"]
@@ -93,24 +93,15 @@ class ParquetTarget:
     def write(self, index: int, offset: int, vectors: Array, carried: Any) -> Entry:
         """Write one shard, vectors (n, dim) beside the columns carried along."""
         path = self.path / f"part-{index:06d}.parquet"
-        partial = path.with_name(f".{path.name}.partial")
         table, options = self._make_table(vectors, carried)
         parquet = import_optional(
             "pyarrow.parquet", extra="stream", purpose="Writing embeddings as Parquet"
         )
-        try:
+        with replace_file(path) as partial:
             with _open_new(partial) as file:
                 parquet.write_table(table, file, **options)
-                file.flush()
-                os.fsync(file.fileno())
             size = partial.stat().st_size
-            entry = {"file": path.name, "bytes": size, "sha256": _hash_range(partial, 0, size)}
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        sync_folder(self.path)
-        return entry
+            return {"file": path.name, "bytes": size, "sha256": _hash_range(partial, 0, size)}
 
     def _make_table(self, vectors: Array, carried: Any) -> tuple[Any, dict[str, Any]]:
         """Return the table of a shard, and how its columns are stored."""

@@ -7,13 +7,14 @@ any number of interruptions it is, to the byte, that of an undisturbed run.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Manifest", "read_manifest", "sync_folder", "write_manifest"]
+from skembed._files import write_bytes
+
+__all__ = ["Manifest", "read_manifest", "write_manifest"]
 
 _FORMAT = "skembed-embeddings"
 _VERSION = 1
@@ -111,16 +112,7 @@ def _show(value: Any) -> str:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Replace the manifest in one step, through to the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(manifest.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    write_bytes(path, manifest.to_json().encode())
 
 
 def read_manifest(path: Path) -> Manifest | None:
@@ -163,16 +155,3 @@ def _to_manifest(values: dict[str, Any]) -> Manifest:
     if absent:
         raise KeyError(*sorted(absent))
     return manifest
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a loss of power, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:  # some network file systems refuse
-        pass
-    finally:
-        os.close(handle)

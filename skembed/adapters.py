@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from skembed._files import replace_file, write_json
 from skembed._validation import import_optional
 from skembed.checkpoint import (
     ADAPTER_CONFIG_FILE,
@@ -42,7 +43,6 @@ from skembed.checkpoint import (
     ModelSource,
     iterate_tensors,
     read_json,
-    write_json,
 )
 from skembed.exceptions import CheckpointError
 from skembed.fused import pack_weights
@@ -516,10 +516,6 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file atomically: whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
+    with replace_file(path) as partial:
         save_file(plain, partial, metadata={"format": "pt", **(metadata or {})})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -111,9 +111,8 @@ class EmbeddingCache:
     ``store`` stay as they are, so a text's first embedding and those from the cache differ by
     the rounding. A file has one type for good; another one in `dtype` raises ``CacheError``.
 
-    A file that is not such a cache, is damaged, or was made by a newer release raises
-    ``CacheError`` at first use and is never overwritten. One of the first layout is
-    rewritten at first use, in one transaction.
+    A file that is not such a cache, is damaged, or has another release's layout raises
+    ``CacheError`` at first use and is never overwritten.
 
     Examples
     --------

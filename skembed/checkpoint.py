@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from skembed._files import write_bytes, write_json
 from skembed._quantized_layers import make_quantizer
 from skembed.exceptions import CheckpointError, FreshPoolingWarning, ModelNotFoundError
 from skembed.model import NVEmbedConfig, NVEmbedModel
@@ -670,18 +671,3 @@ def unpack_folder(files: Mapping[str, bytes]) -> Path:
                 (Path(folder.name) / name).write_bytes(content)
             _unpacked[digest.hexdigest()] = folder
         return Path(folder.name)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())

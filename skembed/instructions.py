@@ -6,7 +6,7 @@ here, so that they cannot drift apart.
 
 Notes
 -----
-Where the texts come from:
+Where the texts (data/instructions.json) come from:
 
 - Retrieval, STS and Summarization: the instructions.json released with NV-Embed-v2,
   complete. It has no entry for CQADupstack, so neither has the registry.
@@ -28,6 +28,8 @@ arXiv 2405.17428, sections 3 and 4.2 (NV-Embed); arXiv 2401.00368 (E5-Mistral).
 """
 
 import difflib
+import importlib.resources
+import json
 import re
 import string
 from collections.abc import Mapping
@@ -85,216 +87,17 @@ class Instruction:
     task_type: str
 
 
-_CLAIM = "Given a claim, retrieve documents that support or refute the claim"
-_QUESTION = "Given a question, retrieve passages that answer the question"
-_TWEET = "Retrieve tweets that are semantically similar to the given tweet"
-
-_Tasks = dict[str, tuple[str, tuple[str, ...]]]  # name -> (task text, other names)
-
-_RETRIEVAL: _Tasks = {
-    "ArguAna": (_CLAIM, ()),
-    "ClimateFEVER": (
-        "Given a claim about climate change, retrieve documents that support or refute the claim",
-        (),
-    ),
-    "DBPedia": ("Given a query, retrieve relevant entity descriptions from DBPedia", ()),
-    "FEVER": (_CLAIM, ()),
-    "FiQA2018": (
-        "Given a financial question, retrieve relevant passages that answer the query",
-        ("FiQA",),
-    ),
-    "HotpotQA": (
-        "Given a multi-hop question, retrieve documents that can help answer the question",
-        (),
-    ),
-    "MSMARCO": (
-        "Given a web search query, retrieve relevant passages that answer the query",
-        (),
-    ),
-    "NFCorpus": (
-        "Given a question, retrieve relevant documents that answer the question",
-        (),
-    ),
-    "NQ": (_QUESTION, ()),
-    "SCIDOCS": (
-        "Given a scientific paper title, retrieve paper abstracts that are cited by the given "
-        "paper",
-        (),
-    ),
-    "SciFact": (
-        "Given a scientific claim, retrieve documents that support or refute the claim",
-        (),
-    ),
-    "TRECCOVID": ("Given a query on COVID-19, retrieve documents that answer the query", ()),
-    "Touche2020": (_QUESTION, ("Touche",)),
-}
-_SYMMETRIC_RETRIEVAL: _Tasks = {
-    "QuoraRetrieval": (
-        "Given a question, retrieve questions that are semantically equivalent to the given "
-        "question",
-        ("Quora",),
-    ),
-}
-_STS: _Tasks = {
-    "STS": (
-        "Retrieve semantically similar text",
-        (
-            *("STS12", "STS13", "STS14", "STS15", "STS16", "STS17", "STS22"),
-            *("STSBenchmark", "SICK-R", "BIOSSES"),
-        ),
-    ),
-}
-_SUMMARIZATION: _Tasks = {
-    "SummEval": ("Given a news summary, retrieve other semantically similar summaries", ()),
-}
-_CLASSIFICATION: _Tasks = {
-    "AmazonCounterfactualClassification": (
-        "Classify a given Amazon customer review text as either counterfactual or "
-        "not-counterfactual",
-        ("AmazonCounterfactual",),
-    ),
-    "AmazonPolarityClassification": (
-        "Classify Amazon reviews into positive or negative sentiment",
-        ("AmazonPolarity",),
-    ),
-    "AmazonReviewsClassification": (
-        "Classify the given Amazon review into its appropriate rating category",
-        ("AmazonReviews",),
-    ),
-    "Banking77Classification": (
-        "Given a online banking query, find the corresponding intents",
-        ("Banking77",),
-    ),
-    "EmotionClassification": (
-        "Classify the emotion expressed in the given Twitter message into one of the six "
-        "emotions:anger, fear, joy, love, sadness, and surprise",
-        ("Emotion",),
-    ),
-    "ImdbClassification": (
-        "Classify the sentiment expressed in the given movie review text from the IMDB dataset",
-        ("Imdb",),
-    ),
-    "MTOPDomainClassification": (
-        "Classify the intent domain of the given utterance in task-oriented conversation",
-        ("MTOPDomain",),
-    ),
-    "MTOPIntentClassification": (
-        "Classify the intent of the given utterance in task-oriented conversation",
-        ("MTOPIntent",),
-    ),
-    "MassiveIntentClassification": (
-        "Given a user utterance as query, find the user intents",
-        ("MassiveIntent",),
-    ),
-    "MassiveScenarioClassification": (
-        "Given a user utterance as query, find the user scenarios",
-        ("MassiveScenario",),
-    ),
-    "ToxicConversationsClassification": (
-        "Classify the given comments as either toxic or not toxic",
-        ("ToxicConversations",),
-    ),
-    "TweetSentimentExtractionClassification": (
-        "Classify the sentiment of a given tweet as either positive, negative, or neutral",
-        ("TweetSentimentExtraction", "TweetSentiment"),
-    ),
-}
-_CLUSTERING: _Tasks = {
-    "ArxivClusteringP2P": (
-        "Identify the main and secondary category of Arxiv papers based on the titles and "
-        "abstracts",
-        ("ArxivP2P",),
-    ),
-    "ArxivClusteringS2S": (
-        "Identify the main and secondary category of Arxiv papers based on the titles",
-        ("ArxivS2S",),
-    ),
-    "BiorxivClusteringP2P": (
-        "Identify the main category of Biorxiv papers based on the titles and abstracts",
-        ("BiorxivP2P",),
-    ),
-    "BiorxivClusteringS2S": (
-        "Identify the main category of Biorxiv papers based on the titles",
-        ("BiorxivS2S",),
-    ),
-    "MedrxivClusteringP2P": (
-        "Identify the main category of Medrxiv papers based on the titles and abstracts",
-        ("MedrxivP2P",),
-    ),
-    "MedrxivClusteringS2S": (
-        "Identify the main category of Medrxiv papers based on the titles",
-        ("MedrxivS2S",),
-    ),
-    "RedditClustering": (
-        "Identify the topic or theme of Reddit posts based on the titles",
-        ("Reddit",),
-    ),
-    "RedditClusteringP2P": (
-        "Identify the topic or theme of Reddit posts based on the titles and posts",
-        ("RedditP2P",),
-    ),
-    "StackExchangeClustering": (
-        "Identify the topic or theme of StackExchange posts based on the titles",
-        ("StackExchange",),
-    ),
-    "StackExchangeClusteringP2P": (
-        "Identify the topic or theme of StackExchange posts based on the given paragraphs",
-        ("StackExchangeP2P",),
-    ),
-    "TwentyNewsgroupsClustering": (
-        "Identify the topic or theme of the given news articles",
-        ("TwentyNewsgroups",),
-    ),
-}
-_RERANKING: _Tasks = {
-    "MindSmallReranking": (
-        "Retrieve relevant news articles based on user browsing history",
-        ("MindSmall",),
-    ),
-}
-_SYMMETRIC_RERANKING: _Tasks = {
-    "AskUbuntuDupQuestions": (
-        "Retrieve duplicate questions from AskUbuntu forum",
-        ("AskUbuntu",),
-    ),
-    "SciDocsRR": (
-        "Given a title of a scientific paper, retrieve the titles of other relevant papers",
-        (),
-    ),
-    "StackOverflowDupQuestions": (
-        "Retrieve duplicate questions from StackOverflow forum",
-        ("StackOverflowDup", "StackOverflow"),
-    ),
-}
-_PAIR_CLASSIFICATION: _Tasks = {
-    "SprintDuplicateQuestions": ("Retrieve duplicate questions from Sprint forum", ("Sprint",)),
-    "TwitterSemEval2015": (_TWEET, ("TwitterSemEval",)),
-    "TwitterURLCorpus": (_TWEET, ("TwitterURL",)),
-}
-
-
-def _build_registry() -> dict[str, Instruction]:
-    """Return every name of every task, in the order above, mapped to its instruction."""
-    groups = (
-        ("Retrieval", False, _RETRIEVAL),
-        ("Retrieval", True, _SYMMETRIC_RETRIEVAL),
-        ("STS", True, _STS),
-        ("Summarization", True, _SUMMARIZATION),
-        ("Classification", True, _CLASSIFICATION),
-        ("Clustering", True, _CLUSTERING),
-        ("Reranking", False, _RERANKING),
-        ("Reranking", True, _SYMMETRIC_RERANKING),
-        ("PairClassification", True, _PAIR_CLASSIFICATION),
-    )
+def _read_registry() -> dict[str, Instruction]:
+    """Return every name of every task, in the order of the file, mapped to its instruction."""
+    file = importlib.resources.files("skembed") / "data" / "instructions.json"
     registry = {}
-    for task_type, symmetric, tasks in groups:
-        for name, (text, other_names) in tasks.items():
-            instruction = Instruction(name, text, text if symmetric else None, task_type)
-            registry.update(dict.fromkeys((name, *other_names), instruction))
+    for row in json.loads(file.read_text(encoding="utf-8")):
+        aliases = row.pop("aliases")
+        registry.update(dict.fromkeys((row["name"], *aliases), Instruction(**row)))
     return registry
 
 
-INSTRUCTIONS: Mapping[str, Instruction] = MappingProxyType(_build_registry())
+INSTRUCTIONS: Mapping[str, Instruction] = MappingProxyType(_read_registry())
 """Every known task name, full or short, mapped to its `Instruction`; read-only."""
 
 _NAMES = {name.casefold(): name for name in INSTRUCTIONS}

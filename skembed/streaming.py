@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from skembed._file_lock import hold_lock
+from skembed._files import hold_lock
 from skembed._shards import (
     ParquetTarget,
     Target,

@@ -695,19 +695,22 @@ def test_empty_database_of_another_program_is_refused(path: Path) -> None:
 def test_our_mark_with_other_tables_is_refused(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute(f"PRAGMA application_id = {_cache_file._APPLICATION_ID}")
-    connection.execute("PRAGMA user_version = 1")
+    connection.execute(f"PRAGMA user_version = {_cache_layout.SCHEMA_VERSION}")
     connection.execute("CREATE TABLE other (key BLOB)")
     connection.close()
     assert_refused(path, "other tables")
 
 
-def test_newer_layout_is_refused(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "message"), [(1, "layout 1.*Delete it"), (3, "layout 3.*Upgrade skembed")]
+)
+def test_other_layout_is_refused(path: Path, version: int, message: str) -> None:
     EmbeddingCache(path).store("model", ["a"], make_vectors(1))
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 3")
+    connection.execute(f"PRAGMA user_version = {version}")
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     connection.close()
-    assert_refused(path, "layout 3.*Upgrade skembed")
+    assert_refused(path, f"{message}.*or choose another path")
 
 
 @pytest.mark.parametrize("keep", [50, 100, 4096, 5000, 40_000])

@@ -1,10 +1,9 @@
-"""EmbeddingCache's file: float16, blocks, files of the first layout, writers that are killed."""
+"""EmbeddingCache's file: float16, blocks, writers that are killed."""
 
 import copy
 import pickle
 import random
 import signal
-import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
@@ -18,18 +17,16 @@ from sklearn.base import clone
 from test_cache import (
     DIM,
     Holder,
-    assert_refused,
     file_connection,
     find,
     finish,
-    finish_all,
     integrity,
     make_vectors,
     snapshot,
     start_python,
 )
 
-from skembed import NVEmbedVectorizer, _cache_file, _cache_layout, _cache_memory
+from skembed import NVEmbedVectorizer, _cache_memory
 from skembed import cache as cache_module
 from skembed._cache_layout import DTYPES, estimate_row_bytes, find_storable
 from skembed.cache import EmbeddingCache, resolve_cache
@@ -330,132 +327,6 @@ except CacheError as error:
 
 def test_file_cut_off_while_open_is_an_error(path: Path) -> None:
     assert finish(start_python(CUT, path)) == "True"
-
-
-# Files of the first layout
-
-OLD_SCHEMA = """
-PRAGMA page_size = 4096;
-PRAGMA auto_vacuum = INCREMENTAL;
-CREATE TABLE entries (key BLOB PRIMARY KEY, id INTEGER NOT NULL, tick INTEGER NOT NULL)
-    WITHOUT ROWID;
-CREATE TABLE vectors (id INTEGER PRIMARY KEY, vector BLOB NOT NULL);
-CREATE TABLE clock (tick INTEGER NOT NULL);
-INSERT INTO clock VALUES (8);
-PRAGMA user_version = 1;
-PRAGMA journal_mode = WAL;
-"""
-
-
-def write_old_file(path: Path, texts: list[str], vectors: Vectors) -> None:
-    """Make a file as the first layout had it; the second half was used last."""
-    keys = cache_module._make_keys("model", texts, owner="test")
-    with sqlite3.connect(path) as connection:
-        connection.executescript(OLD_SCHEMA)
-        connection.execute(f"PRAGMA application_id = {_cache_file._APPLICATION_ID}")
-        for i, key in enumerate(keys):
-            tick = 2 if i < len(keys) // 2 else 9
-            connection.execute("INSERT INTO entries VALUES (?, ?, ?)", (key, i + 1, tick))
-            connection.execute("INSERT INTO vectors VALUES (?, ?)", (i + 1, vectors[i].tobytes()))
-    connection.close()
-
-
-def read_version(path: Path) -> int:
-    connection = sqlite3.connect(path)
-    try:
-        return int(connection.execute("PRAGMA user_version").fetchone()[0])
-    finally:
-        connection.close()
-
-
-def test_file_of_the_first_layout_is_rewritten(path: Path) -> None:
-    texts = [str(i) for i in range(3000)]
-    vectors = make_vectors(3000, 384)
-    write_old_file(path, texts, vectors)
-    old_size = path.stat().st_size
-    cache = EmbeddingCache(path)
-    mask, out = find(cache, [*texts, "unknown"], dim=384)
-    assert mask == [True] * 3000 + [False]
-    assert np.array_equal(out[:3000], vectors)
-    assert (len(cache), cache.stats()["dtype"]) == (3000, "float32")
-    assert cache.size_bytes < 0.85 * old_size
-    cache.store("model", ["new"], make_vectors(1, 384))
-    cache.close()
-    assert read_version(path) == _cache_layout.SCHEMA_VERSION
-    assert path.stat().st_size < old_size + 2_000_000, "a part at a time"
-    assert integrity(path) == "ok"
-
-
-def test_rewriting_keeps_the_order_of_use(path: Path) -> None:
-    texts = [str(i) for i in range(300)]
-    write_old_file(path, texts, make_vectors(300, 384))
-    cache = EmbeddingCache(path, max_bytes=400_000)
-    cache.store("model", ["new"], make_vectors(1, 384))
-    mask, _ = find(cache, texts, dim=384)
-    assert sum(mask[:150]) < 100
-    assert all(mask[150:])
-
-
-def test_rewriting_is_all_or_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [str(i) for i in range(3000)]
-    vectors = make_vectors(3000)
-    write_old_file(path, texts, vectors)
-    insert = _cache_layout.insert_rows
-    calls: list[None] = []
-
-    def interrupted(*args: object) -> None:
-        calls.append(insert(*args))  # type: ignore[arg-type]
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_cache_layout, "insert_rows", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            len(EmbeddingCache(path))
-    assert read_version(path) == 1
-    assert integrity(path) == "ok"
-    mask, out = find(EmbeddingCache(path), texts)
-    assert all(mask)
-    assert np.array_equal(out, vectors)
-
-
-def test_first_layout_is_float32(path: Path) -> None:
-    write_old_file(path, ["a"], make_vectors(1))
-    before = snapshot(path.parent)
-    with pytest.raises(CacheError, match="cache of float32 vectors, not of float16"):
-        len(EmbeddingCache(path, dtype="float16"))
-    assert snapshot(path.parent) == before
-    assert find(EmbeddingCache(path, dtype="float32"), ["a"])[0] == [True]
-
-
-def test_first_layout_with_other_tables_is_refused(path: Path) -> None:
-    write_old_file(path, ["a"], make_vectors(1))
-    connection = sqlite3.connect(path)
-    connection.executescript("DROP TABLE clock; PRAGMA journal_mode = DELETE;")
-    connection.close()
-    assert_refused(path, "other tables")
-
-
-READER = """
-import sys
-from skembed.cache import EmbeddingCache
-cache = EmbeddingCache(sys.argv[1])
-print("ready", flush=True)
-sys.stdin.readline()
-print(len(cache))
-"""
-
-
-def test_processes_race_to_rewrite_the_file(path: Path) -> None:
-    write_old_file(path, [str(i) for i in range(3000)], make_vectors(3000))
-    readers = [start_python(READER, path) for _ in range(3)]
-    for reader in readers:
-        assert reader.stdout is not None
-        assert reader.stdout.readline() == "ready\n"
-    for reader in readers:
-        _go(reader)
-    assert finish_all(readers) == ["3000"] * 3
-    assert integrity(path) == "ok"
 
 
 # Writers that are killed

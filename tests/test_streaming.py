@@ -21,7 +21,7 @@ from stream_kills import make_texts, make_up
 
 import skembed
 from skembed import EmbeddingCache, NVEmbedVectorizer, SkembedWarning, _shards, streaming
-from skembed._file_lock import hold_lock
+from skembed._files import hold_lock
 from skembed.streaming import StreamReport, open_embeddings
 
 pa = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install skembed[stream]")
@@ -687,7 +687,7 @@ def test_full_device(
 HOLD = """
 import sys
 from pathlib import Path
-from skembed._file_lock import hold_lock
+from skembed._files import hold_lock
 with hold_lock(Path(sys.argv[1]), subject="It"):
     print("held", flush=True)
     sys.stdin.read()
@@ -732,7 +732,7 @@ def test_file_system_without_locks_is_warned_about(
     def refuse(file: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("skembed._file_lock._try_lock", refuse)
+    monkeypatch.setattr("skembed._files._try_lock", refuse)
     with (
         pytest.warns(SkembedWarning, match="cannot be locked"),
         hold_lock(tmp_path / "lock", subject="It"),

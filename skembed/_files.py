@@ -1,20 +1,69 @@
-"""One writer at a time: a lock that the operating system drops when its process dies."""
+"""Files that are whole or not there, and one writer at a time.
+
+The lock is dropped by the operating system when its process dies.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import socket
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from skembed.exceptions import SkembedWarning
 
-__all__ = ["hold_lock"]
+__all__ = ["hold_lock", "replace_file", "sync_folder", "write_bytes", "write_json"]
+
+
+@contextlib.contextmanager
+def replace_file(path: Path, *, partial: Path | None = None) -> Iterator[Path]:
+    """Yield a hidden name beside `path` to write to, which becomes `path` in one step at the end.
+
+    The content goes through to the disk first. If the block fails, `path` stays as it was and
+    nothing is left behind. Writers that may meet give a `partial` of their own.
+    """
+    partial = partial or path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes, *, partial: Path | None = None) -> None:
+    """Write a file in one step, as `replace_file` does."""
+    with replace_file(path, partial=partial) as new:
+        new.write_bytes(content)
+
+
+def write_json(path: Path, value: Any, *, partial: Path | None = None) -> None:
+    """Write a JSON file in one step, its keys sorted."""
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    write_bytes(path, text.encode(), partial=partial)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a loss of power, where the system can."""
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):  # some network file systems refuse
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# One writer at a time
 
 if sys.platform == "win32":
     import msvcrt
