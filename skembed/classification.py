@@ -19,20 +19,21 @@ from sklearn.utils.validation import (
     has_fit_parameter,
 )
 
-from skembed._text_estimator import (
-    TextEstimatorMixin,
-    Vectors,
-    check_embeddings,
+from skembed._inputs import (
     check_labels,
-    check_text_column,
-    embed_side,
-    fit_vectorizer,
-    make_vectorizer,
+    check_texts,
     name_some,
     refuse_foreign_labels,
     refuse_missing_labels,
 )
-from skembed._validation import check_real, check_string, check_texts
+from skembed._text_estimator import (
+    TextEstimatorMixin,
+    check_embeddings,
+    fit_vectorizer,
+    make_vectorizer,
+)
+from skembed._validation import check_real, check_string
+from skembed.embedding import Vectors, check_text_column, embed
 
 __all__ = ["DEFAULT_C", "EmbeddingClassifier", "ZeroShotClassifier"]
 
@@ -465,8 +466,8 @@ class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
             more = check_text_column(examples.X, vectorizer=vectorizer, owner=owner)
             labels = np.concatenate([labels, examples.labels])
         fit_vectorizer(vectorizer, texts + more, labels)
-        vectors = embed_side(vectorizer, texts, "document", owner=owner)
-        others = embed_side(vectorizer, more, "query", owner=owner) if more else vectors[:0]
+        vectors = embed(vectorizer, texts, "document", owner=owner)
+        others = embed(vectorizer, more, "query", owner=owner) if more else vectors[:0]
         self._set_vectorizer(vectorizer, vectors.shape[1])
         return vectors.astype(np.float64), others.astype(np.float64)
 

@@ -20,8 +20,9 @@ from sklearn.metrics import (
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 
-from skembed._text_estimator import TextEstimatorMixin, Vectors, check_text_column
+from skembed._text_estimator import TextEstimatorMixin
 from skembed._validation import check_choice, check_int, check_real, import_optional
+from skembed.embedding import Vectors, check_text_column
 from skembed.exceptions import SkembedWarning
 
 __all__ = ["CLUSTERERS", "EmbeddingClusterer", "compute_class_tfidf"]

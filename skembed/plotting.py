@@ -30,8 +30,8 @@ from skembed._map_projection import (
     read_hover_texts,
     split_estimator,
 )
-from skembed._text_estimator import check_text_column
 from skembed._validation import check_bool, check_int, check_real, check_string
+from skembed.embedding import check_text_column
 
 __all__ = ["EmbeddingMapDisplay"]
 
