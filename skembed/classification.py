@@ -62,9 +62,10 @@ class EmbeddingClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
 
     Parameters
     ----------
-    vectorizer : str, path, transformer or None, default="skembed-mini"
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
         What embeds the texts; `fit` uses a clone. A name or path is a frozen model of
-        `NVEmbedVectorizer`; an instance trains if its `trainer` says so. None: X holds
+        `NVEmbedVectorizer`; an instance trains if its `trainer` says so. An encoder (an object with
+        ``encode``, such as a SentenceTransformer, or a callable) is used as it is. None: X holds
         embeddings, as in the last step of a Pipeline.
     head : classifier, optional
         Any scikit-learn classifier; `fit` uses a clone. None is
@@ -245,9 +246,11 @@ class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
 
     Parameters
     ----------
-    vectorizer : str, path, transformer or None, default="skembed-mini"
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
         What embeds texts and descriptions; `fit` uses a clone. A name or path is a frozen model
-        of `NVEmbedVectorizer`. None: X and descriptions are embeddings.
+        of `NVEmbedVectorizer`. An encoder (an object with ``encode``, such as a
+        SentenceTransformer, or a callable) is used as it is. None: X and descriptions are
+        embeddings.
     descriptions : mapping, optional
         Label -> description or list of descriptions. With it, `fit` takes labelled examples (or
         nothing), so that the classifier can be cross-validated; without it, `fit` takes the

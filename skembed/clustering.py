@@ -46,9 +46,11 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
 
     Parameters
     ----------
-    vectorizer : str, path, transformer or None, default="skembed-mini"
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
         What embeds the texts; `fit` uses a clone. A name or path is a frozen model of
-        `NVEmbedVectorizer`. None: X holds embeddings, as in the last step of a Pipeline.
+        `NVEmbedVectorizer`. An encoder (an object with ``encode``, such as a SentenceTransformer,
+        or a callable) is used as it is. None: X holds embeddings, as in the last step of a
+        Pipeline.
     clusterer : str or clusterer, default="kmeans"
         "kmeans", "minibatch_kmeans" (faster from some ten thousand texts), "agglomerative" (Ward;
         memory grows with the square of the texts), "hdbscan" (finds the number itself and leaves

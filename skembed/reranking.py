@@ -56,11 +56,13 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
 
     Parameters
     ----------
-    vectorizer : str, path, transformer or None, default="skembed-mini"
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
         What embeds texts: the name of a model, which stays frozen, or an object with
         ``transform`` (and ``encode_query`` and ``encode_document``, if the sides differ), which
         `fit` clones. It is trained where it has a `trainer` that is not None, such as
-        ``NVEmbedVectorizer()``. None takes embeddings in place of texts.
+        ``NVEmbedVectorizer()``. An encoder (an object with ``encode``, such as a
+        SentenceTransformer, or a callable) is used as it is. None takes embeddings in place of
+        texts.
     similarity : {"cosine", "dot"}, default="cosine"
         What a score is.
 

@@ -43,10 +43,12 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
 
     Parameters
     ----------
-    vectorizer : str, path, transformer or None, default="skembed-mini"
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
         What embeds texts: the name of a model, which stays frozen, or an object with
         ``transform`` (and ``encode_query`` and ``encode_document``, if queries and documents
-        differ), which `fit` clones and fits. None takes embeddings in place of texts.
+        differ), which `fit` clones and fits. An encoder (an object with ``encode``, such as a
+        SentenceTransformer, or a callable) is used as it is. None takes embeddings in place of
+        texts.
     similarity : {"cosine", "dot"}, default="cosine"
         What a score is.
     storage : {"float32", "float16", "int8", "binary"}, default="float32"
@@ -380,7 +382,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         ----------
         path : str or path
             The folder that `save` wrote.
-        vectorizer : "saved", str, path, transformer or None, default="saved"
+        vectorizer : "saved", str, path, transformer, encoder or None, default="saved"
             What embeds queries; used as it is, not cloned. It must be the model that embedded
             the documents. "saved" takes the name that the retriever had as its `vectorizer`.
         mmap : bool, default=True

@@ -44,11 +44,13 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
 
     Parameters
     ----------
-    vectorizer : str, path, transformer or None, default="skembed-mini"
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
         What embeds the texts; `fit` uses a clone. A name or path is a frozen model of
         `NVEmbedVectorizer`. An instance that trains (its `trainer` is "auto" or a
         ContrastiveTrainer) is tuned on pairs with scores, as in a Pipeline; pass
-        ``trainer=None`` to keep it frozen. None: X holds embeddings of pairs side by side.
+        ``trainer=None`` to keep it frozen. An encoder (an object with ``encode``, such as a
+        SentenceTransformer, or a callable) is used as it is. None: X holds embeddings of pairs side
+        by side.
     calibration : {"logistic", "isotonic", None}, default="logistic"
         The curve from cosine to score. "logistic" has two parameters and keeps the order of the
         cosines; "isotonic" is a step function, which follows the scores more closely where there

@@ -13,7 +13,14 @@ from scipy import sparse
 
 from skembed import exceptions
 from skembed._inputs import MISSING_POLICIES, check_texts, replace_surrogates
-from skembed._validation import check_bool, check_choice, check_int, check_real, check_string, import_optional
+from skembed._validation import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_real,
+    check_string,
+    import_optional,
+)
 
 TEXTS = ["a cat", "", "ein Käse", "日本語 🎉", "nul \0 inside"]
 OTHERS = ["b", "d", "ü", "f", "g"]
