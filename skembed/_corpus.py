@@ -177,15 +177,15 @@ def read_relevance(
     if bare:
         raise ValueError(
             f"{subject} must judge a document for every query; {len(bare)} of {len(judged)} "
-            f"have none, the first is {bare[0]!r}. Drop those queries."
+            f"have none, the first is query {bare[0]!r}. Drop those queries."
         )
     known = set(document_ids)
     if judged and not any(known & grades.keys() for grades in judged.values()):
         theirs = next(iter(next(iter(judged.values()))))
         raise ValueError(
-            f"{subject} must name documents of the corpus; none of its ids is there. They are such "
-            f"as {theirs!r}, those of the corpus such as {next(iter(document_ids), None)!r}: are "
-            "the ids of one type, str or int?"
+            f"{subject} must name documents of the corpus; none of them is there. Ids of `{name}` "
+            f"are such as {theirs!r}, ids of the corpus such as {next(iter(document_ids), None)!r}. "
+            "Are the ids of one type, str or int?"
         )
     return judged
 

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_consistent_length, column_or_1d
 
 from skembed._validation import _describe_type, check_choice
 
@@ -320,6 +318,10 @@ def _item_step(item: Any) -> str:
 
 def check_labels(X: Any, y: Any, *, owner: str) -> npt.NDArray[Any]:
     """Return the labels of the rows of X, (n,) or (n, n_labels); at least two classes."""
+    # Not above: scikit-learn imports pandas, which texts alone never need.
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_consistent_length, column_or_1d
+
     if y is None:
         raise ValueError(
             f"{owner} requires y to be passed, but the target y is None. Pass one label a text."

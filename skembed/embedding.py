@@ -149,7 +149,7 @@ def check_vectorizer(vectorizer: Any, *, subject: str, others: str = "") -> None
 
 def _find_call(vectorizer: Any, side: str | None) -> Callable[[_Texts], Any] | None:
     """Return what embeds the texts of a side; None where there is nothing."""
-    if isinstance(vectorizer, type):
+    if isinstance(vectorizer, (type, str, bytes)):  # whose own `encode` is another
         return None
     names = [f"encode_{side}", "transform", "encode"]
     for name in names if side else ["transform", "encode", "encode_query"]:

@@ -204,7 +204,7 @@ def test_a_saved_index_knows_its_encoder(kind: str, tmp_path: Path) -> None:
         Retriever.load(tmp_path / "index", vectorizer=3)
 
 
-@pytest.mark.parametrize("wrong", [3, object(), EncodeOnly, FakeVectorizer])
+@pytest.mark.parametrize("wrong", [3, object(), b"mini", EncodeOnly, FakeVectorizer])
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "MTEBEncoder"])
 def test_what_cannot_embed_is_refused(name: str, wrong: Any) -> None:
     got = "the class .*, not an instance" if isinstance(wrong, type) else "an object of type"
