@@ -1,30 +1,29 @@
-"""What a retriever is given: titles, ids, vectors and judgments, checked and in one form."""
+"""Titles, ids and judgments of queries and documents, checked and in one form."""
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from skembed._quantization import iterate_blocks
-from skembed._validation import check_texts, count_columns
-from skembed.similarity import Indices, Vectors, normalize_rows
+from skembed._inputs import check_texts, count_columns, kind_of
 
 __all__ = [
     "check_ids",
     "check_new_ids",
     "find_positions",
+    "join_title",
     "join_titles",
-    "prepare_vectors",
+    "read_grades",
+    "read_ids",
+    "read_judged",
     "read_judgments",
+    "read_relevance",
 ]
 
 Ids = npt.NDArray[Any]  # of object (str) or int64
-# How far from 1 the length of float32 vectors is after they were scaled to it.
-_UNIT_TOLERANCE = 1e-6
 
 
 def join_titles(X: Any, *, owner: str, name: str = "X") -> Any:
@@ -49,37 +48,53 @@ def join_titles(X: Any, *, owner: str, name: str = "X") -> Any:
     ]
 
 
-def prepare_vectors(vectors: Any, similarity: str, *, owner: str) -> Vectors:
-    """Return vectors as float32, of unit length for "cosine"; a copy only where they change.
+def join_title(item: Any) -> Any:
+    """Return title and text of a mapping in one, where it has both; other input as it is.
 
-    Raises ValueError for what float32 cannot hold.
+    >>> from skembed._corpus import join_title
+    >>> join_title({"title": "Llama", "text": "A camelid."})
+    'Llama A camelid.'
     """
-    with np.errstate(over="ignore"):
-        found = np.ascontiguousarray(vectors, dtype=np.float32)
-    for rows in iterate_blocks(*found.shape):
-        if not np.isfinite(found[rows]).all():
-            row = rows.start + int(np.argmin(np.isfinite(found[rows]).all(axis=1)))
-            raise ValueError(
-                f"The embeddings of `{owner}` must be finite in float32; that of row {row} is not. "
-                "Scale them down."
-            )
-    if similarity != "cosine" or all(
-        _is_unit(found[rows]) for rows in iterate_blocks(*found.shape)
-    ):
-        return found
-    unit = np.empty_like(found)
-    for rows in iterate_blocks(*found.shape):
-        unit[rows] = normalize_rows(found[rows])
-    return unit
-
-
-def _is_unit(vectors: Vectors) -> bool:
-    """Tell whether all vectors have unit length."""
-    squares = np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)
-    return bool((np.abs(squares - 1) <= 2 * _UNIT_TOLERANCE).all())
+    if not isinstance(item, Mapping):
+        return item
+    title, text = item.get("title") or "", item.get("text")
+    return f"{title} {text}" if title and isinstance(text, str) else text
 
 
 # Ids
+
+
+def read_ids(ids: Any, n: int | None = None, *, name: str = "ids", owner: str) -> list[Any]:
+    """Return n distinct ids, all str or all int.
+
+    >>> from skembed._corpus import read_ids
+    >>> read_ids(("a", "b"), 2, owner="Retriever")
+    ['a', 'b']
+    """
+    subject = f"The `{name}` parameter of `{owner}`"
+    if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
+        raise TypeError(f"{subject} must be a list of ids; got {type(ids).__name__}.")
+    values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    if not isinstance(values, list):
+        raise ValueError(f"{subject} must be of shape (n,); got a single value.")
+    if n is not None and len(values) != n:
+        raise ValueError(f"{subject} must hold {n} ids; got {len(values)}.")
+    kinds = [kind_of(value) for value in values]
+    wanted = "str" if kinds[:1] == ["str"] else "int"
+    if kinds.count(wanted) != len(values):
+        place = next(i for i, kind in enumerate(kinds) if kind != wanted)
+        raise TypeError(
+            f"{subject} must hold str or int, all of one type; {name}[{place}] is of type "
+            f"{type(values[place]).__name__}."
+        )
+    if len(set(values)) != len(values):
+        first = {value: i for i, value in reversed(list(enumerate(values)))}
+        place = next(i for i, value in enumerate(values) if first[value] != i)
+        raise ValueError(
+            f"{subject} must hold each id once; {name}[{place}], {values[place]!r}, is there "
+            "before."
+        )
+    return [str.__str__(value) if isinstance(value, str) else value for value in values]
 
 
 def check_ids(ids: Any, *, owner: str) -> Ids | None:
@@ -91,35 +106,8 @@ def check_ids(ids: Any, *, owner: str) -> Ids | None:
     """
     if ids is None:
         return None
-    subject = f"The `ids` parameter of `{owner}`"
-    if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
-        raise TypeError(f"{subject} must be a list of ids; got {type(ids).__name__}.")
-    values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    if not isinstance(values, list):
-        raise ValueError(f"{subject} must be of shape (n,); got a single value.")
-    if all(isinstance(value, str) for value in values):
-        found: Ids = np.empty(len(values), dtype=object)
-        found[:] = [str.__str__(value) for value in values]
-    elif all(_is_int(value) for value in values):
-        found = np.array(values, dtype=np.int64)
-    else:
-        place = next(
-            i
-            for i, value in enumerate(values)
-            if not isinstance(value, str if isinstance(values[0], str) else numbers.Integral)
-            or isinstance(value, bool)
-        )
-        raise TypeError(
-            f"{subject} must hold str or int, all of one type; ids[{place}] is of type "
-            f"{type(values[place]).__name__}."
-        )
-    if len(set(values)) != len(values):
-        first = {value: i for i, value in reversed(list(enumerate(values)))}
-        place = next(i for i, value in enumerate(values) if first[value] != i)
-        raise ValueError(
-            f"{subject} must hold each id once; ids[{place}], {values[place]!r}, is there before."
-        )
-    return found
+    values = read_ids(ids, owner=owner)
+    return np.array(values, dtype=object if values and isinstance(values[0], str) else np.int64)
 
 
 def check_new_ids(ids: Ids, known: Ids, *, owner: str) -> None:
@@ -137,7 +125,7 @@ def check_new_ids(ids: Ids, known: Ids, *, owner: str) -> None:
         )
 
 
-def find_positions(ids: Ids, known: Ids, *, owner: str) -> Indices:
+def find_positions(ids: Ids, known: Ids, *, owner: str) -> npt.NDArray[np.int64]:
     """Return where each id stands among the known ones, (n,); raises ValueError for another."""
     places = {value: i for i, value in enumerate(known.tolist())}
     absent = [value for value in ids.tolist() if value not in places]
@@ -149,39 +137,68 @@ def find_positions(ids: Ids, known: Ids, *, owner: str) -> Indices:
     return np.array([places[value] for value in ids.tolist()], dtype=np.int64)
 
 
-def _is_int(value: Any) -> bool:
-    """Tell whether an id is an int, which a bool is not."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 # Judgments
+
+
+def read_relevance(
+    relevance: Any,
+    query_ids: Sequence[Any],
+    document_ids: Sequence[Any],
+    *,
+    owner: str,
+    name: str = "relevance",
+) -> dict[Any, dict[Any, int]]:
+    """Return ``{query_id: {document_id: grade}}`` for every query.
+
+    Raises TypeError for what is no judgment, ValueError for a query without one, and where no
+    judged document is among the documents.
+
+    >>> from skembed._corpus import read_relevance
+    >>> read_relevance([["d"]], ["q"], ["d"], owner="RetrievalTask")
+    {'q': {'d': 1}}
+    """
+    subject = f"The `{name}` parameter of `{owner}`"
+    if hasattr(relevance, "columns"):
+        given = _read_rows(relevance, subject=subject)
+    elif isinstance(relevance, Mapping):
+        given = dict(relevance)
+    else:
+        given = _read_aligned(relevance, query_ids, document_ids, subject=subject)
+    unknown = [query for query in given.keys() - set(query_ids)]
+    if unknown:
+        raise ValueError(
+            f"{subject} must judge known queries; {len(unknown)} ids are of none, the first is "
+            f"{next(query for query in given if query in unknown)!r}."
+        )
+    judged = {
+        query: read_judged(given.get(query, ()), query, subject=subject) for query in query_ids
+    }
+    bare = [query for query, grades in judged.items() if not grades]
+    if bare:
+        raise ValueError(
+            f"{subject} must judge a document for every query; {len(bare)} of {len(judged)} "
+            f"have none, the first is query {bare[0]!r}. Drop those queries."
+        )
+    known = set(document_ids)
+    if judged and not any(known & grades.keys() for grades in judged.values()):
+        theirs = next(iter(next(iter(judged.values()))))
+        raise ValueError(
+            f"{subject} must name documents of the corpus; none of them is there. Ids of `{name}` "
+            f"are such as {theirs!r}, ids of the corpus such as {next(iter(document_ids), None)!r}. "
+            "Are the ids of one type, str or int?"
+        )
+    return judged
 
 
 def read_judgments(
     y: Any, query_ids: Sequence[Any] | None, *, ids: Ids, owner: str
-) -> list[dict[Any, int]]:
-    """Return ``{document_id: grade}`` of each query, in their order.
-
-    Raises TypeError for what is no judgment, ValueError for a query without one, and where no
-    judged document is among `ids`.
-    """
-    rows = _align_judgments(y, query_ids, owner=owner)
-    judged = [_read_row(row, f"The `y` parameter of `{owner}`", i) for i, row in enumerate(rows)]
-    bare = [i for i, grades in enumerate(judged) if not grades]
-    if bare:
-        raise ValueError(
-            f"The `y` parameter of `{owner}` must judge a document for every query; {len(bare)} of "
-            f"{len(judged)} have none, the first is query {bare[0]}. Drop such queries."
-        )
-    known = set(ids.tolist())
-    if judged and not any(known & grades.keys() for grades in judged):
-        other = next(iter(judged[0]))
-        raise ValueError(
-            f"The `y` parameter of `{owner}` must judge documents of the corpus; none of them is "
-            f"there. Ids of `y` are such as {other!r}, ids of the corpus such as "
-            f"{ids[0] if len(ids) else None!r}."
-        )
-    return judged
+) -> dict[int, dict[Any, int]]:
+    """Return ``{document_id: grade}`` of each query by its position; one id stands for a list."""
+    rows = {
+        i: [row] if isinstance(row, str) or kind_of(row) == "int" else row
+        for i, row in enumerate(_align_judgments(y, query_ids, owner=owner))
+    }
+    return read_relevance(rows, range(len(rows)), ids.tolist(), name="y", owner=owner)
 
 
 def _align_judgments(y: Any, query_ids: Sequence[Any] | None, *, owner: str) -> list[Any]:
@@ -205,15 +222,89 @@ def _align_judgments(y: Any, query_ids: Sequence[Any] | None, *, owner: str) -> 
     return y.tolist() if hasattr(y, "tolist") else list(y)
 
 
-def _read_row(row: Any, subject: str, position: int) -> dict[Any, int]:
-    """Return the judgments of one query."""
-    if isinstance(row, Mapping):
-        return dict(row)
-    if isinstance(row, str) or _is_int(row):
-        return {row: 1}
-    if isinstance(row, Collection):
-        return dict.fromkeys(row.tolist() if hasattr(row, "tolist") else row, 1)
-    raise TypeError(
-        f"{subject} must hold a mapping, a list of ids or an id for each query; y[{position}] is "
-        f"of type {type(row).__name__}."
-    )
+def _read_aligned(
+    relevance: Any, query_ids: Sequence[Any], document_ids: Sequence[Any], *, subject: str
+) -> dict[Any, Any]:
+    """Return the judgments of a matrix, or of a sequence with one entry a query."""
+    if isinstance(relevance, np.ndarray) and relevance.ndim == 2:
+        if relevance.shape != (len(query_ids), len(document_ids)):
+            raise ValueError(
+                f"{subject} must be of shape ({len(query_ids)}, {len(document_ids)}); "
+                f"got {relevance.shape}."
+            )
+        rows: Sequence[Any] = [
+            {document_ids[j]: row[j] for j in np.flatnonzero(row).tolist()} for row in relevance
+        ]
+    elif isinstance(relevance, Sequence) and not isinstance(relevance, (str, bytes)):
+        rows = relevance
+    else:
+        raise TypeError(
+            f"{subject} must be a mapping, a sequence, a matrix or a frame; "
+            f"got {type(relevance).__name__}."
+        )
+    if len(rows) != len(query_ids):
+        raise ValueError(
+            f"{subject} must hold one entry a query, {len(query_ids)}; got {len(rows)}."
+        )
+    return dict(zip(query_ids, rows, strict=True))
+
+
+def _read_rows(frame: Any, *, subject: str) -> dict[Any, dict[Any, Any]]:
+    """Return the judgments of a frame of three columns."""
+    if len(frame.columns) != 3:
+        raise ValueError(
+            f"{subject} must have three columns, query id, document id and grade; "
+            f"got {len(frame.columns)}."
+        )
+    rows = frame.iter_rows() if hasattr(frame, "iter_rows") else frame.itertuples(index=False)
+    judged: dict[Any, dict[Any, Any]] = {}
+    for query, document, grade in rows:
+        grades = judged.setdefault(query, {})
+        if document in grades:
+            raise ValueError(
+                f"{subject} must judge a document once; {document!r} occurs twice for {query!r}."
+            )
+        grades[document] = grade
+    return judged
+
+
+def read_judged(judged: Any, query: Any, *, subject: str) -> dict[Any, int]:
+    """Return the grades of one query; ids without one have grade 1.
+
+    >>> from skembed._corpus import read_judged
+    >>> read_judged(["d"], "q", subject="The `y` parameter of `Retriever.score`")
+    {'d': 1}
+    """
+    if not isinstance(judged, Mapping):
+        if isinstance(judged, (str, bytes)) or not isinstance(judged, Iterable):
+            raise TypeError(
+                f"{subject} must hold mappings or lists of document ids; got "
+                f"{type(judged).__name__} for query {query!r}."
+            )
+        judged = dict.fromkeys(judged, 1)
+    for grade in judged.values():
+        if kind_of(grade) not in ("int", "bool"):
+            raise TypeError(
+                f"{subject} must hold grades of int; got {type(grade).__name__} for query "
+                f"{query!r}."
+            )
+    return {document: int(grade) for document, grade in judged.items()}
+
+
+def read_grades(grades: Any, n: int, *, where: str, owner: str) -> list[int]:
+    """Return the grades of one list of candidates.
+
+    >>> from skembed._corpus import read_grades
+    >>> read_grades([0, True], 2, where="query 0", owner="RerankingTask")
+    [0, 1]
+    """
+    subject = f"The `relevance` parameter of `{owner}`"
+    found = list(grades)
+    if len(found) != n:
+        raise ValueError(
+            f"{subject} must hold one grade a candidate; {where} has {n} candidates and "
+            f"{len(found)} grades."
+        )
+    if not all(kind_of(grade) in ("int", "bool") for grade in found):
+        raise TypeError(f"{subject} must hold grades of int; {where} has another type.")
+    return [int(grade) for grade in found]

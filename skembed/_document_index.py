@@ -16,14 +16,16 @@ import torch
 from skembed._device_search import top_k_rows_on_device
 from skembed._hnsw import HnswGraph
 from skembed._index_file import pack_strings, unpack_strings
-from skembed._quantization import count_candidates, rescore_candidates
+from skembed._quantization import N_SPARE, iterate_blocks, rescore_candidates
 from skembed._stored_vectors import StoredVectors
-from skembed.similarity import Indices, TopK, Vectors, top_k_rows
+from skembed.similarity import Indices, TopK, Vectors, normalize_rows, top_k_rows
 
-__all__ = ["DocumentIndex"]
+__all__ = ["DocumentIndex", "prepare_vectors"]
 
 _BLOCK_BYTES = 32 * 2**20
 _DEVICE_BLOCK_BYTES = 512 * 2**20
+# How far from 1 the length of float32 vectors is after they were scaled to it.
+_UNIT_TOLERANCE = 1e-6
 
 Ids = npt.NDArray[Any]  # of object (str) or int64
 Array = npt.NDArray[Any]
@@ -78,8 +80,11 @@ class DocumentIndex:
     def search(self, queries: Vectors, top_k: int, *, rescore: int, device: torch.device) -> TopK:
         """Find the best documents of each query, each (n_queries, top_k), top_k <= n."""
         several = rescore if self.fine is not None or self.graph is not None else 1
-        n = count_candidates(len(self), top_k, several)
-        candidates = self._find_candidates(queries, n, device=device)  # (Q, n)
+        n = min(len(self.ids), several * top_k + N_SPARE)
+        if self.graph is None:
+            candidates = self._find_exactly(queries, n, device=device)  # (Q, n)
+        else:
+            candidates = self._find_by_graph(self.graph, queries, n, device=device)
         finest = self.stored if self.fine is None else self.fine
         return rescore_candidates(queries, candidates, finest.read_rows, self._ranks, top_k)
 
@@ -149,12 +154,12 @@ class DocumentIndex:
         ranks[order] = np.arange(len(ids))
         self.ids, self._ranks = ids, ranks
 
-    def _find_candidates(self, queries: Vectors, n: int, *, device: torch.device) -> Indices:
-        """Return the rows of about the best n documents of each query, (n_queries, n)."""
-        if self.graph is None:
-            return self._find_exactly(queries, n, device=device)
-        labels = self.graph.search(queries, n)
-        rows = np.minimum(np.searchsorted(self.labels, labels), len(self) - 1)
+    def _find_by_graph(
+        self, graph: HnswGraph, queries: Vectors, n: int, *, device: torch.device
+    ) -> Indices:
+        """Return the rows that a graph takes for the best n of each query, (n_queries, n)."""
+        labels = graph.search(queries, n)
+        rows = np.minimum(np.searchsorted(self.labels, labels), len(self.ids) - 1)
         # What the graph could not fill is found the long way.
         short = (self.labels[rows] != labels).any(axis=1)
         rows[short] = self._find_exactly(queries[short], n, device=device)
@@ -168,3 +173,30 @@ class DocumentIndex:
         return top_k_rows_on_device(
             queries, read, ranks, n, device=device, block_bytes=_DEVICE_BLOCK_BYTES
         ).indices
+
+
+def prepare_vectors(vectors: Any, similarity: str, *, owner: str) -> Vectors:
+    """Return vectors as float32, of unit length for "cosine"; a copy only where they change.
+
+    Raises ValueError for what float32 cannot hold.
+    """
+    with np.errstate(over="ignore"):
+        prepared = np.ascontiguousarray(vectors, dtype=np.float32)
+    scale = False
+    for rows in iterate_blocks(*prepared.shape):
+        block = prepared[rows]
+        if not np.isfinite(block).all():
+            row = rows.start + int(np.argmin(np.isfinite(block).all(axis=1)))
+            raise ValueError(
+                f"The embeddings of `{owner}` must be finite in float32; that of row {row} is not. "
+                "Scale them down."
+            )
+        if similarity == "cosine" and not scale:
+            squares = np.einsum("nd,nd->n", block, block, dtype=np.float64)
+            scale = bool((np.abs(squares - 1) > 2 * _UNIT_TOLERANCE).any())
+    if not scale:
+        return prepared
+    unit = np.empty_like(prepared)
+    for rows in iterate_blocks(*prepared.shape):
+        unit[rows] = normalize_rows(prepared[rows])
+    return unit

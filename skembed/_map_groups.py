@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from skembed._text_estimator import refuse_missing_labels
+from skembed._inputs import refuse_missing_labels
 
 __all__ = [
     "MARKERS",

@@ -14,8 +14,9 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from skembed._text_estimator import Vectors, check_text_column, embed_side
-from skembed._validation import check_choice, check_texts, import_optional
+from skembed._inputs import check_texts
+from skembed._validation import check_choice, import_optional
+from skembed.embedding import Vectors, check_text_column, check_vectorizer, embed
 from skembed.exceptions import SkembedWarning
 
 __all__ = [
@@ -68,11 +69,9 @@ def split_estimator(estimator: Any, *, owner: str) -> Responder:
         return Responder(getattr(estimator, "vectorizer_", None), estimator if says else None)
     if hasattr(estimator, "predict") or hasattr(estimator, "labels_"):
         return Responder(None, estimator)
-    if isinstance(estimator, type) or not callable(getattr(estimator, "transform", None)):
-        raise TypeError(
-            f"The `estimator` parameter of `{owner}` must be a fitted estimator, a Pipeline that "
-            f"embeds, or an object with `transform`; got {type(estimator).__name__}."
-        )
+    subject = f"The `estimator` parameter of `{owner}`"
+    others = "a fitted estimator, a Pipeline that embeds, "
+    check_vectorizer(estimator, subject=subject, others=others)
     return Responder(estimator, None)
 
 
@@ -94,7 +93,7 @@ def embed_input(vectorizer: Any, X: Any, *, owner: str) -> Vectors:
         return check_vectors(X, owner=owner, name="X")
     if not isinstance(vectorizer, Pipeline):  # whose first step may take frames and more
         X = check_text_column(X, vectorizer=vectorizer, owner=owner)
-    return embed_side(vectorizer, X, "query", owner=owner)
+    return embed(vectorizer, X, "query", owner=owner)
 
 
 class _Given:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from skembed._validation import check_texts
+from skembed._inputs import check_texts
 from skembed.examples import Examples, check_examples
 from skembed.exceptions import SkembedWarning
 from skembed.similarity import Indices

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from skembed._text_estimator import embed_side
+from skembed.embedding import embed
 from skembed.similarity import Vectors
 
 __all__ = ["check_mark", "mark_model"]
@@ -34,7 +34,7 @@ def mark_model(vectorizer: Any, *, owner: str) -> tuple[dict[str, Any] | None, V
     known = getattr(vectorizer, "model_", None)
     known = known if isinstance(known, dict) else {}
     mark = {"name": known.get("name"), "fingerprint": known.get("fingerprint")}
-    return mark, embed_side(vectorizer, _PROBES, "document", owner=owner)
+    return mark, embed(vectorizer, _PROBES, "document", owner=owner)
 
 
 def check_mark(

@@ -1,7 +1,8 @@
 """The protocols of mteb 2.26, from a task's data to its scores.
 
-Each takes embeddings through an `Embedder` and returns an `Outcome`. The operations and their order
-are mteb's, so that scores are equal to its last digit; what is drawn stands in the data already.
+Each takes embeddings from a `TimedVectorizer` and returns an `Outcome`. The operations and their
+order are mteb's, so that scores are equal to its last digit; what is drawn stands in the data
+already.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from skembed._evaluation_tasks import (
 )
 from skembed._ranking import round_means
 from skembed._task_data import ClassificationData, ClusteringData, RankingData, STSData, TaskData
+from skembed.embedding import embed
 from skembed.metrics import (
     ami,
     classification_metrics,
@@ -44,9 +46,9 @@ from skembed.metrics import (
     spearman,
     v_measure,
 )
-from skembed.similarity import Vectors, check_vectors
+from skembed.similarity import Vectors
 
-__all__ = ["Embedder", "Outcome", "run_protocol"]
+__all__ = ["Outcome", "TimedVectorizer", "run_protocol"]
 
 CHUNK_SIZE = 50_000  # documents at a time, as in mteb: the same products, to the last bit
 BLOCK_BYTES = 256 * 2**20  # of the scores of one chunk
@@ -79,73 +81,26 @@ class Outcome:
     unit: str
 
 
-class Embedder:
-    """A vectorizer whose results are checked and whose time is taken.
+class TimedVectorizer:
+    """A vectorizer, and how long it took to embed how many texts."""
 
-    Parameters
-    ----------
-    vectorizer : object with `transform`, or with `encode_query` and `encode_document`
-        Already fitted, where it has to be.
-    name : str
-        Name to use in errors.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from skembed._protocols import Embedder
-    >>> class Lengths:
-    ...     def transform(self, texts):
-    ...         return np.array([[len(text)] for text in texts])
-    >>> Embedder(Lengths(), "lengths").embed(["a cat"])
-    array([[5.]], dtype=float32)
-    """
-
-    def __init__(self, vectorizer: Any, name: str) -> None:
+    def __init__(self, vectorizer: Any) -> None:
         self.vectorizer = vectorizer
-        self.name = name
         self.seconds = 0.0
         self.n_texts = 0
 
     def embed(self, texts: list[str], side: str | None = None) -> Vectors:
-        """Return the vectors of texts, float32, (n_texts, dim).
-
-        `side` is "query", "document", or None where there is but one. Raises TypeError for a sparse
-        matrix, ValueError for another shape, NaN and infinity.
-        """
-        call = self._choose(side)
+        """Return the vectors of texts, float32, (n_texts, dim)."""
         start = time.perf_counter()
-        found = call(texts)
+        vectors = embed(self.vectorizer, texts, side, owner="evaluate")
         self.seconds += time.perf_counter() - start
         self.n_texts += len(texts)
-        owner = f"evaluate: vectorizer {self.name!r}"
-        vectors = check_vectors(found, name="result", owner=owner)
-        if len(vectors) != len(texts):
-            raise ValueError(
-                f"The vectorizer {self.name!r} must return one vector a text; it returned "
-                f"{len(vectors)} for {len(texts)}."
-            )
-        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-        if len(bad):
-            raise ValueError(
-                f"The vectorizer {self.name!r} must return finite numbers; {len(bad)} of "
-                f"{len(texts)} vectors hold NaN or infinity, the first that of text {bad[0]}."
-            )
         return vectors
 
-    def _choose(self, side: str | None) -> Callable[[list[str]], Any]:
-        """Return the method for a side."""
-        names = ["transform", "encode_query"] if side is None else [f"encode_{side}", "transform"]
-        for name in names:
-            call: Callable[[list[str]], Any] | None = getattr(self.vectorizer, name, None)
-            if callable(call):
-                return call
-        raise TypeError(
-            f"The vectorizer {self.name!r} must have `transform`, or `encode_query` and "
-            f"`encode_document`; got an object of type {type(self.vectorizer).__name__}."
-        )
 
-
-def run_protocol(task: Task, data: TaskData, embedder: Embedder, *, n_bootstraps: int) -> Outcome:
+def run_protocol(
+    task: Task, data: TaskData, vectorizer: TimedVectorizer, *, n_bootstraps: int
+) -> Outcome:
     """Run the protocol of a task.
 
     Parameters
@@ -154,7 +109,7 @@ def run_protocol(task: Task, data: TaskData, embedder: Embedder, *, n_bootstraps
         The task.
     data : ClassificationData, ClusteringData, STSData or RankingData
         What `read_task` made of it.
-    embedder : Embedder
+    vectorizer : TimedVectorizer
         Where vectors come from.
     n_bootstraps : int
         Bootstrap samples, where there are no draws.
@@ -173,25 +128,25 @@ def run_protocol(task: Task, data: TaskData, embedder: Embedder, *, n_bootstraps
     --------
     >>> import numpy as np
     >>> from skembed._evaluation_tasks import STSTask
-    >>> from skembed._protocols import Embedder, run_protocol
+    >>> from skembed._protocols import TimedVectorizer, run_protocol
     >>> from skembed._task_data import read_task
     >>> class Letters:
     ...     def transform(self, texts):
     ...         return np.array([[text.count(letter) for letter in "acr"] for text in texts])
     >>> task = STSTask([("cat", "cats"), ("cat", "car"), ("cat", "roar")], [5.0, 2.5, 0.0])
-    >>> run_protocol(task, read_task(task), Embedder(Letters(), ""), n_bootstraps=0).metrics[
+    >>> run_protocol(task, read_task(task), TimedVectorizer(Letters()), n_bootstraps=0).metrics[
     ...     "cosine_spearman"
     ... ]
     1.0
     """
     if isinstance(task, ClassificationTask) and isinstance(data, ClassificationData):
-        return _run_classification(task, data, embedder)
+        return _run_classification(task, data, vectorizer)
     if isinstance(task, ClusteringTask) and isinstance(data, ClusteringData):
-        return _run_clustering(task, data, embedder)
+        return _run_clustering(task, data, vectorizer)
     if isinstance(task, STSTask) and isinstance(data, STSData):
-        return _run_sts(task, data, embedder, n_bootstraps)
+        return _run_sts(task, data, vectorizer, n_bootstraps)
     if isinstance(task, (RetrievalTask, RerankingTask)) and isinstance(data, RankingData):
-        return _run_ranking(task, data, embedder, n_bootstraps)
+        return _run_ranking(task, data, vectorizer, n_bootstraps)
     raise TypeError(f"No protocol for {type(task).__name__} with {type(data).__name__}.")
 
 
@@ -199,16 +154,16 @@ def run_protocol(task: Task, data: TaskData, embedder: Embedder, *, n_bootstraps
 
 
 def _run_classification(
-    task: ClassificationTask, data: ClassificationData, embedder: Embedder
+    task: ClassificationTask, data: ClassificationData, vectorizer: TimedVectorizer
 ) -> Outcome:
     """Fit a classifier on each draw and test it; metrics are means over draws."""
     pooled = data.test_texts is None
     used = np.arange(len(data.texts)) if pooled else np.unique(np.concatenate(data.draws))
-    vectors = embedder.embed([data.texts[row] for row in used.tolist()])  # (U, D)
+    vectors = vectorizer.embed([data.texts[row] for row in used.tolist()])  # (U, D)
     place = np.full(len(data.texts), -1)
     place[used] = np.arange(len(used))
-    test = vectors if data.test_texts is None else embedder.embed(data.test_texts)
-    _check_width(vectors, test, embedder)
+    test = vectors if data.test_texts is None else vectorizer.embed(data.test_texts)
+    _check_width(vectors, test)
     found = []
     for draw in data.draws:
         rows = np.setdiff1d(used, draw) if pooled else np.arange(len(test))
@@ -240,9 +195,11 @@ def _make_classifier(task: ClassificationTask) -> Any:
     return classifier
 
 
-def _run_clustering(task: ClusteringTask, data: ClusteringData, embedder: Embedder) -> Outcome:
+def _run_clustering(
+    task: ClusteringTask, data: ClusteringData, vectorizer: TimedVectorizer
+) -> Outcome:
     """Cluster each sample of each level; metrics are means over all of them."""
-    vectors = embedder.embed(data.texts)  # (N, D)
+    vectors = vectorizer.embed(data.texts)  # (N, D)
     found: dict[str, list[float]] = {name: [] for name in CLUSTERING_METRICS}
     for rows, labels, samples in data.levels:
         kmeans = MiniBatchKMeans(
@@ -266,10 +223,12 @@ def _run_clustering(task: ClusteringTask, data: ClusteringData, embedder: Embedd
 # Pairs and queries
 
 
-def _run_sts(task: STSTask, data: STSData, embedder: Embedder, n_bootstraps: int) -> Outcome:
+def _run_sts(
+    task: STSTask, data: STSData, vectorizer: TimedVectorizer, n_bootstraps: int
+) -> Outcome:
     """Correlate three similarities with the scores."""
-    left, right = embedder.embed(data.left), embedder.embed(data.right)
-    _check_width(left, right, embedder)
+    left, right = vectorizer.embed(data.left), vectorizer.embed(data.right)
+    _check_width(left, right)
     similarities = {
         "cosine": 1 - paired_cosine_distances(left, right),
         "manhattan": -paired_manhattan_distances(left, right),
@@ -290,12 +249,15 @@ def _run_sts(task: STSTask, data: STSData, embedder: Embedder, n_bootstraps: int
 
 
 def _run_ranking(
-    task: RetrievalTask | RerankingTask, data: RankingData, embedder: Embedder, n_bootstraps: int
+    task: RetrievalTask | RerankingTask,
+    data: RankingData,
+    vectorizer: TimedVectorizer,
+    n_bootstraps: int,
 ) -> Outcome:
     """Rank documents for each query; metrics are means over queries, rounded as mteb rounds."""
-    queries = embedder.embed(data.queries, "query")  # (Q, D)
-    documents = embedder.embed(data.documents, "document")  # (N, D)
-    _check_width(queries, documents, embedder)
+    queries = vectorizer.embed(data.queries, "query")  # (Q, D)
+    documents = vectorizer.embed(data.documents, "document")  # (N, D)
+    _check_width(queries, documents)
     if data.candidates is None:
         found = _search_corpus(queries, documents, _rank_ids(data.document_ids), task.top_k)
     else:
@@ -378,10 +340,10 @@ def _bootstrap(n: int, n_bootstraps: int, seed: int, score: Callable[[_Ints], fl
     return np.array([score(generator.integers(n, size=n)) for _ in range(n_bootstraps)])
 
 
-def _check_width(left: Vectors, right: Vectors, embedder: Embedder) -> None:
+def _check_width(left: Vectors, right: Vectors) -> None:
     """Raise unless two sides have vectors of one width."""
     if left.shape[1] != right.shape[1]:
         raise ValueError(
-            f"The vectorizer {embedder.name!r} must give vectors of one width; got "
+            "The `vectorizer` of `evaluate` must give vectors of one width; got "
             f"{left.shape[1]} and {right.shape[1]} on the two sides of a task."
         )

@@ -17,10 +17,10 @@ import numpy.typing as npt
 from skembed.similarity import Indices, TopK, Vectors
 
 __all__ = [
+    "N_SPARE",
     "Codec",
     "Levels",
     "Ranges",
-    "count_candidates",
     "iterate_blocks",
     "rescore_candidates",
 ]
@@ -144,11 +144,6 @@ def iterate_blocks(n: int, dim: int) -> Iterator[slice]:
     size = max(1, _BLOCK_BYTES // (4 * max(1, dim)))
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
-
-
-def count_candidates(n: int, top_k: int, rescore: int) -> int:
-    """Return how many of n documents are scored as pairs, to find the best `top_k` of them."""
-    return min(n, rescore * top_k + N_SPARE)
 
 
 def rescore_candidates(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from skembed._corpus import read_ids
 from skembed._validation import check_int
 
 K_VALUES = (1, 3, 5, 10, 20, 100, 1000)
@@ -387,11 +388,18 @@ def search_to_run(
             f"The `indices` parameter of `{owner}` must be ints of the shape of `scores`, "
             f"(n_queries, k); got {places.dtype} of shape {places.shape} for {found.shape}."
         )
-    queries = range(len(found)) if query_ids is None else list(query_ids)
-    _check_ids(queries, len(found), name="query_ids", owner=owner)
-    n_documents = int(places.max(initial=-1)) + 1
-    documents = range(n_documents) if document_ids is None else list(document_ids)
-    _check_ids(documents, n_documents, name="document_ids", owner=owner, exactly=False)
+    queries: Sequence[Any] = range(len(found))
+    if query_ids is not None:
+        queries = read_ids(query_ids, len(found), name="query_ids", owner=owner)
+    n = int(places.max(initial=-1)) + 1
+    documents: Sequence[Any] = range(n)
+    if document_ids is not None:
+        documents = read_ids(document_ids, name="document_ids", owner=owner)
+    if len(documents) < n:
+        raise ValueError(
+            f"The `document_ids` parameter of `{owner}` must hold at least {n} ids; "
+            f"got {len(documents)}."
+        )
     return {
         query: {documents[j]: score for j, score in zip(row, line, strict=True) if j >= 0}
         for query, row, line in zip(queries, places.tolist(), found.tolist(), strict=True)
@@ -554,14 +562,3 @@ def _check_grades(grades: Any, *, owner: str) -> _Ints:
                 f"got dtype {array.dtype}."
             )
     return array.astype(np.int64)
-
-
-def _check_ids(ids: Sequence[Any], n: int, *, name: str, owner: str, exactly: bool = True) -> None:
-    """Raise for duplicate ids, or for fewer (or other than) n."""
-    if len(ids) < n or (exactly and len(ids) != n):
-        raise ValueError(
-            f"The `{name}` parameter of `{owner}` must hold {'' if exactly else 'at least '}{n} "
-            f"ids; got {len(ids)}."
-        )
-    if len(set(ids)) != len(ids):
-        raise ValueError(f"The `{name}` parameter of `{owner}` must hold each id once.")

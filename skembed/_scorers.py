@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from skembed._validation import check_texts
+from skembed._corpus import read_judged
+from skembed._inputs import check_texts
 from skembed.metrics import map_at_k, ndcg_at_k, search_to_run, spearman, v_measure
 from skembed.similarity import normalize_rows, paired_cosine
 
@@ -198,7 +198,7 @@ def _score_search(estimator: Any, queries: Any, y: Any) -> float:
             f"got {'None' if y is None else len(y)}."
         )
     relevance = {
-        i: dict(entry) if isinstance(entry, Mapping) else dict.fromkeys(entry, 1)
+        i: read_judged(entry, i, subject="The `y` parameter of `retrieval_scorer`")
         for i, entry in enumerate(y)
     }
     scores, indices = estimator.search(queries, top_k=10)

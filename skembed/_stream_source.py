@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from skembed._validation import TextColumns, check_texts, import_optional
+from skembed._inputs import TextColumns, check_texts
+from skembed._validation import import_optional
 
 __all__ = ["Block", "TextSource", "check_block", "extend_digest", "open_source"]
 

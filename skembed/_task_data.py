@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from skembed._corpus import read_grades, read_relevance
 from skembed._evaluation_tasks import (
     CLASSIFICATION_METRICS,
     CLUSTERING_METRICS,
@@ -24,17 +25,15 @@ from skembed._evaluation_tasks import (
     STSTask,
     Task,
 )
+from skembed._inputs import check_texts, read_labels
 from skembed._ranking import K_VALUES, RANKING_METRICS
 from skembed._task_input import (
     check_distinct_classes,
     read_column,
-    read_grades,
     read_items,
-    read_labels,
     read_levels,
-    read_relevance,
 )
-from skembed._validation import check_bool, check_choice, check_int, check_real, check_texts
+from skembed._validation import check_bool, check_choice, check_int, check_real
 
 __all__ = [
     "ClassificationData",

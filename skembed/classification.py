@@ -19,20 +19,21 @@ from sklearn.utils.validation import (
     has_fit_parameter,
 )
 
-from skembed._text_estimator import (
-    TextEstimatorMixin,
-    Vectors,
-    check_embeddings,
+from skembed._inputs import (
     check_labels,
-    check_text_column,
-    embed_side,
-    fit_vectorizer,
-    make_vectorizer,
+    check_texts,
     name_some,
     refuse_foreign_labels,
     refuse_missing_labels,
 )
-from skembed._validation import check_real, check_string, check_texts
+from skembed._text_estimator import (
+    TextEstimatorMixin,
+    check_embeddings,
+    fit_vectorizer,
+    make_vectorizer,
+)
+from skembed._validation import check_real, check_string
+from skembed.embedding import Vectors, check_text_column, embed
 
 __all__ = ["DEFAULT_C", "EmbeddingClassifier", "ZeroShotClassifier"]
 
@@ -61,9 +62,10 @@ class EmbeddingClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
 
     Parameters
     ----------
-    vectorizer : str, path, transformer or None, default="skembed-mini"
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
         What embeds the texts; `fit` uses a clone. A name or path is a frozen model of
-        `NVEmbedVectorizer`; an instance trains if its `trainer` says so. None: X holds
+        `NVEmbedVectorizer`; an instance trains if its `trainer` says so. An encoder (an object with
+        ``encode``, such as a SentenceTransformer, or a callable) is used as it is. None: X holds
         embeddings, as in the last step of a Pipeline.
     head : classifier, optional
         Any scikit-learn classifier; `fit` uses a clone. None is
@@ -244,9 +246,11 @@ class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
 
     Parameters
     ----------
-    vectorizer : str, path, transformer or None, default="skembed-mini"
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
         What embeds texts and descriptions; `fit` uses a clone. A name or path is a frozen model
-        of `NVEmbedVectorizer`. None: X and descriptions are embeddings.
+        of `NVEmbedVectorizer`. An encoder (an object with ``encode``, such as a
+        SentenceTransformer, or a callable) is used as it is. None: X and descriptions are
+        embeddings.
     descriptions : mapping, optional
         Label -> description or list of descriptions. With it, `fit` takes labelled examples (or
         nothing), so that the classifier can be cross-validated; without it, `fit` takes the
@@ -465,8 +469,8 @@ class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
             more = check_text_column(examples.X, vectorizer=vectorizer, owner=owner)
             labels = np.concatenate([labels, examples.labels])
         fit_vectorizer(vectorizer, texts + more, labels)
-        vectors = embed_side(vectorizer, texts, "document", owner=owner)
-        others = embed_side(vectorizer, more, "query", owner=owner) if more else vectors[:0]
+        vectors = embed(vectorizer, texts, "document", owner=owner)
+        others = embed(vectorizer, more, "query", owner=owner) if more else vectors[:0]
         self._set_vectorizer(vectorizer, vectors.shape[1])
         return vectors.astype(np.float64), others.astype(np.float64)
 

@@ -20,8 +20,9 @@ from sklearn.metrics import (
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 
-from skembed._text_estimator import TextEstimatorMixin, Vectors, check_text_column
+from skembed._text_estimator import TextEstimatorMixin
 from skembed._validation import check_choice, check_int, check_real, import_optional
+from skembed.embedding import Vectors, check_text_column
 from skembed.exceptions import SkembedWarning
 
 __all__ = ["CLUSTERERS", "EmbeddingClusterer", "compute_class_tfidf"]
@@ -45,9 +46,11 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
 
     Parameters
     ----------
-    vectorizer : str, path, transformer or None, default="skembed-mini"
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
         What embeds the texts; `fit` uses a clone. A name or path is a frozen model of
-        `NVEmbedVectorizer`. None: X holds embeddings, as in the last step of a Pipeline.
+        `NVEmbedVectorizer`. An encoder (an object with ``encode``, such as a SentenceTransformer,
+        or a callable) is used as it is. None: X holds embeddings, as in the last step of a
+        Pipeline.
     clusterer : str or clusterer, default="kmeans"
         "kmeans", "minibatch_kmeans" (faster from some ten thousand texts), "agglomerative" (Ward;
         memory grows with the square of the texts), "hdbscan" (finds the number itself and leaves

@@ -32,10 +32,11 @@ from skembed._evaluation_tasks import (
     STSTask,
     Task,
 )
-from skembed._protocols import Embedder, run_protocol
+from skembed._protocols import Outcome, TimedVectorizer, run_protocol
 from skembed._scorers import clustering_scorer, reranking_scorer, retrieval_scorer, sts_scorer
-from skembed._task_data import TaskData, read_task
+from skembed._task_data import read_task
 from skembed._validation import check_bool, check_choice, check_int, check_real
+from skembed.embedding import check_vectorizer
 from skembed.exceptions import SkembedWarning
 
 __all__ = [
@@ -74,9 +75,10 @@ def evaluate(
     Parameters
     ----------
     vectorizers : object, list of objects, or dict of str to object
-        Anything with `transform`, or with `encode_query` and `encode_document`, which queries and
-        documents go through where they are there. Used as they are, never fitted: fit those that
-        need it. The names of a dict are the names in the table; else classes are.
+        Anything that embeds texts: transformers, objects with `encode` such as a
+        SentenceTransformer, callables. Queries and documents go through `encode_query` and
+        `encode_document` where they are there. Used as they are, never fitted: fit those that need
+        it. The names of a dict are the names in the table; else classes are.
     tasks : task or list of tasks
         `ClassificationTask`, `ClusteringTask`, `STSTask`, `RetrievalTask`, `RerankingTask`; each
         with a name of its own.
@@ -149,9 +151,10 @@ def evaluate(
     )
     result, failure = EvaluationResult([], confidence=level), None
     for task, data, name in shown:
-        embedder = Embedder(named[name], name)
+        vectorizer = TimedVectorizer(named[name])
         try:
-            row = _evaluate_one(task, data, embedder, n_bootstraps=n_samples, level=level)
+            outcome = run_protocol(task, data, vectorizer, n_bootstraps=n_samples)
+            row = _make_row(task, name, outcome, vectorizer, level=level)
         except Exception as error:
             failure = _describe_failure(task, name, error, result)
             if on_error == "raise":
@@ -182,23 +185,22 @@ def _describe_failure(
     return failure
 
 
-def _evaluate_one(
-    task: Task, data: TaskData, embedder: Embedder, *, n_bootstraps: int, level: float
+def _make_row(
+    task: Task, name: str, outcome: Outcome, vectorizer: TimedVectorizer, *, level: float
 ) -> TaskScore:
     """Return the row of one task and one vectorizer."""
-    outcome = run_protocol(task, data, embedder, n_bootstraps=n_bootstraps)
     low, high = percentile_interval(outcome.replicates, level)
     return TaskScore(
         task=task.name,
-        vectorizer=embedder.name,
+        vectorizer=name,
         metric=task.metric,
         score=outcome.metrics[task.metric],
         low=low,
         high=high,
         n=len(outcome.values),
         unit=outcome.unit,
-        seconds=embedder.seconds,
-        texts_per_s=embedder.n_texts / max(embedder.seconds, 1e-9),
+        seconds=vectorizer.seconds,
+        texts_per_s=vectorizer.n_texts / max(vectorizer.seconds, 1e-9),
         metrics=outcome.metrics,
         values=outcome.values,
         replicates=outcome.replicates,
@@ -225,17 +227,7 @@ def _name_vectorizers(vectorizers: Any) -> dict[str, Any]:
             f"dict of str to vectorizer; got {'none' if not named else 'names that are no str'}."
         )
     for name, vectorizer in named.items():
-        methods = ("transform", "encode_query", "encode_document")
-        found = {method for method in methods if callable(getattr(vectorizer, method, None))}
-        if (
-            isinstance(vectorizer, type)
-            or not found - {"encode_query", "encode_document"}
-            and (len(found) < 2)
-        ):
-            raise TypeError(
-                f"The vectorizer {name!r} of `evaluate` must have `transform`, or `encode_query` "
-                f"and `encode_document`; got {type(vectorizer).__name__}."
-            )
+        check_vectorizer(vectorizer, subject=f"The vectorizer {name!r} of `evaluate`")
     return named
 
 

@@ -26,14 +26,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from skembed._validation import (
+from skembed._inputs import (
     MISSING_POLICIES,
     _clean_column,
-    _describe_type,
-    _describe_value,
     _extract_columns,
     _is_instance_of,
     _is_missing,
+)
+from skembed._validation import (
+    _describe_type,
+    _describe_value,
     check_bool,
     check_choice,
     check_int,

@@ -36,7 +36,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from skembed._validation import check_choice, check_string, replace_surrogates
+from skembed._inputs import replace_surrogates
+from skembed._validation import check_choice, check_string
 
 __all__ = [
     "INSTRUCTIONS",

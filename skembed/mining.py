@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
 from sklearn.utils import check_random_state
 from tqdm.auto import tqdm
 
 from skembed._mining_task import OWNER, MiningTask, read_task
 from skembed._validation import check_bool, check_choice, check_int, check_real
+from skembed.embedding import check_vectorizer, embed, embed_pairs
 from skembed.exceptions import SkembedWarning
 from skembed.similarity import (
     BLOCK_BYTES,
@@ -390,10 +390,11 @@ def mine_hard_negatives(
     y : list, ndarray or Series of str, int or bool, shape (n_samples,), optional
         Class labels. The positive of a text is then the next other text of its class, in the
         order of first appearance; that of the last is the first.
-    vectorizer : object with `encode_query` and `encode_document`, or with `transform`
-        The model to train, or any other as teacher: fitted, or frozen. Anchors are embedded as
-        queries, positives and corpus as documents; labelled texts as queries all. A scikit-learn
-        transformer must return dense vectors. They may have any length.
+    vectorizer : object with `transform` or `encode`, or callable
+        The model to train, or any other as teacher: fitted, or frozen; a SentenceTransformer, too.
+        With `encode_query` and `encode_document`, anchors are embedded as queries, positives and
+        corpus as documents; labelled texts as queries all. A scikit-learn transformer must return
+        dense vectors. They may have any length.
     corpus : list, tuple, ndarray, Series or one-column frame of str, optional
         Where to look for negatives. None looks in the distinct positives, or in the labelled
         texts. Not with `y`: the class of its texts would be unknown.
@@ -471,7 +472,7 @@ def mine_hard_negatives(
     n_negatives, threshold = _check_rule(n_negatives, strategy, threshold, sampling, owner=OWNER)
     check_bool(verbose, name="verbose", owner=OWNER)
     random_state = check_random_state(random_state)
-    _check_vectorizer(vectorizer)
+    check_vectorizer(vectorizer, subject=f"The `vectorizer` parameter of `{OWNER}`")
     rule = {
         "n_negatives": n_negatives,
         "strategy": strategy,
@@ -488,24 +489,6 @@ def mine_hard_negatives(
     return mined
 
 
-def _check_vectorizer(vectorizer: Any) -> None:
-    """Raise unless `vectorizer` is an object that embeds texts."""
-    can = hasattr(vectorizer, "transform") or _has_sides(vectorizer)
-    if isinstance(vectorizer, type) or not can:
-        got = vectorizer.__name__ if isinstance(vectorizer, type) else type(vectorizer).__name__
-        what = "the class" if isinstance(vectorizer, type) else "an object of type"
-        raise TypeError(
-            f"The `vectorizer` parameter of `{OWNER}` must be an object with `encode_query` and "
-            f"`encode_document`, or with `transform`; got {what} {got}. "
-            "Pass an instance such as NVEmbedVectorizer()."
-        )
-
-
-def _has_sides(vectorizer: Any) -> bool:
-    """Tell whether a vectorizer embeds queries and documents in different ways."""
-    return hasattr(vectorizer, "encode_query") and hasattr(vectorizer, "encode_document")
-
-
 def _embed_task(
     task: MiningTask, vectorizer: Any
 ) -> tuple[Vectors, Vectors, tuple[Indices, Indices]]:
@@ -516,23 +499,18 @@ def _embed_task(
     others = np.setdiff1d(task.positives, task.candidates)
     documents = np.concatenate([task.candidates, others])
     queries = np.unique(task.anchors)
-    if task.groups is not None or not _has_sides(vectorizer):
-        name = "encode_query" if _has_sides(vectorizer) else "transform"
-        everything = np.concatenate([documents, np.setdiff1d(queries, documents)])
-        vectors = _embed(vectorizer, name, task, everything)
-        rows = _invert(everything, len(task.texts))
-        return vectors, vectors, (rows, rows)
-    found = [
-        _embed(vectorizer, "encode_query", task, queries),
-        _embed(vectorizer, "encode_document", task, documents),
-    ]
-    if found[0].shape[1] != found[1].shape[1]:
-        raise ValueError(
-            f"The `vectorizer` parameter of `{OWNER}` must give queries and documents of one "
-            f"width; got {found[0].shape[1]} and {found[1].shape[1]}."
-        )
     n_texts = len(task.texts)
-    return found[0], found[1], (_invert(queries, n_texts), _invert(documents, n_texts))
+    has_sides = all(hasattr(vectorizer, f"encode_{side}") for side in ("query", "document"))
+    if task.groups is not None or not has_sides:
+        everything = np.concatenate([documents, np.setdiff1d(queries, documents)])
+        texts = [task.texts[i] for i in everything.tolist()]
+        side = "query" if has_sides else None
+        vectors = normalize_rows(embed(vectorizer, texts, side, owner=OWNER))
+        rows = _invert(everything, n_texts)
+        return vectors, vectors, (rows, rows)
+    pairs = [[task.texts[i] for i in ids.tolist()] for ids in (queries, documents)]
+    left, right = map(normalize_rows, embed_pairs(vectorizer, pairs, owner=OWNER))
+    return left, right, (_invert(queries, n_texts), _invert(documents, n_texts))
 
 
 def _invert(ids: Indices, n_texts: int) -> Indices:
@@ -540,30 +518,6 @@ def _invert(ids: Indices, n_texts: int) -> Indices:
     places = np.full(n_texts, -1)
     places[ids] = np.arange(len(ids))
     return places
-
-
-def _embed(vectorizer: Any, name: str, task: MiningTask, ids: Indices) -> Vectors:
-    """Embed texts by the method of that name and scale them to unit length, (n, dim)."""
-    subject = f"The `vectorizer` parameter of `{OWNER}` must return from `{name}`"
-    texts = [task.texts[i] for i in ids.tolist()]
-    found = getattr(vectorizer, name)(texts)
-    if sparse.issparse(found):
-        raise TypeError(
-            f"{subject} a dense array; got a sparse matrix. Reduce it in a Pipeline, for example "
-            "with TruncatedSVD."
-        )
-    vectors = np.asarray(found)
-    if vectors.ndim != 2 or len(vectors) != len(texts) or vectors.dtype.kind not in "fiu":
-        raise ValueError(
-            f"{subject} numbers of shape ({len(texts)}, dim), a row for each text; got dtype "
-            f"{vectors.dtype}, shape {vectors.shape}."
-        )
-    if not np.isfinite(vectors).all():
-        raise ValueError(
-            f"{subject} finite numbers; got {np.count_nonzero(~np.isfinite(vectors).all(axis=1))} "
-            "rows with NaN or infinity."
-        )
-    return normalize_rows(vectors)
 
 
 def _mine(

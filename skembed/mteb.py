@@ -11,10 +11,9 @@ from typing import Any
 import joblib
 from sklearn.utils.validation import check_is_fitted
 
-from skembed._protocols import Embedder
 from skembed._validation import check_choice, check_string, import_optional
+from skembed.embedding import Vectors, embed
 from skembed.instructions import INSTRUCTIONS, resolve_instruction
-from skembed.similarity import Vectors
 from skembed.vectorizer import NVEmbedVectorizer
 
 __all__ = ["MTEBEncoder", "find_task"]
@@ -61,7 +60,7 @@ class MTEBEncoder:
 
     Parameters
     ----------
-    vectorizer : NVEmbedVectorizer, or any object with `transform`
+    vectorizer : NVEmbedVectorizer, any object with `transform` or `encode`, or a callable
         Already fitted, where it has to be. Used as it is, never changed. Queries go through
         `encode_query` and documents through `encode_document`, where they are there.
     instructions : "auto", None, or dict of str to str, default="auto"
@@ -165,7 +164,7 @@ class MTEBEncoder:
         query, document = self.instructions_for(task_metadata.name, task_metadata.type, prompts)
         vectorizer = _instruct(self.vectorizer, query, document)
         side = None if prompt_type is None else str(getattr(prompt_type, "value", prompt_type))
-        return Embedder(vectorizer, type(self.vectorizer).__name__).embed(texts, side)
+        return embed(vectorizer, texts, side, owner=OWNER)
 
     def instructions_for(
         self, task: str, task_type: str, prompt: str | Mapping[str, str] | None = None

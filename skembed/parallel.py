@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from skembed._validation import _is_instance_of, check_choice, check_string, import_optional
+from skembed._inputs import _is_instance_of
+from skembed._validation import check_choice, check_string, import_optional
 from skembed.registry import registry
 from skembed.vectorizer import NVEmbedVectorizer
 

@@ -30,8 +30,8 @@ from skembed._map_projection import (
     read_hover_texts,
     split_estimator,
 )
-from skembed._text_estimator import check_text_column
 from skembed._validation import check_bool, check_int, check_real, check_string
+from skembed.embedding import check_text_column
 
 __all__ = ["EmbeddingMapDisplay"]
 
@@ -63,7 +63,7 @@ class EmbeddingMapDisplay:
         Colours such as "#0072b2" that replace the default ones.
     reducer : transformer, optional
         The fitted reducer behind the coordinates, for `place`.
-    vectorizer : transformer, optional
+    vectorizer : transformer or encoder, optional
         What embedded the texts, for `place`.
 
     Attributes
@@ -263,7 +263,7 @@ class EmbeddingMapDisplay:
         estimator : estimator, Pipeline or vectorizer
             A fitted `EmbeddingClassifier`, `ZeroShotClassifier` or `EmbeddingClusterer`; a Pipeline
             that embeds, with or without a predictor at its end; a search over one of these; or
-            anything with `transform`.
+            anything with `transform` or `encode`, or a callable.
         X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
             The texts, which the interactive map shows on hover; or embeddings, where the estimator
             takes these.

@@ -17,10 +17,10 @@ from sklearn.base import (
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from skembed._quantization import (
+    N_SPARE,
     Codec,
     Levels,
     Ranges,
-    count_candidates,
     iterate_blocks,
     rescore_candidates,
 )
@@ -276,7 +276,7 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         top_k = check_int(top_k, name="top_k", owner=owner, low=1, high=n)
         rescore = check_int(rescore, name="rescore", owner=owner, low=1)
         finest = coarse if finer is None else self._check_finer(finer, n, owner=owner)
-        n_candidates = count_candidates(n, top_k, 1 if finer is None else rescore)
+        n_candidates = min(n, top_k * (1 if finer is None else rescore) + N_SPARE)
         ranks = np.arange(n, dtype=np.int64)
         candidates = top_k_rows(found, coarse.read, ranks, n_candidates, block_bytes=_BLOCK_BYTES)
         return rescore_candidates(found, candidates.indices, finest.read, ranks, top_k)

@@ -13,14 +13,12 @@ from sklearn.utils.validation import check_is_fitted
 from skembed._text_estimator import (
     TextEstimatorMixin,
     check_embeddings,
-    check_pair_columns,
-    check_text_column,
-    embed_side,
     fit_vectorizer,
     make_vectorizer,
     trains_on_labels,
 )
 from skembed._validation import check_choice
+from skembed.embedding import check_pair_columns, check_text_column, embed, embed_pairs
 from skembed.metrics import map_at_k
 from skembed.similarity import check_vectors, paired_cosine, paired_dot
 
@@ -58,11 +56,13 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
 
     Parameters
     ----------
-    vectorizer : str, path, transformer or None, default="skembed-mini"
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
         What embeds texts: the name of a model, which stays frozen, or an object with
         ``transform`` (and ``encode_query`` and ``encode_document``, if the sides differ), which
         `fit` clones. It is trained where it has a `trainer` that is not None, such as
-        ``NVEmbedVectorizer()``. None takes embeddings in place of texts.
+        ``NVEmbedVectorizer()``. An encoder (an object with ``encode``, such as a
+        SentenceTransformer, or a callable) is used as it is. None takes embeddings in place of
+        texts.
     similarity : {"cosine", "dot"}, default="cosine"
         What a score is.
 
@@ -156,7 +156,7 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
             vectorizer.fit(list(rows))
         else:
             fit_vectorizer(vectorizer, [*queries, *documents])
-        dim = embed_side(vectorizer, queries[:1], "query", owner=OWNER).shape[1]
+        dim = embed(vectorizer, queries[:1], "query", owner=OWNER).shape[1]
         return self._set_fitted(vectorizer, dim, trained=trained)
 
     def predict(self, X: Any) -> Floats:
@@ -186,11 +186,8 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
             pairs = check_embeddings(_Plain() if first else self, X, reset=first)
             dim = _half_width(pairs.shape[1])
             return self._score(pairs[:, :dim], pairs[:, -dim:])
-        queries, documents = check_pair_columns(X, vectorizer=vectorizer, owner=OWNER)
-        return self._score(
-            embed_side(vectorizer, queries, "query", owner=OWNER),
-            embed_side(vectorizer, documents, "document", owner=OWNER),
-        )
+        columns = check_pair_columns(X, vectorizer=vectorizer, owner=OWNER)
+        return self._score(*embed_pairs(vectorizer, columns, owner=OWNER))
 
     def rank(self, queries: Any, candidates: Sequence[Any]) -> Ranking:
         """Sort the candidates of each query.
@@ -235,8 +232,7 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
             if not documents:
                 indices = [np.empty(0, dtype=np.int64) for _ in texts]
                 return Ranking(indices, [np.empty(0, dtype=np.float32) for _ in texts])
-            found = embed_side(vectorizer, texts, "query", owner=OWNER)
-            flat = embed_side(vectorizer, documents, "document", owner=OWNER)
+            found, flat = embed_pairs(vectorizer, (texts, documents), owner=OWNER)
         scores = self._score(found, flat, rows=np.repeat(np.arange(len(sizes)), sizes))
         ranked = Ranking([], [])
         for part in np.split(scores, np.cumsum(sizes)[:-1]) if len(sizes) else ():
@@ -294,12 +290,6 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         return map_at_k(judged, run, k=_MAP_CUT)
 
     # Parts
-
-    def __sklearn_tags__(self) -> Any:
-        """No target is needed."""
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = False
-        return tags
 
     def _set_fitted(self, vectorizer: Any, dim: int | None, *, trained: bool) -> Reranker:
         """Keep what `fit` has learned."""

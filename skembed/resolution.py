@@ -15,13 +15,8 @@ from typing import Any
 
 import torch
 
-from skembed._validation import (
-    MISSING_POLICIES,
-    check_bool,
-    check_choice,
-    check_int,
-    check_string,
-)
+from skembed._inputs import MISSING_POLICIES
+from skembed._validation import check_bool, check_choice, check_int, check_string
 from skembed.adapters import Adapter, read_pooling_kind
 from skembed.cache import resolve_cache
 from skembed.checkpoint import (

@@ -15,24 +15,17 @@ from skembed._corpus import (
     check_new_ids,
     find_positions,
     join_titles,
-    prepare_vectors,
     read_judgments,
 )
 from skembed._device_search import choose_search_device
-from skembed._document_index import DocumentIndex
+from skembed._document_index import DocumentIndex, prepare_vectors
 from skembed._index_file import read_index, write_index
 from skembed._model_mark import check_mark, mark_model
 from skembed._stored_vectors import STORAGE_KINDS
-from skembed._text_estimator import (
-    TextEstimatorMixin,
-    check_embeddings,
-    check_text_column,
-    embed_side,
-    make_vectorizer,
-)
+from skembed._text_estimator import TextEstimatorMixin, make_vectorizer
 from skembed._validation import check_choice, check_int, check_string
 from skembed.metrics import ndcg_at_k, search_to_run
-from skembed.similarity import TopK, Vectors
+from skembed.similarity import TopK
 
 __all__ = ["Retriever"]
 
@@ -50,10 +43,12 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
 
     Parameters
     ----------
-    vectorizer : str, path, transformer or None, default="skembed-mini"
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
         What embeds texts: the name of a model, which stays frozen, or an object with
         ``transform`` (and ``encode_query`` and ``encode_document``, if queries and documents
-        differ), which `fit` clones and fits. None takes embeddings in place of texts.
+        differ), which `fit` clones and fits. An encoder (an object with ``encode``, such as a
+        SentenceTransformer, or a callable) is used as it is. None takes embeddings in place of
+        texts.
     similarity : {"cosine", "dot"}, default="cosine"
         What a score is.
     storage : {"float32", "float16", "int8", "binary"}, default="float32"
@@ -208,13 +203,14 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             When `top_k` or a query is not as it must be, or no document is left.
         """
         check_is_fitted(self)
-        n = len(self._index)
+        n = len(self.ids_)
         if not n:
             raise ValueError(f"This {OWNER} holds no documents. Call `add` or `fit` first.")
         top_k = check_int(top_k, name="top_k", owner=OWNER, low=1, high=n)
         rescore = check_int(self.rescore, name="rescore", owner=OWNER, low=1)
         device = choose_search_device(self.device, owner=OWNER)
-        vectors = self._embed_queries(queries)
+        vectors = self._embed_vectors(queries, name="queries", min_rows=0)
+        vectors = prepare_vectors(vectors, self.similarity, owner=f"{OWNER}.search")
         return self._index.search(vectors, top_k, rescore=rescore, device=device)
 
     def add(self, documents: Any, *, ids: Any = None) -> Retriever:
@@ -252,7 +248,10 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             )
         if new is not None:
             check_new_ids(new, self.ids_, owner=owner)
-        vectors = self._embed_documents(documents)
+        if getattr(self, "vectorizer_", None) is not None:
+            documents = join_titles(documents, owner=owner, name="documents")
+        vectors = self._embed_vectors(documents, side="document", name="documents")
+        vectors = prepare_vectors(vectors, self.similarity, owner=owner)
         if new is None:
             first = self._index.n_seen
             new = np.arange(first, first + len(vectors), dtype=np.int64)
@@ -334,7 +333,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
                 f"queries; got {len(judged)}."
             )
         run = search_to_run(*found, document_ids=self.ids_.tolist())
-        return ndcg_at_k(dict(enumerate(judged)), run, k=_SCORED)
+        return ndcg_at_k(judged, run, k=_SCORED)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index to a folder: arrays, and a manifest with the mark of the model.
@@ -383,7 +382,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         ----------
         path : str or path
             The folder that `save` wrote.
-        vectorizer : "saved", str, path, transformer or None, default="saved"
+        vectorizer : "saved", str, path, transformer, encoder or None, default="saved"
             What embeds queries; used as it is, not cloned. It must be the model that embedded
             the documents. "saved" takes the name that the retriever had as its `vectorizer`.
         mmap : bool, default=True
@@ -429,12 +428,6 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
 
     # Parts
 
-    def __sklearn_tags__(self) -> Any:
-        """No target is needed."""
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = False
-        return tags
-
     def _check_parameters(self) -> None:
         """Raise for a parameter of wrong type or value."""
         similarities, algorithms = ("cosine", "dot"), ("exact", "hnsw")
@@ -454,29 +447,6 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
                 f"The `rescore_storage` parameter of `{OWNER}` must be finer than "
                 f"storage={self.storage!r}, or None; got {self.rescore_storage!r}."
             )
-
-    def _embed_documents(self, documents: Any) -> Vectors:
-        """Return the vectors of more documents, (n, dim)."""
-        owner = f"{OWNER}.add"
-        if getattr(self, "vectorizer_", None) is not None:
-            documents = join_titles(documents, owner=owner, name="documents")
-        vectors = self._embed_vectors(documents, side="document", name="documents")
-        return prepare_vectors(vectors, self.similarity, owner=owner)
-
-    def _embed_queries(self, queries: Any) -> Vectors:
-        """Return the vectors of queries, (n_queries, dim); an empty list gives none."""
-        name, vectorizer = "queries", getattr(self, "vectorizer_", None)
-        if vectorizer is None:
-            vectors = check_embeddings(self, queries, name=name, min_rows=0)
-        else:
-            texts = check_text_column(
-                queries, vectorizer=vectorizer, owner=OWNER, name=name, min_rows=0
-            )
-            vectors = np.empty((0, self.embedding_dim_), dtype=np.float32)
-            if texts:
-                dim = self.embedding_dim_
-                vectors = embed_side(vectorizer, texts, "query", owner=OWNER, dim=dim)
-        return prepare_vectors(vectors, self.similarity, owner=f"{OWNER}.search")
 
 
 def _check_count(ids: Ids, n: int, *, owner: str) -> None:

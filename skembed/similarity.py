@@ -555,30 +555,26 @@ class _BestKeys:
         order = np.argsort(rows, kind="stable")
         rows, keys = rows[order], keys[order]
         starts = np.searchsorted(rows, np.arange(len(self.keys) + 1))
-        for block in self._iterate_rows(int(np.diff(starts).max())):
+        n, k = self.keys.shape
+        for block in _iterate_slices(n, max(1, _MERGED_KEYS // (k + int(np.diff(starts).max())))):
             own = slice(int(starts[block.start]), int(starts[block.stop]))
             widths = np.diff(starts[block.start : block.stop + 1])
-            shape = len(widths), self.keys.shape[1] + int(widths.max())
+            shape = len(widths), k + int(widths.max())
             merged = np.full(shape, _NO_KEY, dtype=np.int64)
             places = np.arange(own.start, own.stop) - np.repeat(starts[block], widths)
-            merged[rows[own] - block.start, self.keys.shape[1] + places] = keys[own]
+            merged[rows[own] - block.start, k + places] = keys[own]
             self._keep_largest(block, merged)
 
     def _merge_all(
         self, scores: Vectors, allowed: npt.NDArray[np.bool_], low_halves: Indices
     ) -> None:
         """Merge every allowed score at once, some queries at a time."""
-        k, width = self.keys.shape[1], scores.shape[1]
-        for block in self._iterate_rows(width):
+        (n, k), width = self.keys.shape, scores.shape[1]
+        for block in _iterate_slices(n, max(1, _MERGED_KEYS // (k + width))):
             merged = np.empty((block.stop - block.start, k + width), dtype=np.int64)
             _pack_keys(scores[block], low_halves, out=merged[:, k:])
             np.copyto(merged[:, k:], _NO_KEY, where=~allowed[block])
             self._keep_largest(block, merged)
-
-    def _iterate_rows(self, width: int) -> Iterator[slice]:
-        """Cut the queries into slices whose keys, with `width` new ones each, are few enough."""
-        n, k = self.keys.shape
-        return _iterate_slices(n, max(1, _MERGED_KEYS // (k + width)))
 
     def _keep_largest(self, block: slice, merged: Indices) -> None:
         """Keep the k largest of `merged` (B, k + width), whose first k places are still free."""

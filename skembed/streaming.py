@@ -19,6 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from skembed._files import hold_lock
+from skembed._inputs import TextColumns
 from skembed._shards import (
     ParquetTarget,
     Target,
@@ -28,14 +29,7 @@ from skembed._shards import (
 )
 from skembed._stream_manifest import Manifest, read_manifest, write_manifest
 from skembed._stream_source import Block, TextSource, check_block, extend_digest, open_source
-from skembed._validation import (
-    TextColumns,
-    check_bool,
-    check_choice,
-    check_int,
-    check_string,
-    import_optional,
-)
+from skembed._validation import check_bool, check_choice, check_int, check_string, import_optional
 from skembed.engine import NUMERICS_VERSION, PROGRESS_DELAY_S
 from skembed.exceptions import SkembedWarning
 from skembed.resolution import OWNER, ResolvedModel, check_parameters

@@ -20,13 +20,12 @@ from sklearn.utils.validation import check_array, check_consistent_length, colum
 from skembed._text_estimator import (
     TextEstimatorMixin,
     check_embeddings,
-    check_pair_columns,
-    embed_side,
     fit_vectorizer,
     make_vectorizer,
     trains_on_labels,
 )
 from skembed._validation import check_choice, check_real
+from skembed.embedding import check_pair_columns, embed_pairs
 from skembed.exceptions import SkembedWarning
 
 __all__ = ["CALIBRATIONS", "SimilarityRegressor"]
@@ -45,11 +44,13 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
 
     Parameters
     ----------
-    vectorizer : str, path, transformer or None, default="skembed-mini"
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
         What embeds the texts; `fit` uses a clone. A name or path is a frozen model of
         `NVEmbedVectorizer`. An instance that trains (its `trainer` is "auto" or a
         ContrastiveTrainer) is tuned on pairs with scores, as in a Pipeline; pass
-        ``trainer=None`` to keep it frozen. None: X holds embeddings of pairs side by side.
+        ``trainer=None`` to keep it frozen. An encoder (an object with ``encode``, such as a
+        SentenceTransformer, or a callable) is used as it is. None: X holds embeddings of pairs side
+        by side.
     calibration : {"logistic", "isotonic", None}, default="logistic"
         The curve from cosine to score. "logistic" has two parameters and keeps the order of the
         cosines; "isotonic" is a step function, which follows the scores more closely where there
@@ -230,10 +231,9 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
         else:
             fit_vectorizer(vectorizer, pairs[0] + pairs[1])
         chosen = [np.asarray(side, dtype=object)[rows].tolist() for side in pairs]
-        left = embed_side(vectorizer, chosen[0], "query", owner=owner)
-        right = embed_side(vectorizer, chosen[1], "document", owner=owner, dim=left.shape[1])
-        self._set_vectorizer(vectorizer, left.shape[1])
-        return _split_cosines(np.hstack([left, right])), rows
+        sides = embed_pairs(vectorizer, chosen, owner=owner)
+        self._set_vectorizer(vectorizer, sides[0].shape[1])
+        return _split_cosines(np.hstack(sides)), rows
 
     def _train(self, vectorizer: Any, pairs: tuple[_Texts, _Texts], scores: Floats) -> Any:
         """Train the vectorizer on some of the pairs and return the rows it did not see."""
@@ -250,13 +250,9 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
         owner = type(self).__name__
         if not self.__sklearn_is_fitted__() or not hasattr(self, "vectorizer_"):
             return _split_cosines(self._embed_vectors(X))
-        left, right = check_pair_columns(X, vectorizer=self.vectorizer_, owner=owner)
-        dim = self.embedding_dim_
-        vectors = [
-            embed_side(self.vectorizer_, texts, side, owner=owner, dim=dim)
-            for texts, side in ((left, "query"), (right, "document"))
-        ]
-        return _split_cosines(np.hstack(vectors))
+        pairs = check_pair_columns(X, vectorizer=self.vectorizer_, owner=owner)
+        sides = embed_pairs(self.vectorizer_, pairs, owner=owner, dim=self.embedding_dim_)
+        return _split_cosines(np.hstack(sides))
 
     def __sklearn_is_fitted__(self) -> bool:
         """Fitted once it is known whether there is a curve."""

@@ -14,8 +14,9 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
+from skembed._inputs import TextColumns, check_texts, count_columns
 from skembed._saving import read_settings, save_vectorizer
-from skembed._validation import TextColumns, check_bool, check_texts, count_columns
+from skembed._validation import check_bool
 from skembed.adapters import Adapter
 from skembed.cache import resolve_cache
 from skembed.checkpoint import pack_folder

@@ -65,3 +65,59 @@ class TwoSidedVectorizer(FakeVectorizer):
     def encode_document(self, X: Sequence[str]) -> np.ndarray:
         front = f"{self.document_instruction} " if self.document_instruction else ""
         return self.transform([front + text for text in X])
+
+
+class EncodeOnly:
+    """An encoder that is no transformer; a copy or a fit of it is an error."""
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        return FakeVectorizer().transform(texts)
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("an encoder that is used as it is was fitted")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        raise AssertionError("an encoder that is used as it is was copied")
+
+
+class TwoSidedEncoder(EncodeOnly):
+    """Has the two sides as well, documents with a word of their own in front."""
+
+    def encode_query(self, texts: Sequence[str]) -> np.ndarray:
+        return self.encode(texts)
+
+    def encode_document(self, texts: Sequence[str]) -> np.ndarray:
+        return self.encode([f"document {text}" for text in texts])
+
+
+class SentenceTransformerLike(EncodeOnly):
+    """The signatures of sentence-transformers 6.2; it can be called, as any module of torch."""
+
+    def encode(
+        self,
+        inputs: Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        output_value: str | None = "sentence_embedding",
+        precision: str = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        return FakeVectorizer().transform([f"{prompt or ''}{text}" for text in inputs])
+
+    def encode_query(self, inputs: Sequence[str], **kwargs: Any) -> np.ndarray:
+        return self.encode(inputs, **kwargs)
+
+    def encode_document(self, inputs: Sequence[str], **kwargs: Any) -> np.ndarray:
+        return self.encode(inputs, prompt="document ", **kwargs)
+
+    def __call__(self, features: dict[str, Any]) -> None:
+        raise AssertionError("the forward pass takes token ids")
+
+
+def call_fake(texts: Sequence[str]) -> np.ndarray:
+    """Embed as `FakeVectorizer` does, as a plain function."""
+    return FakeVectorizer().transform(texts)

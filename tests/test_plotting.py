@@ -630,7 +630,12 @@ def test_missing_texts_follow_the_vectorizer() -> None:
     ("estimator", "X", "error", "message"),
     [
         (EmbeddingClassifier(FakeVectorizer()), TEXTS, NotFittedError, "not fitted"),
-        (object(), TEXTS, TypeError, "`estimator` parameter of `EmbeddingMapDisplay`.*got object"),
+        (
+            object(),
+            TEXTS,
+            TypeError,
+            "`estimator` parameter of `EmbeddingMapDisplay`.*got an object of type object",
+        ),
         (FakeVectorizer, TEXTS, TypeError, "`estimator` parameter"),
         (FakeVectorizer(), "a text", TypeError, "bare str"),
         (FakeVectorizer(), [("a", "b")], ValueError, "got pairs"),

@@ -535,7 +535,7 @@ def test_score_takes_judgments_in_any_form(corpus: np.ndarray) -> None:
         ([{"a": 1}, []], None, ValueError, "1 of 2 have none, the first is query 1"),
         ([{"a": 1}], None, ValueError, "each of 2 queries; got 1"),
         ([{7: 1}, {8: 1}], None, ValueError, "none of them is there. Ids of `y` are such as 7"),
-        ([{"a": 1}, 0.5], None, TypeError, r"y\[1\] is of type float"),
+        ([{"a": 1}, 0.5], None, TypeError, "lists of document ids; got float for query 1"),
         ({"q": ["a"]}, None, ValueError, "`query_ids`.*since `y` is a mapping"),
         ({"q": ["a"]}, ["q", "r"], ValueError, "1 of 2 have none, the first is query 1"),
         (["a", "b"], ["q", "r"], TypeError, "must be a mapping, since `query_ids` is given"),

@@ -12,16 +12,14 @@ import pytest
 from scipy import sparse
 
 from skembed import exceptions
+from skembed._inputs import MISSING_POLICIES, check_texts, replace_surrogates
 from skembed._validation import (
-    MISSING_POLICIES,
     check_bool,
     check_choice,
     check_int,
     check_real,
     check_string,
-    check_texts,
     import_optional,
-    replace_surrogates,
 )
 
 TEXTS = ["a cat", "", "ein Käse", "日本語 🎉", "nul \0 inside"]
@@ -629,7 +627,7 @@ def test_import_optional_names_the_dependency_that_is_absent(tmp_path, monkeypat
 def test_nothing_heavy_is_imported():
     code = (
         "import sys; import skembed.exceptions, skembed.instructions\n"
-        "from skembed._validation import check_texts\n"
+        "from skembed._inputs import check_texts\n"
         "check_texts(['a', None], owner='O', missing='nan')\n"
         "print([m for m in ('torch', 'pandas', 'polars', 'transformers') if m in sys.modules])"
     )
