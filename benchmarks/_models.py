@@ -26,6 +26,7 @@ from skembed.registry import (
     LoadedModel,
     ModelKey,
     choose_attention_path,
+    cpu_has_bfloat16,
     prove_bidirectional,
     registry,
 )
@@ -53,7 +54,6 @@ def start_on_device(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace
     """Add the options of a GPU benchmark, parse, and return them with the device."""
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
-    parser.add_argument("--layers", type=int, help="fewer layers than 32, for a smaller GPU")
     parser.add_argument("--batch-tokens", type=int, help="tokens of a pass; default: our choice")
     args = start(parser)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -106,17 +106,22 @@ def load_model(folder: str | Path, device: torch.device, dtype: str) -> LoadedMo
 
 
 def build_model(backbone: dict[str, Any], device: torch.device) -> LoadedModel:
-    """Return a bfloat16 model of random weights with mean pooling, made on the device itself."""
+    """Return a model of random weights with mean pooling, made on the device itself.
+
+    In bfloat16, but for a processor that lacks it.
+    """
     config = NVEmbedConfig(backbone=backbone, pooling="mean")
-    path = choose_attention_path(device, torch.bfloat16)
+    native = device.type != "cpu" or cpu_has_bfloat16()
+    dtype = torch.bfloat16 if native else torch.float32
+    path = choose_attention_path(device, dtype)
     torch.manual_seed(0)
     with torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(dtype)
         model = NVEmbedModel(config, attention_path=path)
         torch.set_default_dtype(torch.float32)
     rotary = model.embedding_model.rotary_emb  # its table stays float32
     model.embedding_model.rotary_emb = type(rotary)(config=model.embedding_model.config).to(device)
     model.eval().requires_grad_(False)
     prove_bidirectional(model, device)
-    key = ModelKey("random", "mean", str(device), "bfloat16", path)
+    key = ModelKey("random", "mean", str(device), str(dtype).removeprefix("torch."), path)
     return LoadedModel(key, config, model, None)  # type: ignore[arg-type]

@@ -316,6 +316,7 @@ def run(args: Any, device: torch.device, folder: Path) -> int:
 def main() -> int:
     """Check the device, and run."""
     parser = make_parser(__doc__, texts=2_000, data=False)
+    parser.add_argument("--layers", type=int, help="fewer layers than 32, for a smaller GPU")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the checkpoint goes, instead of /tmp")
     parser.add_argument("--load-only", type=Path, help="measure loading of this folder, and stop")

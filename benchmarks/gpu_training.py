@@ -23,7 +23,9 @@ from _results import Figure, finish
 from skembed.adapters import start_lora
 from skembed.batches import BatchPlan, TaskPlan, TextTable
 from skembed.examples import Examples
+from skembed.history import TrainingHistory
 from skembed.lora import LoraSettings
+from skembed.registry import LoadedModel
 from skembed.training import TrainingSettings, run_training
 
 PEAK_AIM = 0.4
@@ -49,6 +51,7 @@ def build_plan(args: argparse.Namespace, vocabulary: int) -> BatchPlan:
 def main() -> int:
     """Train a few steps and write the figures."""
     parser = make_parser(__doc__, data=False)
+    parser.add_argument("--layers", type=int, help="fewer layers than 32, for a smaller GPU")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--negatives", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=128)
@@ -60,12 +63,8 @@ def main() -> int:
     return run(args, device)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> int:
-    """Build, train, write."""
-    sizes = TINY if args.tiny else SEVEN_B
-    layers = args.layers or sizes["num_hidden_layers"]
-    base = build_model({**sizes, "num_hidden_layers": layers}, device)
-    plan = build_plan(args, int(base.config.backbone["vocab_size"]))
+def train(base: LoadedModel, plan: BatchPlan, args: argparse.Namespace) -> TrainingHistory:
+    """Train all linear layers' adapters for some steps."""
     lora = LoraSettings(16, 32.0, 0.1, "all-linear")
     settings = TrainingSettings(
         lora=lora,
@@ -81,10 +80,19 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         patience=1,
         seed=0,
     )
+    weights = start_lora(base.config, lora, np.random.SeedSequence(0))
+    return run_training(base, plan, settings, lora=weights, pooling={}, progress=False)[1]
+
+
+def run(args: argparse.Namespace, device: torch.device) -> int:
+    """Build, train, write."""
+    sizes = TINY if args.tiny else SEVEN_B
+    layers = args.layers or sizes["num_hidden_layers"]
+    base = build_model({**sizes, "num_hidden_layers": layers}, device)
+    plan = build_plan(args, sizes["vocab_size"])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    weights = start_lora(base.config, lora, np.random.SeedSequence(0))
-    _, history = run_training(base, plan, settings, lora=weights, pooling={}, progress=False)
+    history = train(base, plan, args)
     speed = statistics.median(history["examples_per_s"][1:].tolist())  # the first step warms up
     step_s = args.batch / speed
     modules = base.model.embedding_model.modules()
