@@ -10,7 +10,9 @@ import argparse
 import gzip
 import json
 import os
+import re
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -105,6 +107,36 @@ def skip(reason: str) -> NoReturn:
     """End a benchmark that cannot run here; the suite tells this from a failure."""
     print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr, flush=True)
     sys.exit(EXIT_SKIPPED)
+
+
+# Processes and their memory
+
+
+def run_child(script: str, *words: object) -> dict[str, Any]:
+    """Run a script in a fresh process; return what its last line of output says."""
+    command = [sys.executable, script, *map(str, words)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{Path(script).name}: the child for {words} ended with {done.returncode}.")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def read_memory(field: str, pid: int | str = "self") -> int:
+    """Return VmRSS (now) or VmHWM (its peak) of a process in bytes; 0 where nothing says."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    found = re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
+
+
+def clear_peak() -> None:
+    """Let VmHWM of this process start again."""
+    path = Path("/proc/self/clear_refs")
+    if not path.is_file():
+        skip(f"there is no {path}: needs Linux")
+    path.write_text("5", encoding="ascii")
 
 
 # Texts

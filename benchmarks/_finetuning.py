@@ -13,7 +13,6 @@ import io
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import ROOT
+from _common import ROOT, clear_peak, read_memory
 from _results import Figure, command_line, describe_machine, finish
-from load_memory import read_memory
 
 Pairs = list[tuple[str, str]]
 # Captions and questions up to paragraphs.
@@ -161,15 +159,6 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, statistics.stdev(values) / math.sqrt(len(values))
 
 
-def run_child(script: str, task: dict[str, Any]) -> dict[str, Any]:
-    """Run a script's ``--child`` in a fresh process; what its last line of output says."""
-    command = [sys.executable, script, "--child", json.dumps(task)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{Path(script).name}: the child for {task} ended with {done.returncode}.")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
 # Training pairs
 
 
@@ -241,7 +230,7 @@ def measure_fit(fit: Callable[[Pairs], Any], pairs: Pairs, batch: int) -> dict[s
     fit(shortest[:N_TINY])
     loaded = read_memory("VmRSS")
     first_loss = float(fit(pairs[:batch]))
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again
+    clear_peak()
     began = time.perf_counter()
     fit(pairs)
     seconds = time.perf_counter() - began

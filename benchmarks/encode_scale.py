@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +23,8 @@ from _common import (
     describe_lengths,
     load_texts,
     make_parser,
+    read_memory,
+    run_child,
     seconds,
     start,
     time_share_of_peak,
@@ -71,22 +70,16 @@ class MemoryPeak:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    @staticmethod
-    def read() -> int:
-        """Resident bytes of this process."""
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-
     def _watch(self) -> None:
         while not self._stop.wait(SAMPLE_S):
-            self.most = max(self.most, self.read())
+            self.most = max(self.most, read_memory("VmRSS"))
 
     def __enter__(self) -> MemoryPeak:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.most = max(self.most, self.read())
+        self.most = max(self.most, read_memory("VmRSS"))
         self._stop.set()
         self._thread.join()
 
@@ -97,7 +90,7 @@ def measure_size(args: argparse.Namespace) -> dict[str, Any]:
     vectorizer = make_vectorizer()
     with watch_model() as activity:
         vectorizer.transform(texts[:1_000])  # prepares the matrix products
-    before = MemoryPeak.read()
+    before = read_memory("VmRSS")
     with MemoryPeak() as memory, watch_model() as activity:
         first_s = seconds(lambda: vectorizer.transform(texts))
     output = len(texts) * activity_width(vectorizer) * 4
@@ -122,10 +115,9 @@ def activity_width(vectorizer: NVEmbedVectorizer) -> int:
 
 def run_size(n_texts: int, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one size in a process of its own."""
-    words = [sys.executable, __file__, "--data", args.data, "--texts", args.texts]
-    words += ["--measure", n_texts, *(["--threads", args.threads] if args.threads else [])]
-    done = subprocess.run([*map(str, words)], check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    words = ["--data", args.data, "--texts", args.texts, "--measure", n_texts]
+    words += ["--threads", args.threads] if args.threads else []
+    found = run_child(__file__, *words)
     print(found, flush=True)
     return found
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,55 +31,27 @@ from _common import (
     describe_lengths,
     make_parser,
     measure_peak,
+    read_memory,
+    run_child,
     seconds,
-    skip,
-    start,
 )
-from _results import RESULTS, Figure, finish
+from _models import SEVEN_B, TINY, load_model, start_on_device, write_random_model
+from _results import Figure, finish
 from same_weights import export_tokenizer, load_peer, write_plain_config
 from transformers import MistralModel
 
 from skembed import NVEmbedVectorizer
-from skembed.checkpoint import (
-    ModelSource,
-    fingerprint_weights,
-    read_config,
-    resolve_source,
-    save_checkpoint,
-)
 from skembed.datasets import load_docstrings
 from skembed.engine import EmbedReport, EmbedRequest, embed_texts
 from skembed.exceptions import CausalLeakError
-from skembed.model import NVEmbedConfig, NVEmbedModel
+from skembed.model import NVEmbedConfig
 from skembed.pooling import MeanPooling
-from skembed.registry import (
-    LoadedModel,
-    ModelKey,
-    choose_attention_path,
-    prove_bidirectional,
-    registry,
-)
+from skembed.registry import LoadedModel, prove_bidirectional
 
 DTYPE = "bfloat16"
 # Log-normal, in tokens.
 MEDIAN_LENGTH, SIGMA, SHORTEST, LONGEST = 64, 1.0, 8, 512
 BATCH_SIZES = (32, 64, 128, 256)
-SEVEN_B = {
-    "vocab_size": 32_000,
-    "hidden_size": 4_096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
-TINY = {
-    "vocab_size": 24_576,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
 
 
@@ -100,22 +71,6 @@ def make_config(args: Any) -> NVEmbedConfig:
     )
 
 
-def random_tensors(
-    config: NVEmbedConfig, device: torch.device
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield float16 weights one after the other, scaled so that activations stay of order one."""
-    with torch.device("meta"):
-        shapes = {name: t.shape for name, t in NVEmbedModel(config).state_dict().items()}
-    generator = torch.Generator(device).manual_seed(0)
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            value = torch.full(shape, float(name.endswith("weight")), device=device)
-        else:
-            value = torch.randn(shape, generator=generator, device=device)
-            value *= 1.0 if "latents" in name or "embed_tokens" in name else shape[-1] ** -0.5
-        yield name, value.half().cpu()
-
-
 def make_texts(n_texts: int, tokenizer: Any) -> list[str]:
     """Return pieces of real documentation of log-normal length in tokens."""
     rng = np.random.default_rng(0)
@@ -133,43 +88,19 @@ def make_texts(n_texts: int, tokenizer: Any) -> list[str]:
 # Loading
 
 
-def load(folder: Path, device: torch.device) -> LoadedModel:
-    """Return the model of a folder as the vectorizer would load it."""
-    source = ModelSource(folder.name, folder)
-    config = read_config(source)
-    key = ModelKey(
-        fingerprint=fingerprint_weights(source),
-        pooling=config.pooling,
-        device=str(device),
-        dtype=DTYPE,
-        attention_path=choose_attention_path(device, getattr(torch, DTYPE)),
-    )
-    return registry.get(key, source, config)
-
-
-def peak_rss_bytes() -> int:
-    """Return the most memory this process has held so far; 0 where the system does not say."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return 0
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
 def measure_load(folder: Path, device: torch.device) -> None:
     """Load in this fresh process, and print time and peak memory as JSON."""
     torch.zeros(1, device=device)  # the device's own start is not part of loading
-    before = peak_rss_bytes()
+    before = read_memory("VmHWM")
     begin = time.perf_counter()
-    loaded = load(folder, device)
+    loaded = load_model(folder, device, DTYPE)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(device)
     found = {
         "seconds": round(time.perf_counter() - begin, 2),
         "folded weights, GiB": gib(loaded.weight_bytes),
-        "host peak beyond start, GiB": gib(peak_rss_bytes() - before),
+        "host peak beyond start, GiB": gib(read_memory("VmHWM") - before),
         "device peak, GiB": gib(torch.cuda.max_memory_allocated(device)) if on_gpu else None,
         "device after loading, GiB": gib(torch.cuda.memory_allocated(device)) if on_gpu else None,
     }
@@ -179,16 +110,6 @@ def measure_load(folder: Path, device: torch.device) -> None:
 def gib(n_bytes: int) -> float:
     """Return bytes as GiB."""
     return round(n_bytes / 2**30, 3)
-
-
-def measure_load_apart(folder: Path, args: Any) -> dict[str, Any]:
-    """Measure loading in a process of its own, for a clean peak."""
-    command = [sys.executable, __file__, "--device", args.device, "--load-only", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"gpu.py: loading failed:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 # Exactness
@@ -342,19 +263,13 @@ def run(args: Any, device: torch.device, folder: Path) -> int:
     config = make_config(args)
     print("writing the checkpoint ...", flush=True)
     checkpoint = folder / "nvembed"
-    save_checkpoint(
-        checkpoint,
-        config=config,
-        tensors=random_tensors(config, device),
-        tokenizer_folder=resolve_source("skembed-mini").folder,
-        extra={},
-    )
+    write_random_model(checkpoint, config, device)
     print("loading, in a process of its own ...", flush=True)
-    loading = measure_load_apart(checkpoint, args)
+    loading = run_child(__file__, "--device", args.device, "--load-only", checkpoint)
     print("the machine's peak ...", flush=True)
     sizes = (512, 1024) if args.tiny else (4096, 8192, 16384)
     peak = measure_peak(device, dtypes=(DTYPE,), sizes=sizes)
-    loaded = load(checkpoint, device)
+    loaded = load_model(checkpoint, device, DTYPE)
     native = loaded.model.attention_path
     paths = tuple(dict.fromkeys([native, "padded"]))
     leaks, golden = check_leaks(loaded, paths), check_golden(args)
@@ -401,27 +316,14 @@ def run(args: Any, device: torch.device, folder: Path) -> int:
 def main() -> int:
     """Check the device, and run."""
     parser = make_parser(__doc__, texts=2_000, data=False)
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, help="fewer layers than 32, for a smaller GPU")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
-    parser.add_argument("--batch-tokens", type=int, help="tokens of a pass; default: the engine's")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the checkpoint goes, instead of /tmp")
     parser.add_argument("--load-only", type=Path, help="measure loading of this folder, and stop")
-    args = start(parser)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        skip(
-            "needs a CUDA device, and torch sees none here. To see that it runs: "
-            "python benchmarks/gpu.py --device cpu --tiny"
-        )
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
+    args, device = start_on_device(parser)
     if args.load_only:
         measure_load(args.load_only, device)
         return 0
-    if args.tiny and args.out == RESULTS:
-        args.out = RESULTS.parent / "output"  # says nothing about speed: not to be published
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         return run(args, device, Path(folder))
 

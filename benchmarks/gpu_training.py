@@ -16,50 +16,19 @@ import sys
 
 import numpy as np
 import torch
-from _common import make_parser, measure_peak, skip, start
-from _results import RESULTS, Figure, finish
+from _common import make_parser, measure_peak
+from _models import SEVEN_B, TINY, build_model, start_on_device
+from _results import Figure, finish
 
 from skembed.adapters import start_lora
 from skembed.batches import BatchPlan, TaskPlan, TextTable
 from skembed.examples import Examples
+from skembed.history import TrainingHistory
 from skembed.lora import LoraSettings
-from skembed.model import NVEmbedConfig, NVEmbedModel
-from skembed.registry import LoadedModel, ModelKey, choose_attention_path, prove_bidirectional
+from skembed.registry import LoadedModel
 from skembed.training import TrainingSettings, run_training
 
 PEAK_AIM = 0.4
-SIZES = {
-    "vocab_size": 32_000,
-    "hidden_size": 4_096,
-    "intermediate_size": 14_336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
-TINY = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
-
-def build_model(args: argparse.Namespace, device: torch.device) -> LoadedModel:
-    """Random weights straight on the device, in bfloat16."""
-    sizes = {**(TINY if args.tiny else SIZES), "num_hidden_layers": args.layers}
-    config = NVEmbedConfig(backbone=sizes, pooling="mean")
-    path = choose_attention_path(device, torch.bfloat16)
-    torch.manual_seed(0)
-    with torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
-        model = NVEmbedModel(config, attention_path=path)
-        torch.set_default_dtype(torch.float32)
-    rotary = model.embedding_model.rotary_emb  # its table stays float32
-    model.embedding_model.rotary_emb = type(rotary)(config=model.embedding_model.config).to(device)
-    model.eval().requires_grad_(False)
-    prove_bidirectional(model, device)
-    key = ModelKey("random", "mean", str(device), "bfloat16", path)
-    return LoadedModel(key, config, model, None)  # type: ignore[arg-type]
 
 
 def build_plan(args: argparse.Namespace, vocabulary: int) -> BatchPlan:
@@ -82,32 +51,20 @@ def build_plan(args: argparse.Namespace, vocabulary: int) -> BatchPlan:
 def main() -> int:
     """Train a few steps and write the figures."""
     parser = make_parser(__doc__, data=False)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--layers", type=int, help="fewer layers than 32, for a smaller GPU")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--negatives", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--batch-tokens", type=int, help="tokens of a chunk; default: our choice")
     parser.add_argument("--checkpointing", action="store_true")
-    args = start(parser)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        skip(
-            "needs a CUDA device, and torch sees none here. To see that it runs: "
-            "python benchmarks/gpu_training.py --device cpu --tiny"
-        )
+    args, device = start_on_device(parser)
     if args.tiny:
         args.layers, args.batch, args.tokens = 2, 8, 16
-        if args.out == RESULTS:
-            args.out = RESULTS.parent / "output"  # says nothing about speed: not to be published
-    return run(args, torch.device(args.device))
+    return run(args, device)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> int:
-    """Build, train, write."""
-    base = build_model(args, device)
-    plan = build_plan(args, int(base.config.backbone["vocab_size"]))
+def train(base: LoadedModel, plan: BatchPlan, args: argparse.Namespace) -> TrainingHistory:
+    """Train all linear layers' adapters for some steps."""
     lora = LoraSettings(16, 32.0, 0.1, "all-linear")
     settings = TrainingSettings(
         lora=lora,
@@ -123,14 +80,23 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         patience=1,
         seed=0,
     )
+    weights = start_lora(base.config, lora, np.random.SeedSequence(0))
+    return run_training(base, plan, settings, lora=weights, pooling={}, progress=False)[1]
+
+
+def run(args: argparse.Namespace, device: torch.device) -> int:
+    """Build, train, write."""
+    sizes = TINY if args.tiny else SEVEN_B
+    layers = args.layers or sizes["num_hidden_layers"]
+    base = build_model({**sizes, "num_hidden_layers": layers}, device)
+    plan = build_plan(args, sizes["vocab_size"])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    weights = start_lora(base.config, lora, np.random.SeedSequence(0))
-    _, history = run_training(base, plan, settings, lora=weights, pooling={}, progress=False)
+    history = train(base, plan, args)
     speed = statistics.median(history["examples_per_s"][1:].tolist())  # the first step warms up
     step_s = args.batch / speed
-    layers = base.model.embedding_model.modules()
-    n_weights = sum(m.weight.numel() for m in layers if isinstance(m, torch.nn.Linear))
+    modules = base.model.embedding_model.modules()
+    n_weights = sum(m.weight.numel() for m in modules if isinstance(m, torch.nn.Linear))
     tokens = args.batch * (2 + args.negatives) * args.tokens
     gflop = 3 * 2 * n_weights * tokens / 1e9  # forward twice, activations' gradient once
     sizes = (512,) if args.tiny else (4_096, 8_192)

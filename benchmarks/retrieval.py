@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -29,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import make_parser, seconds, start
+from _common import clear_peak, make_parser, read_memory, run_child, seconds, start
 from _results import Figure, finish
-from load_memory import read_memory
 
 Vectors = np.ndarray
 Search = Callable[[Vectors, Vectors, int], tuple[Vectors, Vectors]]  # scores, indices
@@ -103,7 +101,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     # Imports, thread pools and compiled kernels belong to the process, not to this search.
     search(corpus[:2000], queries[:20], min(args.top_k, 10))
     before = read_memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again
+    clear_peak()
     found: list[Any] = []
 
     def task() -> None:
@@ -127,11 +125,7 @@ def run_side(side: str, args: argparse.Namespace, documents: int, keep: Path) ->
         "--keep": keep,
         **({"--threads": args.threads} if args.threads else {}),
     }
-    words = [str(word) for pair in options.items() for word in pair]
-    done = subprocess.run(
-        [sys.executable, __file__, *words], check=True, stdout=subprocess.PIPE, text=True
-    )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result = run_child(__file__, *(word for pair in options.items() for word in pair))
     times = ", ".join(f"{t:.2f}" for t in result["times_s"])
     print(f"  {side}: {times} s, peak {result['peak_MiB']:.0f} MiB", flush=True)
     return result

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,14 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import make_parser, start
+from _common import make_parser, read_memory, start
+from _models import BUNDLED_VOCABULARY, write_random_model
 from _results import Figure, finish
-from load_memory import make_tensors
-from safetensors.torch import save_file
 
 from skembed import NVEmbedVectorizer
-from skembed.checkpoint import resolve_source
-from skembed.model import NVEmbedConfig
+from skembed.model import NVEmbedConfig, NVEmbedModel
 from skembed.streaming import ROWS_PER_SHARD, open_embeddings
 
 BACKBONE: dict[str, Any] = {
@@ -45,7 +40,7 @@ BACKBONE: dict[str, Any] = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
-    "vocab_size": 24_576,  # the tokenizer is that of the bundled model
+    "vocab_size": BUNDLED_VOCABULARY,
 }
 WORDS = (
     "card account loan money bank rate time house river cat dog tax letter paper music train city "
@@ -72,12 +67,8 @@ def make_texts(n_texts: int) -> Iterator[str]:
 def make_model(folder: Path) -> int:
     """Write a model of random weights; their number."""
     config = NVEmbedConfig(backbone=BACKBONE, pooling="mean")
-    tensors = dict(make_tensors(config))
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copy(resolve_source("skembed-mini").folder / "tokenizer.json", folder)
-    (folder / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
-    return sum(tensor.numel() for tensor in tensors.values())
+    write_random_model(folder, config)
+    return sum(tensor.numel() for tensor in NVEmbedModel(config).state_dict().values())
 
 
 def make_vectorizer(model: Path) -> NVEmbedVectorizer:
@@ -110,15 +101,6 @@ def count_rows(path: Path, rows_per_shard: int) -> int:
     return rows_per_shard * len(list(path.glob("part-*.parquet")))
 
 
-def read_memory(pid: int) -> int:
-    """Resident bytes of a process; 0 once it has ended."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 def end_well(process: subprocess.Popen[bytes]) -> None:
     """Wait for a writer; one that failed ends the benchmark."""
     if process.wait():
@@ -131,7 +113,7 @@ def run_undisturbed(path: Path, model: Path, args: argparse.Namespace) -> dict[s
     samples: list[tuple[int, int]] = []
     first = 0.0
     while process.poll() is None:
-        rows, memory = count_rows(path, args.rows_per_shard), read_memory(process.pid)
+        rows, memory = count_rows(path, args.rows_per_shard), read_memory("VmRSS", process.pid)
         if memory:
             samples.append((rows, memory))
         if rows and not first:

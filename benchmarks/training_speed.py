@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import describe_lengths, make_parser, read_rows, start
-from _finetuning import Pairs, Results, count_padding, load_pairs, measure_fit, run_child
+from _common import describe_lengths, make_parser, read_rows, run_child, start
+from _finetuning import Pairs, Results, count_padding, load_pairs, measure_fit
 from _results import Figure
 from same_weights import MAX_LENGTH, SameIds, cut_equal, export_backbone, load_peer
 
@@ -138,12 +138,17 @@ def run_task(task: dict[str, Any]) -> None:
 # The parent
 
 
+def run_task_apart(task: dict[str, Any]) -> dict[str, Any]:
+    """Run a task in a fresh process."""
+    return run_child(__file__, "--child", json.dumps(task))
+
+
 def compare_sides(task: dict[str, Any], chunk: str, repeats: int) -> dict[str, Any]:
     """Run both sides in turn; ratios, and of each side the medians."""
     runs: dict[str, list[dict[str, float]]] = {"skembed": [], "sentence-transformers": []}
     ratios = []
     for _ in range(repeats):
-        pair = [run_child(__file__, {**task, "side": side, "chunk": chunk}) for side in runs]
+        pair = [run_task_apart({**task, "side": side, "chunk": chunk}) for side in runs]
         for side, found in zip(runs, pair, strict=True):
             runs[side].append(found)
         ours, theirs = pair
@@ -182,7 +187,7 @@ def measure_speed(results: Results, task: dict[str, Any], args: argparse.Namespa
             "side": "sentence-transformers",
             "n_pairs": max(args.batch, task["n_pairs"] // 4),
         }
-        runs = {c: run_child(__file__, {**fewer, "chunk": c}) for c in (*args.chunks, "uncached")}
+        runs = {c: run_task_apart({**fewer, "chunk": c}) for c in (*args.chunks, "uncached")}
         fields = ("examples_per_s", "used_MiB")
         results.add(part, "sweep", {c: {f: run[f] for f in fields} for c, run in runs.items()})
     swept = results.parts[part]["sweep"]
@@ -197,7 +202,7 @@ def measure_memory(results: Results, task: dict[str, Any], args: argparse.Namesp
     for batch in args.batches:
         if not results.has(part, f"batch {batch}"):
             asked = {**task, "side": "skembed", "bundled": True, "batch": batch}
-            found = run_child(__file__, {**asked, "n_pairs": args.memory_pairs})
+            found = run_task_apart({**asked, "n_pairs": args.memory_pairs})
             # A vector of each text of the batch, and its gradient.
             found["embeddings_MiB"] = round(2 * batch * found["dim"] * 2 * 4 / 2**20, 1)
             results.add(part, f"batch {batch}", found)

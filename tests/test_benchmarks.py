@@ -206,7 +206,10 @@ def test_a_command_gets_its_place_once_there_is_a_result(suite: ModuleType, tmp_
     assert fill.fill(text, tmp_path / "docs" / "other.md", tmp_path) == text
 
 
-# Limits of the forward pass, and torch.compile
+# Limits of the forward pass, torch.compile, and the probe of a GPU
+
+
+HELPERS = ("_common", "_models", "_results", "gpu_training")
 
 
 @pytest.fixture
@@ -217,7 +220,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield __import__
-    for name in ("compile", "forward_limits", "_common", "_results"):
+    for name in ("compile", "forward_limits", "gpu_probe", *HELPERS):
         sys.modules.pop(name, None)
 
 
@@ -279,6 +282,22 @@ def test_warm_up_is_paid_back_only_by_a_gain(load: Any) -> None:
     assert count(20.0, before_s=3.0, after_s=2.0, n_texts=100) == 2_000
     assert count(20.0, before_s=2.0, after_s=2.0, n_texts=100) == float("inf")
     assert count(20.0, before_s=2.0, after_s=3.0, n_texts=100) == float("inf")
+
+
+def test_gpu_probe_runs_at_toy_sizes(
+    load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_probe.py", "--cpu", "--layers", "1"])
+    assert load("gpu_probe").main() == 0
+    printed = capsys.readouterr().out
+    assert "FAILED" not in printed
+    for probe in (
+        "grouped against padded",
+        "forward, padded: {",
+        "training, gradient",
+        "search on",
+    ):
+        assert re.search(rf"^{probe}", printed, re.MULTILINE)
 
 
 def test_a_step_is_timed_without_the_steps_inside(

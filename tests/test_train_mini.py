@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from skembed.model import NVEmbedModel
 from skembed.tokenization import PackedBatch, pack_texts
 
+RECIPE = ROOT / "examples" / "train_mini"
 WORDS = ("cat", "dog", "tax", "loan", "rain", "snow", "bread", "salt")
 
 
@@ -39,13 +40,13 @@ def import_script(folder: Path, name: str) -> Iterator[ModuleType]:
         yield importlib.import_module(name)
         for loaded in set(sys.modules) - before:
             file = getattr(sys.modules[loaded], "__file__", None) or ""
-            if Path(file).parent in (folder, ROOT / "benchmarks"):
+            if Path(file).parent in (folder, RECIPE, ROOT / "benchmarks"):
                 del sys.modules[loaded]
 
 
 @pytest.fixture(scope="module")
 def ablation() -> Iterator[ModuleType]:
-    yield from import_script(ROOT / "examples" / "train_mini", "ablation")
+    yield from import_script(ROOT / "benchmarks" / "ablation", "ablation")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def quality() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def inherit() -> Iterator[ModuleType]:
-    for prepare in import_script(ROOT / "examples" / "train_mini", "prepare"):
+    for prepare in import_script(RECIPE, "prepare"):
         assert prepare
         yield sys.modules["inherit"]
 
@@ -258,13 +259,13 @@ def test_word_vectors_keep_the_largest_components(ablation: ModuleType) -> None:
 
 
 def test_a_text_that_is_cut_keeps_its_end(ablation: ModuleType) -> None:
-    tokenizer = ablation.load_tokenizer()
-    long, short = ablation.encode(tokenizer, ["rain " * 40, "rain"], "STS", 10)
+    encode, tokenizer = sys.modules["ablation_examples"].encode, ablation.load_tokenizer()
+    long, short = encode(tokenizer, ["rain " * 40, "rain"], "STS", 10)
     assert long.pool_start == short.pool_start > 1
     assert len(long.ids) == long.pool_start + 10
     assert long.ids[-1] == short.ids[-1] == 2
     assert len(set(long.ids[long.pool_start : -1].tolist())) == 1  # "rain" alone
-    bare = ablation.encode(tokenizer, ["rain"], None, 10)[0]
+    bare = encode(tokenizer, ["rain"], None, 10)[0]
     assert bare.pool_start == 0
     assert bare.ids[0] == 1
 
@@ -452,7 +453,7 @@ def test_results_and_page_are_written_together(
     page.write_text(report.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     for name, value in (("ROOT", tmp_path), ("RESULTS", results), ("PAGE", page)):
         monkeypatch.setattr(report, name, value)
-    report.write_results(make_runs(report, 1.0), {"steps": 5}, results / "ablation.json")
+    report.write_results(make_runs(report, 1.0), {"steps": 5}, results)
     report.write_docs(results)
     scores = report.Scores(make_runs(report, 1.0))
     text, link = page.read_text(encoding="utf-8"), "(../benchmarks/results/ablation.md)"

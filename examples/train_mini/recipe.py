@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 # Both are scraped third-party text under a repository licence: not for weights we give away.
 LEFT_OUT = ("news_and_clickbait_headlines", "covid_faq")
 
-
-RETRIEVAL_FILES = (
-    "18f_blog_posts",
-    "acl_title_abstract_2016plus",
-    "covid_qa_passages",
-    "d2l_deep_learning_book",
-    "digitalgov_articles",
-    "dynamics365_business_docs",
-    "medquad",
-    "openstax_heading_paragraph",
-    "owasp_cheat_sheets",
-    "powershell_docs",
-    "pubmedqa_labelled",
-    "python_peps",
-    "react_docs",
-    "scitldr",
-    "squad_question_sentence",
-    "stackexchange_beer",
-    "stackexchange_coffee",
-    "stackexchange_matheducators",
-    "wikipedia_section_paragraph",
-    "wikipedia_sentence_context",
-    "wikipedia_title_lead",
-    "xquad_english",
-)
 SCHOLARLY_FILES = (  # abstracts, textbooks, medical answers: long texts full of terms
     "acl_title_abstract_2016plus",
     "covid_qa_passages",
@@ -42,34 +18,6 @@ SCHOLARLY_FILES = (  # abstracts, textbooks, medical answers: long texts full of
     "pubmedqa_labelled",
     "scitldr",
 )
-OTHER_FILES = (
-    "botframework_chitchat",
-    "comve_reason_reason",
-    "disfl_qa",
-    "ibm_argument_keypoint",
-    "medical_question_entailment",
-    "open_trivia_qa",
-    "snli_counterfactual",
-    "snli_dev_test_triplets",
-    "tatoeba_english_paraphrases",
-    "wiki_split",
-)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One contrastive stage; NV-Embed's recipe (arXiv 2405.17428, section 4) in small."""
-
-    files: tuple[str, ...]
-    in_batch_negatives: bool
-    blend: bool  # several files in one batch
-    max_steps: int
-    examples_per_file: int = 300
-    n_negatives: int = 1
-    batch_size: int = 48
-    r: int = 32
-    learning_rate: float = 3e-4
-    temperature: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -148,22 +96,8 @@ class Recipe:
     ranking_weight: float = 0.2
     ranking_temperature: float = 0.05
 
-    # Contrastive stages
-    stages: tuple[Stage, ...] = (
-        Stage(RETRIEVAL_FILES, in_batch_negatives=True, blend=False, max_steps=60),
-        Stage(
-            (*RETRIEVAL_FILES, *OTHER_FILES),
-            in_batch_negatives=False,
-            blend=True,
-            max_steps=50,
-            n_negatives=3,
-            learning_rate=2e-4,
-        ),
-    )
-    shares: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)  # of a stage's change that are tried
-
     def for_refinement(self, number: int) -> Recipe:
-        """This recipe with the rates and weights of a refinement."""
+        """Return this recipe with the rates and weights of a refinement."""
         chosen = self.refinements[number]
         return replace(
             self,
@@ -179,21 +113,12 @@ class Recipe:
         return max(self.max_length, *(part.max_length for part in self.refinements))
 
     def to_dict(self) -> dict[str, object]:
-        """The recipe as plain values, for the model card and the checkpoint."""
+        """Return the recipe as plain values, for the model card and the checkpoint."""
         return asdict(self)
 
 
-def refine_paths(paths: dict[str, Path], number: int) -> dict[str, Path]:
-    """The same files for a refinement, with a start, a checkpoint and a log of its own."""
-    own = {
-        name: paths[name].with_stem(f"{paths[name].stem}-refine-{number + 1}")
-        for name in ("start", "checkpoint", "log")
-    }
-    return {**paths, **own}
-
-
 def work_paths(work: Path) -> dict[str, Path]:
-    """Files of one run below the folder `work` (kept out of git)."""
+    """Return the files of one run below the folder `work` (kept out of git)."""
     return {
         "texts": work / "texts.jsonl",
         "long_texts": work / "long_texts.jsonl",
@@ -204,3 +129,27 @@ def work_paths(work: Path) -> dict[str, Path]:
         "checkpoint": work / "checkpoint.pt",
         "log": work / "log.jsonl",
     }
+
+
+def refine_paths(paths: dict[str, Path], number: int) -> dict[str, Path]:
+    """Return the same files for a refinement, with a start, a checkpoint and a log of its own."""
+    renamed = {
+        name: paths[name].with_stem(f"{paths[name].stem}-refine-{number + 1}")
+        for name in ("start", "checkpoint", "log")
+    }
+    return {**paths, **renamed}
+
+
+def parse_folders(description: str, **more: str) -> argparse.Namespace:
+    """Read `--work` and the folders `more`, each with its help, from the command line."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    for name, text in {"work": "folder of the training run", **more}.items():
+        parser.add_argument(f"--{name}", type=Path, required=True, help=text)
+    return parser.parse_args()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

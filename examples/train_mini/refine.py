@@ -10,7 +10,6 @@ atomically every two minutes; the same command resumes after a kill.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from corpus import read_values, source_files
 from prepare import load_tokenizer, read_texts
-from recipe import Recipe, refine_paths, work_paths
+from recipe import Recipe, parse_folders, refine_paths, work_paths
 from train import Distillation, Texts
 
 from skembed.tokenization import TextTokenizer
@@ -105,7 +104,7 @@ def refine(number: int, paths: dict[str, Path], data: Path) -> None:
         torch.save(torch.load(before["checkpoint"], weights_only=True)["model"], partial)
         partial.replace(own["start"])
     tokenizer = load_tokenizer(paths)
-    sources = collect_related(data / "train/permissive", recipe, chosen.related_words)
+    sources = collect_related(data, recipe, chosen.related_words)
     related = RelatedTexts(sources, tokenizer, recipe)
     corpora = read_texts(paths), read_texts(paths, "long_texts"), related
     offset = sum(part.steps for part in recipe.refinements[:number])
@@ -115,10 +114,7 @@ def refine(number: int, paths: dict[str, Path], data: Path) -> None:
 
 def main() -> None:
     """Go on from the distilled weights, or from where a refinement was interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder of the distillation")
-    parser.add_argument("--data", type=Path, required=True, help="folder with eval/ and train/")
-    arguments = parser.parse_args()
+    arguments = parse_folders(__doc__, data="folder with eval/ and train/")
     for number in range(len(Recipe().refinements)):
         refine(number, work_paths(arguments.work), arguments.data)
 

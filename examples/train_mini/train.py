@@ -9,7 +9,6 @@ minutes; the same command resumes after a kill.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from dev_scores import Embed, dev_scores
 from masters import MasterAdamW
 from prepare import build_config, load_tokenizer, read_texts
-from recipe import Recipe, work_paths
+from recipe import Recipe, parse_folders, work_paths
 from teacher import PackedTeacher
 from torch import Tensor
 from torch.nn import functional as F
 
-import dev
 from skembed.model import NVEmbedModel
 from skembed.pooling import segment_mean
 from skembed.tokenization import PackedBatch, TextTokenizer, iterate_batches, pack_texts
@@ -74,7 +73,7 @@ def distillation_loss(
     return loss
 
 
-def embedder(model: NVEmbedModel, tokenizer: TextTokenizer, max_length: int) -> dev.Embed:
+def embedder(model: NVEmbedModel, tokenizer: TextTokenizer, max_length: int) -> Embed:
     """Unit vectors of texts from the model as it stands."""
 
     def embed(texts: list[str]) -> np.ndarray:
@@ -186,7 +185,7 @@ class Distillation:
         if self.step >= steps:
             return
         if self.step == 0 and score_start:
-            self.log({"step": 0, **dev.dev_scores(data, self.embed, quick=True)})
+            self.log({"step": 0, **dev_scores(data, self.embed, quick=True)})
         losses: list[float] = []
         saved = logged = self.spent_s
         since, logs = self.tokens, 0
@@ -203,7 +202,7 @@ class Distillation:
                 }
                 logs += 1
                 if done or logs % SCORE_EVERY == 0:
-                    entry.update(dev.dev_scores(data, self.embed, quick=not done))
+                    entry.update(dev_scores(data, self.embed, quick=not done))
                 self.log(entry)
                 logged, since, losses = self.spent_s, self.tokens, []
             if done or self.spent_s - saved > self.recipe.checkpoint_every_s:
@@ -215,10 +214,7 @@ class Distillation:
 
 def main() -> None:
     """Train, or go on training."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder that prepare.py filled")
-    parser.add_argument("--data", type=Path, required=True, help="folder with eval/")
-    arguments = parser.parse_args()
+    arguments = parse_folders(__doc__, data="folder with eval/")
     recipe, paths = Recipe(), work_paths(arguments.work)
     texts, long_texts = read_texts(paths), read_texts(paths, "long_texts")
     tokenizer = load_tokenizer(paths)

@@ -1,7 +1,7 @@
 """The paper's ablation in small: pooling by attention, and two training stages against one.
 
-    python examples/train_mini/ablation.py --data DATA --work WORK [--jobs 2]
-    python examples/train_mini/ablation.py --write-docs
+    python benchmarks/ablation/ablation.py --data DATA --work WORK [--jobs 2]
+    python benchmarks/ablation/ablation.py --write-docs
 
 Tables 2-4 of NV-Embed (arXiv 2405.17428) on a backbone of a few layers that is trained from its
 start: six cells (end-of-sequence, mean or latent pooling; causal or bidirectional attention), and
@@ -17,14 +17,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +37,20 @@ from ablation_examples import (
     Tokens,
     bundled_folder,
     collect_examples,
-    encode,
+    encode_sides,
     load_examples,
     load_tokenizer,
     plan_stages,
 )
-from ablation_report import NAME, RESULTS, write_docs, write_results
+from ablation_report import write_docs, write_results
+from common import RESULTS, write_whole
+from dev_scores import Embed, few_shot, read, reranking, retrieval, sts
 from masters import MasterAdamW
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-import dev
 from skembed.lean import plan_buckets
 from skembed.losses import info_nce
 from skembed.model import NVEmbedConfig, NVEmbedModel
@@ -67,15 +66,14 @@ CAUSAL = "skembed-causal"
 
 
 def list_runs(seeds: Sequence[int]) -> list[Run]:
-    """Every run, seed by seed: the six cells in two stages, and one stage of the last cell."""
-    runs = []
-    for seed in seeds:
-        for attention in ("causal", "bidirectional"):
-            for pooling in ("eos", "mean", "latent"):
-                runs.append(Run(pooling, attention, "two stages", seed))
-        for schedule in ("in-batch on", "in-batch off"):
-            runs.append(Run("latent", "bidirectional", schedule, seed))
-    return runs
+    """Return every run, seed by seed: six cells in two stages, and one stage of the last cell."""
+    cells = [
+        (pooling, attention, "two stages")
+        for attention in ("causal", "bidirectional")
+        for pooling in ("eos", "mean", "latent")
+    ]
+    cells += [("latent", "bidirectional", f"in-batch {state}") for state in ("on", "off")]
+    return [Run(*cell, seed) for seed in seeds for cell in cells]
 
 
 # Attention
@@ -92,7 +90,7 @@ def causal_attention(
     packed: PackedBatch,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of each token to itself and those before: (1, H, T, d) -> (1, T, H, d).
+    """Attend from each token to itself and those before: (1, H, T, d) -> (1, T, H, d).
 
     Padded places stand behind a text, where no token of it looks.
     """
@@ -113,16 +111,12 @@ def causal_attention(
     return torch.cat(parts).unsqueeze(0), None
 
 
-def no_mask(*_: Any, **__: Any) -> None:
-    """Mask of the causal attention: none; the function itself looks back only."""
-
-
 AttentionInterface.register(CAUSAL, causal_attention)
-AttentionMaskInterface.register(CAUSAL, no_mask)
+AttentionMaskInterface.register(CAUSAL, lambda *_, **__: None)  # the function only looks back
 
 
 def first_moves_with_last(model: NVEmbedModel) -> bool:
-    """Whether a change of a text's last token reaches its first position.
+    """Tell whether a change of a text's last token reaches its first position.
 
     The other text of the pack must not notice; RuntimeError where it does.
     """
@@ -146,7 +140,7 @@ def check_attention(model: NVEmbedModel, attention: str) -> None:
 
 @lru_cache(maxsize=1)
 def word_vectors(width: int) -> Tensor:
-    """The bundled model's word vectors on their first principal components, (V, width).
+    """Return the bundled model's word vectors on their first principal components, (V, width).
 
     Scaled to unit variance: beside them, fresh layers write little, so a run begins near the mean
     of good word vectors.
@@ -160,7 +154,7 @@ def word_vectors(width: int) -> Tensor:
 
 
 def build_model(run: Run, settings: Settings) -> NVEmbedModel:
-    """A cell's model; backbones of a seed are equal, a fresh latent layer is the mean."""
+    """Return a cell's model; backbones of a seed are equal, a fresh latent layer is the mean."""
     table = word_vectors(settings.hidden_size)
     backbone = {
         "vocab_size": len(table),
@@ -195,7 +189,7 @@ def build_model(run: Run, settings: Settings) -> NVEmbedModel:
 
 
 def count_weights(model: NVEmbedModel) -> dict[str, int]:
-    """Weights of the word vectors, of the layers above them and of the pooling."""
+    """Count the weights of the word vectors, of the layers above them and of the pooling."""
     words = model.embedding_model.embed_tokens.weight.numel()
     backbone = sum(p.numel() for p in model.embedding_model.parameters())
     pooling = sum(p.numel() for p in model.latent_attention_model.parameters())
@@ -206,7 +200,7 @@ def count_weights(model: NVEmbedModel) -> dict[str, int]:
 
 
 def pack(texts: Sequence[Tokens]) -> PackedBatch:
-    """A pack of texts with instructions of different lengths; sizes from the grid."""
+    """Return a pack of texts with instructions of different lengths; sizes from the grid."""
     batch = pack_texts([text.ids for text in texts], 0, on_grid=True)
     n_pooled = sum(len(text.ids) for text in texts)  # the rest fills the grid
     index, segments = batch.pool_index[:n_pooled], batch.pool_segments[:n_pooled]
@@ -226,7 +220,7 @@ def pack(texts: Sequence[Tokens]) -> PackedBatch:
 
 
 def embed_tokens(model: NVEmbedModel, texts: Sequence[Tokens]) -> Tensor:
-    """Unit vectors, float32 (n, D), in the order of the texts; one pack."""
+    """Return unit vectors, float32 (n, D), in the order of the texts; one pack."""
     order = np.argsort([-len(text.ids) for text in texts], kind="stable")
     vectors = model(pack([texts[i] for i in order]))[: len(texts)]
     return F.normalize(vectors[torch.from_numpy(np.argsort(order))], dim=-1)
@@ -238,7 +232,7 @@ def embed_tokens(model: NVEmbedModel, texts: Sequence[Tokens]) -> Tensor:
 def contrastive_loss(
     vectors: Tensor, batch: Sequence[Example], in_batch: bool, temperature: float
 ) -> Tensor:
-    """InfoNCE of a batch; vectors (B * (2 + n), D), each example's texts in turn.
+    """Return the InfoNCE loss of a batch; vectors (B * (2 + n), D), each example's texts in turn.
 
     With `in_batch` all candidates of the batch are negatives, but for texts equal to the anchor's
     positive or to the anchor; else an example's own alone.
@@ -262,9 +256,9 @@ def contrastive_loss(
 
 
 def train_stage(model: NVEmbedModel, stage: Stage, settings: Settings) -> dict[str, Any]:
-    """One pass in batches, the optimizer new; -> tokens, seconds of the processor, losses."""
+    """Train one pass with a new optimizer; return steps, tokens, processor seconds and losses."""
     model.float()
-    optimizer = MasterAdamW(model, settings)  # it reads the rates' names, which are the same
+    optimizer = MasterAdamW(model, settings)
     size = settings.batch_size
     n_steps = len(stage.examples) // size
     warmup = max(1, round(settings.warmup_share * n_steps))
@@ -298,27 +292,15 @@ def make_embed(
     settings: Settings,
     instruction: str,
     queries: set[str] | None = None,
-) -> dev.Embed:
-    """The function texts -> vectors of a task; `queries` alone carry its instruction, or all do."""
-
-    def encode_sides(texts: list[str]) -> list[Tokens]:
-        sides: dict[str | None, list[int]] = {}
-        for i, text in enumerate(texts):
-            carries = queries is None or text in queries
-            sides.setdefault(instruction if carries else None, []).append(i)
-        tokens: dict[int, Tokens] = {}
-        for side, places in sides.items():
-            part = [texts[i] for i in places]
-            encoded = encode(tokenizer, part, side, settings.max_tokens_scored)
-            tokens.update(zip(places, encoded, strict=True))
-        return [tokens[i] for i in range(len(texts))]
+) -> Embed:
+    """Return the function texts -> vectors of a task; only `queries` carry its instruction."""
 
     def embed(texts: list[str]) -> np.ndarray:
-        tokens = encode_sides(texts)
+        sides = [instruction if queries is None or t in queries else None for t in texts]
+        tokens = encode_sides(tokenizer, texts, sides, settings.max_tokens_scored)
         out = np.empty((len(texts), settings.hidden_size), np.float32)
-        lengths = np.array([len(text.ids) for text in tokens])
         with torch.inference_mode():
-            for rows in iterate_batches(lengths, 4_096):
+            for rows in iterate_batches(np.array([len(text.ids) for text in tokens]), 4_096):
                 out[rows] = embed_tokens(model, [tokens[i] for i in rows]).numpy()
         return out
 
@@ -328,20 +310,17 @@ def make_embed(
 def evaluate(
     model: NVEmbedModel, tokenizer: TextTokenizer, data: Path, settings: Settings
 ) -> dict[str, float]:
-    """Development scores in percent, set by set."""
-
-    def embed(instruction: str, queries: set[str] | None = None) -> dev.Embed:
-        return make_embed(model, tokenizer, settings, instruction, queries)
-
-    questions = {row["query"] for row in dev.read(data, "reranking/trecqa/dev")}
-    claims = {row["text"] for row in dev.read(data, "retrieval/scifact/queries_train")}
+    """Return the development scores in percent, set by set."""
+    embed = partial(make_embed, model, tokenizer, settings)
+    questions = {row["query"] for row in read(data, "reranking/trecqa/dev")}
+    claims = {row["text"] for row in read(data, "retrieval/scifact/queries_train")}
     model.to(torch.bfloat16)
     scores = {
-        "scifact": dev.retrieval(data, embed("SciFact", claims)),
-        "trecqa": dev.reranking(data, "reranking/trecqa/dev", embed(PASSAGES, questions)),
-        "banking77": dev.few_shot(data, "classification/banking77/train", embed("Banking77")),
-        "stsb": dev.sts(data, "sts/stsb/dev", embed("STS")),
-        "sickr": dev.sts(data, "sts/sickr/trial", embed("STS")),
+        "scifact": retrieval(data, embed("SciFact", claims)),
+        "trecqa": reranking(data, "reranking/trecqa/dev", embed(PASSAGES, questions)),
+        "banking77": few_shot(data, "classification/banking77/train", embed("Banking77")),
+        "stsb": sts(data, "sts/stsb/dev", embed("STS")),
+        "sickr": sts(data, "sts/sickr/trial", embed("STS")),
     }
     model.float()
     return {name: round(100 * score, 3) for name, score in scores.items()}
@@ -366,19 +345,12 @@ def finish_run(run: Run, data: Path, folder: Path, settings: Settings) -> str:
         record["stages"].append(
             {"name": stage.name, **trained, "scores": scores, "scoring_s": scoring_s}
         )
-    write_atomically(folder / f"{run.name}.json", json.dumps(record, indent=1))
+    write_whole(folder / f"{run.name}.json", json.dumps(record, indent=1))
     return run.name
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The whole file or none."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def run_folder(work: Path, settings: Settings) -> Path:
-    """Where runs of these settings and this bundled model are kept: others are never mixed in."""
+    """Return the folder of runs with these settings and this bundled model, and no others."""
     digest = hashlib.sha256((bundled_folder() / "model.safetensors").read_bytes())
     digest.update(json.dumps(asdict(settings), sort_keys=True).encode())
     folder = work / f"ablation-{digest.hexdigest()[:12]}"
@@ -391,23 +363,16 @@ def prepare_examples(data: Path, folder: Path, settings: Settings) -> None:
     path = folder / "examples.jsonl"
     if not path.exists():
         rows = collect_examples(data, settings)
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run_all(
     runs: Sequence[Run], finish: Callable[[Run], str], folder: Path, jobs: int
 ) -> Iterator[str]:
-    """Finish the runs that are missing, `jobs` at a time; yields the name of each that is done."""
+    """Finish the runs that are missing, `jobs` at a time; yield the name of each that is done."""
     missing = [run for run in runs if not (folder / f"{run.name}.json").exists()]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield from pool.map(finish, missing)
-
-
-def stop(*_: Any) -> None:
-    """End with the processes that were started: alone they would go on."""
-    for process in active_children():
-        process.terminate()
-    sys.exit("terminated; the same command goes on with the runs that are missing")
 
 
 def main() -> None:
@@ -428,15 +393,14 @@ def main() -> None:
         folder = run_folder(options.work, settings)
         prepare_examples(options.data, folder, settings)
         runs = list_runs(options.seeds)
-        signal.signal(signal.SIGTERM, stop)
         begin = time.perf_counter()
         finish = partial(finish_run, data=options.data, folder=folder, settings=settings)
         for name in run_all(runs, finish, folder, options.jobs):
             print(f"{time.perf_counter() - begin:6.0f} s  {name}", flush=True)
         records = [json.loads((folder / f"{run.name}.json").read_text()) for run in runs]
-        write_results(records, asdict(settings), options.out / f"{NAME}.json")
+        write_results(records, asdict(settings), options.out)
     write_docs(options.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import corpus
 import numpy as np
 
 from skembed import NVEmbedVectorizer, mine_hard_negatives
@@ -63,7 +63,7 @@ class Settings:
 
     @property
     def examples_per_set(self) -> int:
-        """Largest number of examples that a set may give; together more than the runs need."""
+        """Return the most examples that a set may give; together more than the runs need."""
         return 10 * self.steps
 
 
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Its file's name."""
+        """Return its file's name."""
         parts = (self.pooling, self.attention, self.schedule, self.seed)
         return "-".join(str(part) for part in parts).replace(" ", "_")
 
@@ -87,12 +87,12 @@ class Run:
 
 
 def bundled_folder() -> Path:
-    """Where the bundled model lies: its tokenizer and word vectors are the start."""
+    """Return the folder of the bundled model: its tokenizer and word vectors are the start."""
     return resolve_source("skembed-mini").folder
 
 
 def load_tokenizer() -> TextTokenizer:
-    """The bundled model's."""
+    """Return the bundled model's tokenizer."""
     return TextTokenizer.from_folder(bundled_folder(), bos_token_id=1, eos_token_id=2)
 
 
@@ -107,7 +107,7 @@ class Tokens:
 def encode(
     tokenizer: TextTokenizer, texts: Sequence[str], instruction: str | None, max_tokens: int
 ) -> list[Tokens]:
-    """Token ids behind the instruction; a text that is cut keeps its end token.
+    """Return token ids behind the instruction; a text that is cut keeps its end token.
 
     The package cuts the end token off, as the published model does. Here so many texts are cut
     that end-of-sequence pooling would be another thing than in the paper.
@@ -123,39 +123,53 @@ def encode(
     ]
 
 
+def encode_sides(
+    tokenizer: TextTokenizer,
+    texts: Sequence[str],
+    instructions: Sequence[str | None],
+    max_tokens: int,
+) -> list[Tokens]:
+    """Encode each text behind an instruction of its own, in the order of the texts."""
+    tokens: dict[int, Tokens] = {}
+    for instruction in dict.fromkeys(instructions):
+        rows = [i for i, own in enumerate(instructions) if own == instruction]
+        encoded = encode(tokenizer, [texts[i] for i in rows], instruction, max_tokens)
+        tokens.update(zip(rows, encoded, strict=True))
+    return [tokens[i] for i in range(len(texts))]
+
+
 # Examples
 
 
 def read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
-    """Rows of a gzip-compressed JSON-lines file; a fixed random choice where there are more."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    """Return the rows of a file; a fixed random choice where there are more than `limit`."""
+    rows = list(corpus.read_rows(path))
     return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:limit]]
 
 
 def pair_rows(data: Path, name: str, limit: int) -> list[tuple[str, ...]]:
-    """Distinct rows (anchor, positive) or (anchor, positive, negative)."""
+    """Return distinct rows (anchor, positive) or (anchor, positive, negative)."""
     if name == "stsb":
         rows = read_rows(data / "eval/sts/stsb/train.jsonl.gz", 1_000_000)
         rows = [row for row in rows if row["score"] >= ALIKE]
-        found = [(row[a], row[b]) for row in rows for a, b in (SIDES, SIDES[::-1])][:limit]
+        texts = [(row[a], row[b]) for row in rows for a, b in (SIDES, SIDES[::-1])][:limit]
     else:
         rows = read_rows(data / f"train/permissive/pairs/{name}.jsonl.gz", limit)
         keys = ("query", "positive", "negative")
-        found = [tuple(row[key] for key in keys if row.get(key)) for row in rows]
-    stripped = [tuple(text.strip() for text in row) for row in found]
+        texts = [tuple(row[key] for key in keys if row.get(key)) for row in rows]
+    stripped = [tuple(text.strip() for text in row) for row in texts]
     return list(dict.fromkeys(row for row in stripped if all(row) and len(set(row)) == len(row)))
 
 
 def with_negatives(rows: list[tuple[str, ...]], n: int) -> list[tuple[str, ...]]:
-    """Rows of n negatives: the given one first, then mined ones (arXiv 2407.15831's rule)."""
+    """Return rows of n negatives: the given one, then mined ones (arXiv 2407.15831's rule)."""
     mined = mine_hard_negatives(
         [row[:2] for row in rows], vectorizer=NVEmbedVectorizer(), n_negatives=n
     )
     complete = []
-    for position, found in zip(mined.positions, mined.indices, strict=True):
+    for position, chosen in zip(mined.positions, mined.indices, strict=True):
         row = rows[position]
-        more = [mined.corpus[i] for i in found if i >= 0]
+        more = [mined.corpus[i] for i in chosen if i >= 0]
         negatives = list(dict.fromkeys([*row[2:], *more]))[:n]
         if len(negatives) == n and not set(negatives) & set(row[:2]):
             complete.append((*row[:2], *negatives))
@@ -163,22 +177,22 @@ def with_negatives(rows: list[tuple[str, ...]], n: int) -> list[tuple[str, ...]]
 
 
 def labelled_rows(data: Path, name: str, n: int, limit: int) -> list[tuple[str, ...]]:
-    """Example-based rows (section 4.2): another text of the class, and texts of other classes."""
+    """Return rows by example (section 4.2): a text of the same class, n of other classes."""
     rows = read_rows(data / f"eval/classification/{name}/train.jsonl.gz", 1_000_000)
     texts = np.array([row["text"].strip() for row in rows])
     labels = np.array([row["label"] for row in rows])
     rng = np.random.default_rng(0)
-    found = []
+    examples = []
     for i in range(min(limit, len(texts))):
         same = np.flatnonzero((labels == labels[i]) & (texts != texts[i]))
         others = rng.choice(np.flatnonzero(labels != labels[i]), n, replace=False)
         if len(same):
-            found.append((str(texts[i]), str(texts[rng.choice(same)]), *map(str, texts[others])))
-    return found
+            examples.append((str(texts[i]), str(texts[rng.choice(same)]), *map(str, texts[others])))
+    return examples
 
 
 def collect_examples(data: Path, settings: Settings) -> list[dict[str, Any]]:
-    """All examples that the seeds draw from."""
+    """Return all examples that the seeds draw from."""
     n, limit = settings.n_negatives, settings.examples_per_set
     examples = []
     for name, instruction in {**RETRIEVAL, **SYMMETRIC, **LABELLED}.items():
@@ -202,23 +216,17 @@ class Example:
 
 @lru_cache(maxsize=1)
 def load_examples(path: Path, settings: Settings) -> list[Example]:
-    """The examples of a file, tokenised; documents of retrieval bare."""
+    """Return the examples of a file, tokenised; documents of retrieval bare."""
     tokenizer = load_tokenizer()
     rows = [json.loads(line) for line in path.open(encoding="utf-8")]
-    tokens: dict[tuple[int, int], Tokens] = {}
-    wanted: dict[str | None, list[tuple[int, int]]] = {}
-    for i, row in enumerate(rows):
-        for k in range(len(row["texts"])):
-            bare = row["retrieval"] and k > 0
-            wanted.setdefault(None if bare else row["instruction"], []).append((i, k))
-    for instruction, places in wanted.items():
-        texts = [rows[i]["texts"][k] for i, k in places]
-        encoded = encode(tokenizer, texts, instruction, settings.max_tokens)
-        tokens.update(zip(places, encoded, strict=True))
-    return [
-        Example(row["retrieval"], [tokens[i, k] for k in range(len(row["texts"]))])
-        for i, row in enumerate(rows)
+    sides = [
+        None if row["retrieval"] and k else row["instruction"]
+        for row in rows
+        for k in range(len(row["texts"]))
     ]
+    texts = [text for row in rows for text in row["texts"]]
+    tokens = iter(encode_sides(tokenizer, texts, sides, settings.max_tokens))
+    return [Example(row["retrieval"], [next(tokens) for _ in row["texts"]]) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -231,7 +239,7 @@ class Stage:
 
 
 def plan_stages(examples: list[Example], run: Run, settings: Settings) -> list[Stage]:
-    """The stages of a run; the examples of a seed are the same in all its runs."""
+    """Return the stages of a run; the examples of a seed are the same in all its runs."""
     rng = np.random.default_rng(run.seed)
     size = settings.steps * settings.batch_size
     retrieval = rng.permutation([i for i, example in enumerate(examples) if example.retrieval])

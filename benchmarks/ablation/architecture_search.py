@@ -1,7 +1,7 @@
 """What was tried for the architecture: every variant trained at the same cost, and its speed.
 
-    python examples/train_mini/search.py --work WORK --data DATA [--only NAME ...]
-    python examples/train_mini/search.py --work WORK --data DATA --speed
+    python benchmarks/ablation/architecture_search.py --work WORK --data DATA [--only NAME ...]
+    python benchmarks/ablation/architecture_search.py --work WORK --data DATA --speed
 
 The first command inherits, trains and scores each variant that has no result yet; the second,
 on a machine that does nothing else, measures the texts per second of them all in turns. Scores
@@ -18,13 +18,23 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from common import (
+    RESULTS,
+    SCORES,
+    describe_machine,
+    make_record,
+    seconds,
+    table,
+    write_page,
+    write_record,
+)
 from prepare import build_config, inherit, load_tokenizer, read_texts, write_corpus
 from recipe import Recipe, work_paths
 from train import Distillation, batches
@@ -32,59 +42,39 @@ from train import Distillation, batches
 from skembed import NVEmbedVectorizer
 from skembed.checkpoint import save_checkpoint
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from _results import RESULTS, describe_run
-
 NAME = "architecture"
-SCORES = ("stsb", "sickr", "banking77", "hwu64", "emotion", "trecqa", "scifact")
 STEPS = 120  # of the recipe's own architecture
 SPEED_TEXTS = 2_000
 ROUNDS = 5
 CHOSEN = "the bundled model"
-OTHER_TEXTS = "the same, other texts"
-# Question: name: what differs from the recipe.
-VARIANTS: dict[str, dict[str, dict]] = {
-    "": {
-        CHOSEN: {},
-        OTHER_TEXTS: {"random_state": 1},
+VARIANTS: dict[str, dict[str, Any]] = {  # what differs from the recipe
+    CHOSEN: {},
+    "the same, other texts": {"random_state": 1},
+    "3 layers, MLP 1280": {
+        "layer_groups": ((0, 1), (2, 3), (4, 5)),
+        "intermediate_size": 1_280,
     },
-    "depth": {
-        "3 layers, MLP 1280": {
-            "layer_groups": ((0, 1), (2, 3), (4, 5)),
-            "intermediate_size": 1_280,
-        },
-        "6 layers, MLP 512": {
-            "layer_groups": tuple((k,) for k in range(6)),
-            "intermediate_size": 512,
-        },
+    "6 layers, MLP 512": {
+        "layer_groups": tuple((k,) for k in range(6)),
+        "intermediate_size": 512,
     },
-    "width": {
-        "256 wide": {"hidden_size": 256},
-        "MLP 512": {"intermediate_size": 512},
-        "MLP 1408": {"intermediate_size": 1_408},
-    },
-    "heads": {
-        "12 heads": {"num_attention_heads": 12},
-    },
-    "heads of keys and values": {
-        "3 of keys and values": {"heads_per_key": 2},
-        "1 of keys and values": {"heads_per_key": 6},
-    },
-    "latents": {
-        "16 latents": {"num_latents_value": 16},
-        "256 latents": {"num_latents_value": 256},
-    },
-    "vocabulary": {
-        "8,192 pieces": {"vocab_size": 8_192},
-        "16,384 pieces": {"vocab_size": 16_384},
-    },
+    "256 wide": {"hidden_size": 256},
+    "MLP 1408": {"intermediate_size": 1_408},
+    "12 heads": {"num_attention_heads": 12},
+    "3 of keys and values": {"heads_per_key": 2},
+    "16 latents": {"num_latents_value": 16},
+    "8,192 pieces": {"vocab_size": 8_192},
 }
-ALL = {name: changes for part in VARIANTS.values() for name, changes in part.items()}
+TEACHER_PRODUCTS = 6 * (4 * 384 * 384 + 2 * 384 * 1_536)
+
+
+def find_folder(work: Path, name: str) -> Path:
+    """Return the folder of a variant."""
+    return work / "search" / name.replace(", ", "-").replace(" ", "_")
 
 
 def count_products(recipe: Recipe) -> int:
-    """Multiply-adds of one token's forward pass; attention's own, few at this length, left out."""
+    """Count the multiply-adds of a token's forward pass, but for the few of attention itself."""
     wide, inner = recipe.hidden_size, recipe.head_dim * recipe.num_attention_heads
     shared = inner // recipe.heads_per_key
     layer = 2 * wide * (inner + shared) + 3 * wide * recipe.intermediate_size
@@ -93,17 +83,14 @@ def count_products(recipe: Recipe) -> int:
     return len(recipe.layer_groups) * layer + pooling
 
 
-TEACHER_PRODUCTS = 6 * (4 * 384 * 384 + 2 * 384 * 1_536)
-
-
 def step_cost(recipe: Recipe, tokens_per_text: float) -> float:
-    """Multiply-adds of one step: forward and backward here, forward in the teacher."""
+    """Count the multiply-adds of one step: forward and backward here, forward in the teacher."""
     per_token = 3 * count_products(recipe) + TEACHER_PRODUCTS
     return per_token * tokens_per_text * recipe.batch_size
 
 
 def mean_tokens(texts: list[str], paths: dict[str, Path], recipe: Recipe) -> float:
-    """Tokens of a text with the tokenizer of `paths`, over the held-out texts."""
+    """Return the mean tokens of a text with the tokenizer of `paths`, over the held-out texts."""
     tokenizer = load_tokenizer(paths)
     held = texts[: recipe.held_out_texts]
     return float(tokenizer.encode(held, prefix="", max_length=recipe.max_length).lengths.mean())
@@ -112,8 +99,8 @@ def mean_tokens(texts: list[str], paths: dict[str, Path], recipe: Recipe) -> flo
 def try_variant(name: str, arguments: argparse.Namespace, shared: dict[str, Path]) -> dict:
     """Inherit, train at the common cost, score on the development splits, and export."""
     base = replace(Recipe(), warmup_steps=10, calibration_tokens=20_000)
-    recipe = replace(base, **ALL[name])
-    folder = arguments.work / "search" / name.replace(", ", "-").replace(" ", "_")
+    recipe = replace(base, **VARIANTS[name])
+    folder = find_folder(arguments.work, name)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     paths = work_paths(folder)
@@ -122,7 +109,7 @@ def try_variant(name: str, arguments: argparse.Namespace, shared: dict[str, Path
     if recipe.vocab_size == base.vocab_size:
         for part in ("tokenizer", "teacher_ids"):
             shutil.copyfile(shared[part], paths[part])
-    write_corpus(arguments.data / "train" / "permissive", paths, recipe)  # what is missing of it
+    write_corpus(arguments.data, paths, recipe)  # what is missing of it
     texts, long_texts = read_texts(paths), read_texts(paths, "long_texts")
     tokens = mean_tokens(texts, paths, recipe)
     budget = STEPS * step_cost(base, mean_tokens(texts, shared, base))
@@ -166,11 +153,11 @@ def try_variant(name: str, arguments: argparse.Namespace, shared: dict[str, Path
 
 
 def measure_speeds(results: dict[str, dict], arguments: argparse.Namespace) -> None:
-    """Texts a second of each exported variant, in turns; the median of the rounds' ratios."""
+    """Add texts a second of each exported variant, run in turns; ratios are medians of rounds."""
     texts = read_texts(work_paths(arguments.work))[:SPEED_TEXTS]
     models = {}
     for name in results:
-        folder = arguments.work / "search" / name.replace(", ", "-").replace(" ", "_") / "model"
+        folder = find_folder(arguments.work, name) / "model"
         if folder.exists():
             model = NVEmbedVectorizer(str(folder), trainer=None, cache=None, verbose=False)
             models[name] = model.fit(["a"])
@@ -178,10 +165,9 @@ def measure_speeds(results: dict[str, dict], arguments: argparse.Namespace) -> N
     for turn in range(ROUNDS + 1):
         for name, model in models.items():
             model.transform(texts[:500])  # the weights are there, the products prepared
-            begin = time.perf_counter()
-            model.transform(texts)
+            spent = seconds(partial(model.transform, texts))
             if turn:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(spent)
     for name, spent in times.items():
         ratios = [b / a for a, b in zip(spent, times[CHOSEN], strict=True)]
         results[name]["texts/s"] = round(len(texts) / statistics.median(spent))
@@ -189,15 +175,15 @@ def measure_speeds(results: dict[str, dict], arguments: argparse.Namespace) -> N
 
 
 def read_results() -> dict[str, dict]:
-    """Results so far, by variant."""
+    """Return the results so far, by variant."""
     path = RESULTS / f"{NAME}.json"
     return json.loads(path.read_text())["values"] if path.exists() else {}
 
 
-def describe(name: str, result: dict) -> str:
-    """One row of the table."""
+def describe(name: str, result: dict) -> list[str]:
+    """Return one row of the table."""
     scores = [result["end"][score] for score in SCORES]
-    cells = [
+    return [
         name.replace(" ", "&nbsp;"),
         f"{np.mean(scores):.2f}",
         f"{result['speed']:.2f}" if "speed" in result else "",
@@ -207,22 +193,22 @@ def describe(name: str, result: dict) -> str:
         f"{result['left of the token vectors']:.3f}",
         *(f"{score:.1f}" for score in scores),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
-def write_table(results: dict[str, dict]) -> None:
-    """benchmarks/results/architecture.json, and its table as architecture.md."""
-    record = {**describe_run(NAME, "python examples/train_mini/search.py"), "values": results}
-    (RESULTS / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / f"{NAME}.md").write_text(render(record), encoding="utf-8")
+def write_result(results: dict[str, dict]) -> None:
+    """Write benchmarks/results/architecture.json, and its page as architecture.md."""
+    record = make_record(NAME, "architecture_search", values=results)
+    write_record(record, RESULTS)
+    write_page(record, render(record), RESULTS)
 
 
-def render(record: dict) -> str:
-    """The page of a record."""
-    results, machine, chosen = record["values"], record["machine"], Recipe()
-    lines = [
+def render(record: dict) -> list[str]:
+    """Return the parts of a record's page."""
+    results, chosen = record["values"], Recipe()
+    header = ["variant", "mean", "speed", "products", "MB", "steps", "left", *SCORES]
+    rows = [describe(name, results[name]) for name in VARIANTS if name in results]
+    return [
         "# Architectures tried, each at the same training cost",
-        "",
         f"`{record['command']}`, {record['date']}. The bundled model: {len(chosen.layer_groups)} "
         f"layers, {chosen.hidden_size} wide, {chosen.num_attention_heads} heads of "
         f"{chosen.head_dim}, as many of keys and values, MLP {chosen.intermediate_size}, "
@@ -232,13 +218,9 @@ def render(record: dict) -> str:
         "bundled model's in the same rounds. Left: at the start, share of the variance of the "
         "teacher's token vectors that the student lacks before training. Scores of "
         "development splits and train folds, percent.",
-        "",
-        f"| variant | mean | speed | products | MB | steps | left | {' | '.join(SCORES)} |",
-        "|---" * (len(SCORES) + 7) + "|",
-        *(describe(name, results[name]) for name in ALL if name in results),
+        table(header, rows, "|---|"),
+        describe_machine(record),
     ]
-    lines += ["", f"Machine: {machine['processor']}, {machine['cores']} cores.", ""]
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -246,20 +228,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder with eval/ and train/")
-    parser.add_argument("--only", nargs="*", default=list(ALL))
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS))
     parser.add_argument("--speed", action="store_true", help="time what is there")
     arguments = parser.parse_args()
     shared = work_paths(arguments.work)
     results = read_results()
     if arguments.speed:
         measure_speeds(results, arguments)
-        write_table(results)
+        write_result(results)
         return
-    write_corpus(arguments.data / "train" / "permissive", shared, Recipe())
+    write_corpus(arguments.data, shared, Recipe())
     for name in arguments.only:
         if name not in read_results():
             result = try_variant(name, arguments, shared)
-            write_table({**read_results(), name: result})  # others may be at work beside us
+            write_result({**read_results(), name: result})  # others may be at work beside us
 
 
 if __name__ == "__main__":

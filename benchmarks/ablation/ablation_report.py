@@ -7,24 +7,15 @@ is Student's t of the seeds' differences.
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from common import RESULTS, ROOT, describe_machine, make_record, table, write_page, write_record
+from fill_results import fill
 from scipy.stats import t as student
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
-
-import fill_results  # noqa: E402
-from _results import RESULTS, describe_machine, package_versions  # noqa: E402
-
-__all__ = ["NAME", "RESULTS", "write_docs", "write_results"]
 
 NAME = "ablation"
 PAGE = ROOT / "docs" / "ablation.md"
@@ -41,24 +32,16 @@ COLUMNS = (*TYPES, MEAN)
 Cell = tuple[str, str, str]  # pooling, attention, schedule
 TWO = "two stages"
 
-# arXiv 2405.17428v3: retrieval, reranking, classification, STS, and its mean over 56 tasks.
-# Table 2, model of v1's data, after stage 1 and after stage 2; Table 3, v2's data, after both.
-PAPER_STAGE_1 = {
-    ("eos", "bidirectional"): (57.70, 59.76, 73.17, 74.96, 62.68),
-    ("eos", "causal"): (56.42, 57.21, 69.22, 73.45, 60.06),
-    ("mean", "bidirectional"): (58.42, 60.02, 74.62, 77.47, 64.00),
-    ("mean", "causal"): (57.55, 59.35, 72.48, 73.60, 62.32),
-    ("latent", "bidirectional"): (59.00, 59.59, 73.93, 79.07, 64.18),
-    ("latent", "causal"): (57.65, 59.72, 72.74, 78.65, 63.39),
+# arXiv 2405.17428v3: mean over 56 tasks. Table 2, model of v1's data, after stage 1 and stage 2.
+PAPER_V1 = {
+    ("eos", "bidirectional"): (62.68, 67.85),
+    ("eos", "causal"): (60.06, 66.50),
+    ("mean", "bidirectional"): (64.00, 68.97),
+    ("mean", "causal"): (62.32, 68.13),
+    ("latent", "bidirectional"): (64.18, 69.32),
+    ("latent", "causal"): (63.39, 68.47),
 }
-PAPER_STAGE_2 = {
-    ("eos", "bidirectional"): (58.39, 60.37, 85.85, 79.55, 67.85),
-    ("eos", "causal"): (56.59, 59.23, 85.04, 79.12, 66.50),
-    ("mean", "bidirectional"): (58.71, 60.77, 87.06, 82.53, 68.97),
-    ("mean", "causal"): (57.88, 60.27, 86.08, 81.74, 68.13),
-    ("latent", "bidirectional"): (59.36, 60.54, 87.35, 82.84, 69.32),
-    ("latent", "causal"): (58.33, 60.57, 86.58, 81.94, 68.47),
-}
+# Table 3, v2's data, after both: retrieval, reranking, classification, STS, and the mean.
 PAPER_V2 = {
     ("eos", "bidirectional"): (62.13, 60.02, 90.10, 82.27, 71.63),
     ("eos", "causal"): (60.30, 59.13, 90.01, 81.65, 70.85),
@@ -67,8 +50,7 @@ PAPER_V2 = {
     ("latent", "bidirectional"): (62.65, 60.65, 90.37, 84.31, 72.31),
     ("latent", "causal"): (61.15, 59.36, 90.49, 84.13, 71.61),
 }
-# Table 4.
-PAPER_SCHEDULES = {
+PAPER_SCHEDULES = {  # Table 4
     TWO: (62.65, 60.65, 90.37, 84.31, 72.31),
     "in-batch on": (61.25, 60.64, 86.6, 83.7, 70.83),
     "in-batch off": (61.37, 60.81, 90.2, 84.5, 71.94),
@@ -81,19 +63,20 @@ SCHEDULE_NAMES = {
 
 
 def paper_scores(cell: Cell) -> tuple[float, ...]:
-    """The paper's scores of a cell: v2's data, the finished model."""
+    """Return the paper's scores of a cell: v2's data, the finished model."""
     pooling, attention, schedule = cell
     return PAPER_V2[pooling, attention] if schedule == TWO else PAPER_SCHEDULES[schedule]
 
 
 class Claim(NamedTuple):
-    """Something the paper says: the first cell is ahead of the second."""
+    """What the paper says: the first cell is ahead of the second."""
 
     text: str
     better: Cell
     worse: Cell
 
 
+BEST: Cell = ("latent", "bidirectional", TWO)
 CLAIMS = (
     *(
         Claim(
@@ -104,18 +87,11 @@ CLAIMS = (
         for pooling in ("eos", "mean", "latent")
     ),
     Claim("mean over eos pooling", ("mean", "bidirectional", TWO), ("eos", "bidirectional", TWO)),
-    Claim(
-        "latent over mean pooling",
-        ("latent", "bidirectional", TWO),
-        ("mean", "bidirectional", TWO),
-    ),
+    Claim("latent over mean pooling", BEST, ("mean", "bidirectional", TWO)),
     *(
-        Claim(
-            f"two stages over {SCHEDULE_NAMES[schedule]}",
-            ("latent", "bidirectional", TWO),
-            ("latent", "bidirectional", schedule),
-        )
-        for schedule in ("in-batch on", "in-batch off")
+        Claim(f"two stages over {name}", BEST, ("latent", "bidirectional", schedule))
+        for schedule, name in SCHEDULE_NAMES.items()
+        if schedule != TWO
     ),
 )
 
@@ -124,30 +100,18 @@ CLAIMS = (
 
 
 def by_type(scores: Mapping[str, float]) -> dict[str, float]:
-    """Scores of sets -> of types, and the mean of the types."""
+    """Turn scores of sets into those of types, and the mean of the types."""
     means = {name: float(np.mean([scores[key] for key in sets])) for name, sets in TYPES.items()}
     return {**means, MEAN: float(np.mean(list(means.values())))}
 
 
 def write_results(
-    records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], path: Path
+    records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], folder: Path
 ) -> None:
     """Write the runs, what they have in common, and where they ran."""
-    machine = describe_machine()
-    machine["torch_threads"] = 1  # of each run
-    result = {
-        "benchmark": NAME,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": "python examples/train_mini/ablation.py",
-        "machine": machine,
-        "versions": package_versions(),
-        "settings": dict(settings),
-        "runs": list(records),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    record = make_record(NAME, NAME, settings=dict(settings), runs=list(records))
+    record["machine"]["torch_threads"] = 1  # of each run
+    write_record(record, folder)
 
 
 class Scores:
@@ -167,24 +131,24 @@ class Scores:
             self.runs.setdefault(cell, {})[run["seed"]] = stages
 
     def of(self, cell: Cell, column: str, stage: int = -1) -> np.ndarray:
-        """Scores of a cell, one for each seed in ascending order."""
+        """Return the scores of a cell, one for each seed in ascending order."""
         seeds = self.runs[cell]
         return np.array([seeds[seed][stage][column] for seed in sorted(seeds)])
 
     def difference(self, claim: Claim, column: str) -> np.ndarray:
-        """Better less worse within each seed."""
+        """Return better less worse within each seed."""
         return self.of(claim.better, column) - self.of(claim.worse, column)
 
 
 def spread(values: np.ndarray) -> str:
-    """Mean and standard deviation over the seeds."""
+    """Return mean and standard deviation over the seeds."""
     if len(values) < 2:
         return f"{values.mean():.2f}"
     return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
 
 
 def verdict(differences: np.ndarray, paper: float) -> str:
-    """Whether the seeds show the paper's sign, the other one, or neither."""
+    """Say whether the seeds show the paper's sign, the other one, or neither."""
     n = len(differences)
     if n < 2:
         return "one seed"
@@ -198,14 +162,8 @@ def verdict(differences: np.ndarray, paper: float) -> str:
 # Tables
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def claims_table(scores: Scores) -> str:
-    """What the paper says, and what came out here: differences of the means over types."""
+    """Compare the paper with what came out here: differences of the means over types."""
     rows = []
     for claim in CLAIMS:
         ours = scores.difference(claim, MEAN)
@@ -215,7 +173,7 @@ def claims_table(scores: Scores) -> str:
 
 
 def differences_table(scores: Scores) -> str:
-    """The same by type of task, the paper's difference in brackets."""
+    """Return the same by type of task, the paper's difference in brackets."""
     rows = []
     for claim in CLAIMS:
         row = [claim.text]
@@ -227,22 +185,20 @@ def differences_table(scores: Scores) -> str:
 
 
 def pooling_table(scores: Scores, stage: int) -> str:
-    """The six cells after a stage, and the paper's mean beside them."""
-    papers = {"v1": (PAPER_STAGE_1, PAPER_STAGE_2)[stage]}
-    if stage:
-        papers["v2"] = PAPER_V2
+    """Return the six cells after a stage, and the paper's means beside them."""
     rows = []
-    for pooling, attention in PAPER_V2:
+    for (pooling, attention), means in PAPER_V1.items():
         cell = (pooling, attention, TWO)
         ours = [spread(scores.of(cell, column, stage)) for column in COLUMNS]
-        theirs = [f"{paper[pooling, attention][-1]:.2f}" for paper in papers.values()]
-        rows.append([f"{pooling}, {attention}", *ours, *theirs])
-    header = [f"after stage {stage + 1}", *COLUMNS, *(f"paper's mean, {name}" for name in papers)]
+        theirs = [means[stage], *([PAPER_V2[pooling, attention][-1]] if stage else [])]
+        rows.append([f"{pooling}, {attention}", *ours, *(f"{mean:.2f}" for mean in theirs)])
+    names = ("v1", "v2") if stage else ("v1",)
+    header = [f"after stage {stage + 1}", *COLUMNS, *(f"paper's mean, {name}" for name in names)]
     return table(header, rows)
 
 
 def schedules_table(scores: Scores) -> str:
-    """Two stages and one."""
+    """Return the table of two stages and one."""
     rows = []
     for schedule, paper in PAPER_SCHEDULES.items():
         cell = ("latent", "bidirectional", schedule)
@@ -252,24 +208,23 @@ def schedules_table(scores: Scores) -> str:
 
 
 def describe_runs(result: Mapping[str, Any]) -> str:
-    """What the runs cost and where they ran, in a few sentences."""
+    """Say what the runs cost and where they ran, in a few sentences."""
     stages = [stage for run in result["runs"] for stage in run["stages"]]
     seconds = sum(stage["seconds"] + stage["scoring_s"] for stage in stages)
     tokens = np.mean([sum(s["tokens"] for s in run["stages"]) for run in result["runs"]])
     steps = np.mean([sum(s["steps"] for s in run["stages"]) for run in result["runs"]])
     layers = max(run["weights"]["layers"] for run in result["runs"]) / 1e6
     pooling = max(run["weights"]["pooling"] for run in result["runs"]) / 1e6
-    machine = result["machine"]
     return (
         f"{len(result['runs'])} runs of {steps:,.0f} steps and {tokens / 1e6:.2f} million tokens "
         f"each, {seconds / 60:.0f} minutes of one thread in all, {result['date']}. Beside the word "
         f"vectors {layers:.2f} million weights; latent attention adds {pooling:.2f} million. "
-        f"Machine: {machine['processor']}, {machine['cores']} cores."
+        f"{describe_machine(result)}"
     )
 
 
 def render(result: Mapping[str, Any]) -> dict[str, str]:
-    """Every table by name."""
+    """Return every table by name."""
     scores = Scores(result["runs"])
     return {
         "claims": claims_table(scores),
@@ -300,9 +255,7 @@ def write_docs(folder: Path) -> None:
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
     parts = ["# The paper's ablation in small", f"`{result['command']}`. {tables.pop('runs')}"]
     parts += [*tables.values(), f"Settings: {settings}.", f"Versions: {versions}."]
-    (folder / f"{NAME}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_page(result, parts, folder)
     if folder.resolve() == RESULTS:
         text = fill_page(PAGE.read_text(encoding="utf-8"), render(result))
-        PAGE.write_text(fill_results.fill(text, PAGE, ROOT), encoding="utf-8")
-    else:
-        print(os.linesep.join(tables.values()))
+        PAGE.write_text(fill(text, PAGE, ROOT), encoding="utf-8")

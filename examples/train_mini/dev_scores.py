@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from corpus import read_rows
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
+
+from skembed.metrics import ndcg_at_k
 
 Embed = Callable[[list[str]], np.ndarray]
 DISTRACTORS = 600  # documents without a judged query that join the small SciFact corpus
@@ -18,8 +19,7 @@ DISTRACTORS = 600  # documents without a judged query that join the small SciFac
 
 def read(data: Path, name: str) -> list[dict]:
     """Rows of one file below eval/."""
-    with gzip.open(data / "eval" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return list(read_rows(data / "eval" / f"{name}.jsonl.gz"))
 
 
 def sts(data: Path, name: str, embed: Embed) -> float:
@@ -77,16 +77,10 @@ def retrieval(data: Path, embed: Embed) -> float:
     others = rng.permutation([i for i, row in enumerate(corpus) if str(row["id"]) not in judged])
     kept = [row for row in corpus if str(row["id"]) in judged]
     kept += [corpus[i] for i in others[:DISTRACTORS]]
-    ids = np.array([str(row["id"]) for row in kept])
     documents = embed([f"{row['title']} {row['text']}" for row in kept])
     scores = embed([row["text"] for row in queries]) @ documents.T
-    discounts = 1 / np.log2(np.arange(2, 12))
-    gains = []
-    for row, line in zip(queries, scores, strict=True):
-        wanted = relevant[str(row["id"])]
-        found = np.isin(ids[np.argsort(-line)[:10]], list(wanted))
-        gains.append((found * discounts).sum() / discounts[: len(wanted)].sum())
-    return float(np.mean(gains))
+    judged_rows = [[str(d["id"]) in relevant[str(q["id"])] for d in kept] for q in queries]
+    return ndcg_at_k(np.array(judged_rows, int), scores)
 
 
 def dev_scores(data: Path, embed: Embed, *, quick: bool = False) -> dict[str, float]:
