@@ -12,11 +12,12 @@ is no plain `nn.Linear` (with LoRA, or quantised) is called as it is and its sum
 it.
 
 The fused product is the operator that `torch.compile` writes into its own CPU code. Where torch
-has none, the same steps run one after the other.
+has none, or the processor none for the type, the same steps run one after the other.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,6 +45,20 @@ def _find_operator() -> Any:
 _POINTWISE = _find_operator()
 
 
+@cache
+def _has_product(dtype: torch.dtype) -> bool:
+    """Tell whether oneDNN's product takes a type on this processor; it is tried once."""
+    if _POINTWISE is None or dtype not in _FUSED_DTYPES:
+        return False
+    try:  # bfloat16 is refused by processors without AVX512 or AMX
+        with torch.no_grad():
+            matrix = torch.ones(16, 16, dtype=dtype)
+            _POINTWISE(matrix, matrix, None, "none", [], "")
+    except RuntimeError:
+        return False
+    return True
+
+
 def can_fuse(x: Tensor) -> bool:
     """Whether products with this tensor may run without a record for gradients, on a CPU."""
     return x.device.type == "cpu" and not torch.is_grad_enabled() and x.dtype in _FUSED_DTYPES
@@ -57,14 +72,14 @@ def pack_weights(model: nn.Module) -> None:
     models above `MAX_PACKED_BYTES`, on other devices, and where torch lacks the operator.
     """
     reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    if _POINTWISE is None or reorder is None:
+    if reorder is None:
         return
     weights: list[Tensor] = []
     for module in model.modules():
         if type(module) is nn.Linear:
             weights.append(module.weight)
         weights.extend(getattr(module, name) for name in getattr(module, "fused_weights", ()))
-    weights = [w for w in weights if w.device.type == "cpu" and w.dtype in _FUSED_DTYPES]
+    weights = [w for w in weights if w.device.type == "cpu" and _has_product(w.dtype)]
     weights = [w for w in weights if not w.is_inference()]  # those have no version
     if sum(weight.nbytes for weight in weights) <= MAX_PACKED_BYTES:
         for weight in weights:
@@ -104,7 +119,7 @@ def fused_linear(
     Tensor, shape (T, out)
         Of the inputs' type.
     """
-    if _POINTWISE is not None and can_fuse(x):
+    if can_fuse(x) and _has_product(x.dtype):
         weight = _read_packed(weight)
         if activation is not None:
             algorithm = "none" if activation == "gelu" else ""

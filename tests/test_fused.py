@@ -28,8 +28,8 @@ STEPS: list[dict[str, Any]] = [
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With oneDNN's operator, and as where torch has none."""
     if request.param == "chain":
-        monkeypatch.setattr(fused, "_POINTWISE", None)
-    elif fused._POINTWISE is None:
+        monkeypatch.setattr(fused, "_has_product", lambda dtype: False)
+    elif not fused._has_product(torch.float32):
         pytest.skip("this torch has no fused product")
     return str(request.param)
 
@@ -129,6 +129,25 @@ def test_a_weight_that_is_written_to_is_read_anew() -> None:
         torch.testing.assert_close(fused_linear(x, layer.weight), F.linear(x, layer.weight))
 
 
+def test_a_type_that_the_processor_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AVX512 or AMX, oneDNN raises for bfloat16: the steps run one after the other."""
+    fused._has_product.cache_clear()
+
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError("could not create a primitive descriptor")
+
+    monkeypatch.setattr(fused, "_POINTWISE", refuse)
+    try:
+        layer = nn.Linear(16, 8).bfloat16()
+        pack_weights(layer)
+        assert not hasattr(layer.weight, fused._PACKED)
+        with torch.no_grad():
+            x = torch.ones(4, 16, dtype=torch.bfloat16)
+            torch.testing.assert_close(fused_linear(x, layer.weight), F.linear(x, layer.weight))
+    finally:
+        fused._has_product.cache_clear()
+
+
 def test_packed_weights_stay_with_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -141,7 +160,7 @@ def test_packed_weights_stay_with_the_weights(monkeypatch: pytest.MonkeyPatch) -
     batch = make_batch(5, 4)
     with torch.inference_mode():
         torch.testing.assert_close(copied(batch), model(batch), rtol=1e-6, atol=1e-6)
-    if fused._POINTWISE is not None:
+    if fused._has_product(torch.float32):
         assert hasattr(model.embedding_model.layers[0].mlp.gate_proj.weight, fused._PACKED)
     monkeypatch.setattr(fused, "MAX_PACKED_BYTES", 100)
     large = make_tiny_model()
