@@ -16,9 +16,7 @@ import sqlite3
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +29,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
-from skembed import NVEmbedVectorizer, _cache_file, _cache_layout
-from skembed import cache as cache_module
+from skembed import NVEmbedVectorizer
 from skembed.cache import EmbeddingCache
 from skembed.datasets import load_docstrings
 
@@ -112,57 +109,10 @@ def measure_cache(name: str, cache: EmbeddingCache, work: Workload, repeats: int
     one = seconds(lambda: [cache.lookup("benchmark", [text], work.out[:1]) for text in singles])
     found["lookup, 1 text, us"] = round(one / len(singles) * 1e6, 1)
     found["bytes a row"] = round(cache.size_bytes / len(cache), 1)
-    if cache.path is not None:
-        with time_parts() as parts:
-            total = seconds(lambda: work.find(cache, work.shuffled))
-        found["lookup, random, us a row"] = split_time(parts, total, work.n_rows)
     found["clear, s"] = round(seconds(cache.clear), 2)
     for label in ("insert", "lookup, in order", "lookup, random"):
         print(f"  {name}: {label} {found[label]['rows_per_s']:,} rows/s", flush=True)
     return found
-
-
-@contextmanager
-def time_parts() -> Iterator[dict[str, float]]:
-    """Time the steps of a lookup in a file while on: seconds by the name of the function."""
-    spent: dict[str, float] = {}
-    steps = [
-        (cache_module, "_make_keys"),
-        (_cache_file, "fetch_rows"),
-        (_cache_layout, "_find_slots"),
-        (_cache_layout, "_read_blocks"),
-    ]
-    originals = [getattr(module, name) for module, name in steps]
-
-    def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
-            result = function(*args, **kwargs)
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - begin
-            return result
-
-        return call
-
-    for (module, name), function in zip(steps, originals, strict=True):
-        setattr(module, name, timed(function, name))
-    try:
-        yield spent
-    finally:
-        for (module, name), function in zip(steps, originals, strict=True):
-            setattr(module, name, function)
-
-
-def split_time(parts: dict[str, float], total: float, n_rows: int) -> dict[str, float]:
-    """Return where a lookup's time went, in microseconds a row."""
-    find, read = parts["_find_slots"], parts["_read_blocks"]
-    split = {
-        "digests of the texts": parts["_make_keys"],
-        "index": find,
-        "blocks": read,
-        "comparing and copying": parts["fetch_rows"] - find - read,
-        "the rest": total - parts["_make_keys"] - parts["fetch_rows"],
-    }
-    return {name: round(spent / n_rows * 1e6, 2) for name, spent in split.items()}
 
 
 def measure_rates(args: argparse.Namespace) -> dict[str, Any]:

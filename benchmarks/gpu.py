@@ -287,9 +287,9 @@ def run(args: Any, device: torch.device, folder: Path) -> int:
     added = loading["host peak beyond start, GiB"] / loading["folded weights, GiB"]
     share = speed[native]["share_of_peak"]
     leaking = sum("sees the whole" not in verdict for verdict in leaks.values())
-    figures = [Figure(f"tokens/s, path {path}", speed[path]["tokens_per_s"]) for path in paths]
-    figures.append(Figure("loading, s", loading["seconds"]))
-    figures += [
+    figures = [
+        *(Figure(f"tokens/s, path {path}", speed[path]["tokens_per_s"]) for path in paths),
+        Figure("loading, s", loading["seconds"]),
         Figure("golden vectors, bfloat16: smallest cosine", golden[DTYPE], 0.999),
         Figure("attention paths that leak", leaking, 0, at_least=False),
         Figure("host peak of loading / weights", added, 1.2, at_least=False, aim=args.tiny),

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from _common import cosines, load_texts, make_parser, read_rows, start
 from _results import Figure, finish
-from scipy.stats import spearmanr
-from sklearn.linear_model import LogisticRegression
+from quality import ndcg, score_classification, score_sts
 
 from skembed import NVEmbedVectorizer
 
@@ -25,38 +24,6 @@ DTYPES = ("float32", "bfloat16")
 MIN_COSINE = 0.999
 MAX_POINTS = 0.2
 INVARIANCE = {"float32": 1e-5, "bfloat16": 5e-3}
-SHOTS = 8
-
-
-def score_sts(vectorizer: NVEmbedVectorizer, data: Path) -> float:
-    """Return 100 times Spearman's correlation of cosines with the scores of STS-B test."""
-    rows = read_rows(data, "sts/stsb", "test")
-    a, b = (vectorizer.transform([row[f"sentence{k}"] for row in rows]) for k in (1, 2))
-    return 100 * float(spearmanr((a * b).sum(1), [row["score"] for row in rows]).statistic)
-
-
-def score_classification(vectorizer: NVEmbedVectorizer, data: Path, n_draws: int) -> float:
-    """Return mean accuracy in percent on Banking77 test, 8 training texts a class."""
-    train, test = (read_rows(data, "classification/banking77", part) for part in ("train", "test"))
-    labels = np.array([row["label"] for row in train])
-    expected = np.array([row["label"] for row in test])
-    rng = np.random.default_rng(42)
-    draws = [
-        np.concatenate(
-            [rng.permutation(np.flatnonzero(labels == c))[:SHOTS] for c in np.unique(labels)]
-        )
-        for _ in range(n_draws)
-    ]
-    used = np.unique(np.concatenate(draws))
-    place = {row: k for k, row in enumerate(used)}
-    embedded = vectorizer.transform([train[i]["text"] for i in used])
-    target = vectorizer.transform([row["text"] for row in test])
-    scores = []
-    for draw in draws:
-        classifier = LogisticRegression(max_iter=100, random_state=0)
-        classifier.fit(embedded[[place[i] for i in draw]], labels[draw])
-        scores.append((classifier.predict(target) == expected).mean())
-    return 100 * float(np.mean(scores))
 
 
 def score_retrieval(vectorizer: NVEmbedVectorizer, data: Path, name: str) -> float:
@@ -75,21 +42,20 @@ def score_retrieval(vectorizer: NVEmbedVectorizer, data: Path, name: str) -> flo
     )
     scores = vectorizer.encode_query([row["text"] for row in queries]) @ documents.T
     top = np.argsort(-scores, axis=1, kind="stable")[:, :10]
-    discount = 1 / np.log2(np.arange(2, 12))
-    results = []
-    for row, found in zip(queries, top, strict=True):
-        gains = relevant[str(row["id"])]
-        gained = np.array([gains.get(ids[i], 0.0) for i in found])
-        ideal = np.sort(list(gains.values()))[::-1][:10]
-        results.append((gained * discount).sum() / (ideal * discount[: len(ideal)]).sum())
-    return 100 * float(np.mean(results))
+    gains = [
+        ndcg([ids[i] for i in best], relevant[str(row["id"])])
+        for row, best in zip(queries, top, strict=True)
+    ]
+    return 100 * float(np.mean(gains))
 
 
 def score_all(vectorizer: NVEmbedVectorizer, args: Any) -> dict[str, float]:
     """Return the three scores, in points."""
+    embed = vectorizer.transform
     return {
-        "STS-B test, Spearman": score_sts(vectorizer, args.data),
-        "Banking77 8-shot, accuracy": score_classification(vectorizer, args.data, args.draws),
+        "STS-B test, Spearman": 100 * score_sts(args.data, "sts/stsb", embed),
+        "Banking77 8-shot, accuracy": 100
+        * score_classification(args.data, "classification/banking77", embed, args.draws),
         f"{args.retrieval}, nDCG@10": score_retrieval(
             vectorizer, args.data, f"retrieval/{args.retrieval}"
         ),

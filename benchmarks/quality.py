@@ -68,15 +68,15 @@ def draw_rows(rows: list[dict], most: int, rng: np.random.Generator) -> list[dic
     return [rows[i] for i in rng.permutation(len(rows))[:most]] if len(rows) > most else rows
 
 
-def score_classification(data: Path, name: str, embed: Embed) -> float:
-    """Mean accuracy of 10 draws of 8 examples per class."""
+def score_classification(data: Path, name: str, embed: Embed, n_draws: int = 10) -> float:
+    """Mean accuracy of some draws of 8 examples per class."""
     rng = np.random.default_rng(42)
     train = read_rows(data, name, "train")
     test = draw_rows(read_rows(data, name, "test"), MAX_TEST_ROWS, rng)
     labels = np.array([row["label"] for row in train])
     gold = np.array([row["label"] for row in test])
     classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]  # in an order of their own
-    draws = [np.concatenate([rng.permutation(c)[:8] for c in classes]) for _ in range(10)]
+    draws = [np.concatenate([rng.permutation(c)[:8] for c in classes]) for _ in range(n_draws)]
     used = np.unique(np.concatenate(draws))
     vectors = embed([train[i]["text"] for i in used] + [row["text"] for row in test])
     accuracies = [
@@ -101,9 +101,9 @@ def score_clustering(data: Path, name: str, embed: Embed) -> float:
     return float(np.mean(scores))
 
 
-def score_sts(data: Path, name: str, embed: Embed) -> float:
+def score_sts(data: Path, name: str, embed: Embed, part: str = "test") -> float:
     """Spearman correlation of cosine and gold score."""
-    rows = read_rows(data, name, "test")
+    rows = read_rows(data, name, part)
     texts = [row[side] for side in ("sentence1", "sentence2") for row in rows]
     vectors = normalize(embed(texts))
     cosines = row_products(vectors[: len(rows)], vectors[len(rows) :])

@@ -17,14 +17,13 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _common import compare, load_texts, make_parser, read_rows, start
+from _common import compare, load_texts, make_parser, start
 from _results import Figure, finish
-from scipy.stats import spearmanr
+from quality import score_sts
 from torch.nn import functional as F
 
 from skembed import NVEmbedVectorizer
@@ -32,13 +31,6 @@ from skembed._quantized_layers import Int8Linear
 
 BASE = "bfloat16"
 TOKENS, IN, OUT = 4096, 384, 896
-
-
-def score_sts(vectorizer: NVEmbedVectorizer, data: Path) -> float:
-    """Return 100 times Spearman's correlation of cosines with the scores of STS-B dev."""
-    rows = read_rows(data, "sts/stsb", "dev")
-    a, b = (vectorizer.transform([row[f"sentence{k}"] for row in rows]) for k in (1, 2))
-    return 100 * float(spearmanr((a * b).sum(1), [row["score"] for row in rows]).statistic)
 
 
 def weight_bytes(vectorizer: NVEmbedVectorizer) -> int:
@@ -103,7 +95,8 @@ def main() -> int:
     args = start(parser)
     texts = load_texts(args.data, args.texts)
     base = NVEmbedVectorizer(cache=None, dtype=BASE)
-    score, exact = score_sts(base, args.data), base.transform(texts)
+    score = 100 * score_sts(args.data, "sts/stsb", base.transform, "dev")
+    exact = base.transform(texts)
     layers = time_layers()
     figures = [Figure(f"{BASE}: STS-B dev, Spearman", score)]
     values: dict[str, Any] = {
@@ -112,7 +105,8 @@ def main() -> int:
     }
     for dtype in ("int8", *(("nf4",) if find_spec("bitsandbytes") else ())):
         vectorizer = NVEmbedVectorizer(cache=None, dtype=dtype)
-        found, own = vectorizer.transform(texts), score_sts(vectorizer, args.data)
+        found = vectorizer.transform(texts)
+        own = 100 * score_sts(args.data, "sts/stsb", vectorizer.transform, "dev")
         share = weight_bytes(vectorizer) / weight_bytes(base)
         pair = compare(
             (dtype, BASE),

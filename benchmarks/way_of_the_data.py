@@ -98,7 +98,7 @@ def list_calls(folder: Path) -> Iterator[tuple[str, Callable[[list[str]], object
     trainer = ContrastiveTrainer(max_steps=2, batch_size=4, random_state=0)
 
     def pair(texts: list[str]) -> list[tuple[str, str]]:
-        return [(f"{text} {k}", f"{text}?") for k in range(4) for text in texts]
+        return [(f"{text} {k}", f"{k}: {text}") for k in range(4) for text in texts]
 
     yield "fit on pairs", lambda texts: NVEmbedVectorizer(trainer=trainer).fit(pair(texts))
     yield (

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from common import (
     RESULTS,
     SCORES,
@@ -35,12 +34,12 @@ from common import (
     write_page,
     write_record,
 )
-from prepare import build_config, inherit, load_tokenizer, read_texts, write_corpus
+from export import export
+from prepare import inherit, load_tokenizer, read_texts, write_corpus
 from recipe import Recipe, work_paths
 from train import Distillation, batches
 
 from skembed import NVEmbedVectorizer
-from skembed.checkpoint import save_checkpoint
 
 NAME = "architecture"
 STEPS = 120  # of the recipe's own architecture
@@ -125,14 +124,7 @@ def try_variant(name: str, arguments: argparse.Namespace, shared: dict[str, Path
         score_start=False,
     )
     log = [json.loads(line) for line in paths["log"].open()]
-    state = run.model.state_dict()
-    save_checkpoint(
-        folder / "model",
-        config=build_config(recipe),
-        tensors=((key, tensor.to(torch.bfloat16)) for key, tensor in state.items()),
-        tokenizer_folder=folder,
-        extra={},
-    )
+    export(paths, folder / "model", recipe)
     paths["checkpoint"].unlink()
     paths["start"].unlink()
     return {

@@ -119,16 +119,8 @@ class Recipe:
 
 def work_paths(work: Path) -> dict[str, Path]:
     """Return the files of one run below the folder `work` (kept out of git)."""
-    return {
-        "texts": work / "texts.jsonl",
-        "long_texts": work / "long_texts.jsonl",
-        "tokenizer": work / "tokenizer.json",
-        "teacher_ids": work / "teacher_ids.npy",
-        "basis": work / "basis.npy",
-        "start": work / "start.pt",
-        "checkpoint": work / "checkpoint.pt",
-        "log": work / "log.jsonl",
-    }
+    names = "texts.jsonl long_texts.jsonl tokenizer.json teacher_ids.npy basis.npy start.pt"
+    return {Path(n).stem: work / n for n in [*names.split(), "checkpoint.pt", "log.jsonl"]}
 
 
 def refine_paths(paths: dict[str, Path], number: int) -> dict[str, Path]:

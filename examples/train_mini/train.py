@@ -218,12 +218,9 @@ def main() -> None:
     recipe, paths = Recipe(), work_paths(arguments.work)
     texts, long_texts = read_texts(paths), read_texts(paths, "long_texts")
     tokenizer = load_tokenizer(paths)
+    corpora = (texts, long_texts, tokenizer, recipe)
     run = Distillation(recipe, paths, tokenizer)
-    run.run(
-        lambda step: batches(texts, long_texts, tokenizer, recipe, step),
-        recipe.steps,
-        arguments.data,
-    )
+    run.run(lambda step: batches(*corpora, step), recipe.steps, arguments.data)
 
 
 if __name__ == "__main__":
