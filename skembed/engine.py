@@ -87,12 +87,14 @@ class EmbedReport:
     batch_tokens: int = 0
 
     def add(self, other: EmbedReport) -> None:
-        """Count what a worker did."""
+        """Count what another call or a worker did."""
+        self.n_texts += other.n_texts
+        self.n_distinct += other.n_distinct
         self.n_embedded += other.n_embedded
         self.n_truncated += other.n_truncated
         self.n_tokens += other.n_tokens
         self.n_positions += other.n_positions
-        self.batch_tokens = other.batch_tokens
+        self.batch_tokens = max(self.batch_tokens, other.batch_tokens)
 
 
 def cache_namespace(key: ModelKey, prefix: str, max_length: int) -> str:
@@ -108,9 +110,8 @@ def embed_texts(
     texts: Sequence[str],
     request: EmbedRequest,
     *,
-    get_model: Callable[[], LoadedModel],
+    get_models: Callable[[], Sequence[LoadedModel]],
     load_in_worker: Callable[[], LoadedModel] | None = None,
-    load_replicas: Callable[[], Sequence[LoadedModel]] | None = None,
     cache: EmbeddingCache | None,
     batch_tokens: int | None = None,
     progress: bool | None = None,
@@ -124,13 +125,11 @@ def embed_texts(
         The texts, any order, repeated or not.
     request : EmbedRequest
         Instruction, length and cache namespace.
-    get_model : callable
-        Gives the model; called only when a text is not in the cache.
+    get_models : callable
+        Gives the model, on each of several devices where these share the work; called only when a
+        text is not in the cache.
     load_in_worker : callable, optional
-        The same for worker processes: picklable, and holding nothing of this process.
-    load_replicas : callable, optional
-        Gives the model on each of several devices, which share the work; the first is that of
-        `get_model`.
+        Gives the model in a worker process: picklable, and holding nothing of this process.
     cache : EmbeddingCache or None
         Where vectors are looked up and kept.
     batch_tokens : int, optional
@@ -149,13 +148,13 @@ def embed_texts(
     """
     out = np.empty((len(texts), request.dim), dtype=np.float32)
     distinct, source = find_distinct(texts)
-    report = EmbedReport(n_texts=len(texts), n_distinct=len(distinct))
-    runner: _Runner | _ParallelRunner = _Runner(
-        request, get_model, batch_tokens, report, load_replicas
-    )
+    report = EmbedReport()
     workers = 1 if n_jobs is None else effective_n_jobs(n_jobs)
+    runner: _Runner | _ParallelRunner
     if workers > 1 and load_in_worker is not None and len(distinct) >= PARALLEL_TEXTS:
         runner = _ParallelRunner(request, load_in_worker, batch_tokens, report, workers)
+    else:
+        runner = _Runner(request, get_models, batch_tokens, report)
     delay = 0.0 if progress else PROGRESS_DELAY_S
     with tqdm(
         total=len(distinct), unit="text", desc="embedding", delay=delay, disable=progress is False
@@ -170,6 +169,7 @@ def embed_texts(
         for start in range(0, len(repeated), CHUNK_TEXTS):
             part = repeated[start : start + CHUNK_TEXTS]
             out[part] = out[source[part]]
+    report.n_texts, report.n_distinct = len(texts), len(distinct)  # a worker's are of its part
     return out, report
 
 
@@ -300,16 +300,14 @@ class _Runner:
     def __init__(
         self,
         request: EmbedRequest,
-        get_model: Callable[[], LoadedModel],
+        get_models: Callable[[], Sequence[LoadedModel]],
         batch_tokens: int | None,
         report: EmbedReport,
-        load_replicas: Callable[[], Sequence[LoadedModel]] | None = None,
     ) -> None:
         self.request = request
         self.report = report
         self.cache_failed = False
-        self._get_model = get_model
-        self._load_replicas = load_replicas
+        self._get_models = get_models
         self._batch_tokens = batch_tokens
         self._replicas: list[LoadedModel] = []
         self._guard = threading.Lock()
@@ -318,8 +316,7 @@ class _Runner:
     def loaded(self) -> LoadedModel:
         """The model, asked for at its first use; the first of several replicas."""
         if not self._replicas:
-            several = self._load_replicas
-            self._replicas = [self._get_model()] if several is None else list(several())
+            self._replicas = list(self._get_models())
             self.report.batch_tokens = self._batch_tokens or min(
                 map(default_batch_tokens, self._replicas)
             )
@@ -522,7 +519,12 @@ def _embed_in_worker(
         if home != name_process():  # a process for work: its model serves the tasks to come
             registry.keep(load())
         return embed_texts(
-            texts, request, get_model=load, cache=None, batch_tokens=batch_tokens, progress=False
+            texts,
+            request,
+            get_models=lambda: [load()],
+            cache=None,
+            batch_tokens=batch_tokens,
+            progress=False,
         )
 
 

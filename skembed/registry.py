@@ -14,8 +14,8 @@ import multiprocessing
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 DTYPES = (*COMPUTE_DTYPES, *WEIGHT_FORMATS)
 WORKER_MODELS = 2
+LEASE_SETTINGS = 8
 _T = TypeVar("_T")
 
 
@@ -74,11 +75,11 @@ class LoadedModel:
     model: NVEmbedModel
     tokenizer: TextTokenizer
     base: LoadedModel | None = None  # what an adapter's view runs on
+    device: torch.device = field(init=False)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return torch.device(self.key.device)
+    def __post_init__(self) -> None:
+        """Note where the weights are."""
+        self.device = torch.device(self.key.device)
 
     @property
     def weight_bytes(self) -> int:
@@ -88,12 +89,28 @@ class LoadedModel:
 
 
 class Lease:
-    """What keeps a model and a cache file open: shared by clones, left out of pickles."""
+    """What an estimator and its clones share, left out of pickles: models, cache and settings.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    stored : tuple of (str, str or None, mapping), optional
+        The `model` and `revision` that came with a pickle, and the model's files.
+    from_pickle : bool, default=False
+        Whether the estimator was unpickled, maybe on another machine.
+    """
+
+    def __init__(
+        self,
+        stored: tuple[str, str | None, Mapping[str, bytes]] | None = None,
+        *,
+        from_pickle: bool = False,
+    ) -> None:
         self.models: dict[ModelKey, LoadedModel] = {}
-        self.cache: EmbeddingCache | None = None
+        self.cache: EmbeddingCache | None = None  # stays open until another one is used
         self.adapter: tuple[tuple[Any, ...], Any] = ((), None)
+        self.from_pickle = from_pickle
+        self._stored = stored
+        self._settings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._guard = threading.Lock()
 
     def hold(self, *models: LoadedModel) -> None:
@@ -102,17 +119,36 @@ class Lease:
             self.models = {model.key: model for model in models}
 
     def hold_adapter(self, key: tuple[Any, ...], read: Callable[[], _T]) -> _T:
-        """The adapter of this key, read if it is not the one held."""
+        """Return the adapter of this key, read if it is not the one held."""
         with self._guard:
             if self.adapter[0] != key:
                 self.adapter = (key, read())
             adapter: _T = self.adapter[1]
             return adapter
 
-    def hold_cache(self, cache: EmbeddingCache | None) -> EmbeddingCache | None:
-        """Keep this cache, and no other; returns it."""
-        self.cache = cache
-        return cache
+    def recall(self, key: tuple[Any, ...] | None) -> Any:
+        """Return what was remembered under a key; None for nothing."""
+        with self._guard:
+            settings = None if key is None else self._settings.get(key)
+            if settings is not None:
+                self._settings.move_to_end(key)  # type: ignore[arg-type]
+            return settings
+
+    def remember(self, key: tuple[Any, ...] | None, settings: Any) -> None:
+        """Remember settings under a key, beside those of the last few others."""
+        if key is None:
+            return
+        with self._guard:
+            self._settings[key] = settings
+            self._settings.move_to_end(key)
+            while len(self._settings) > LEASE_SETTINGS:
+                self._settings.popitem(last=False)
+
+    def find_files(self, model: str, revision: str | None) -> Mapping[str, bytes] | None:
+        """Return the model's files from the pickle; None where another model is asked for."""
+        if self._stored is None or self._stored[:2] != (model, revision):
+            return None
+        return self._stored[2]
 
 
 class ModelRegistry:

@@ -85,6 +85,7 @@ LEVELS = {
     "skembed.adapters": 12,
     "skembed.engine": 12,
     "skembed.resolution": 13,
+    "skembed.encoder": 14,
     "skembed.training_state": 13,
     "skembed.training": 14,
     "skembed._saving": 15,
