@@ -21,20 +21,10 @@ __all__ = ["Encoder", "warn_truncated"]
 
 @dataclass(frozen=True)
 class Encoder:
-    """What embeds columns of texts; cheap to make, and weights are loaded at need.
-
-    Attributes
-    ----------
-    settings : Settings
-        What decides the vectors.
-    lease : Lease
-        Keeps the weights loaded and the cache open.
-    cache : EmbeddingCache or None
-        Where vectors are looked up and kept.
-    """
+    """What embeds columns of texts; cheap to make: weights are loaded at need."""
 
     settings: Settings
-    lease: Lease
+    lease: Lease  # keeps weights loaded and the cache open
     cache: EmbeddingCache | None
 
     def embed(
@@ -45,30 +35,9 @@ class Encoder:
         batch_tokens: int | None = None,
         progress: bool | None = None,
     ) -> tuple[np.ndarray, EmbedReport]:
-        """Embed each column for its side.
+        """Embed each column for its side: float32 (n_texts, n_columns * dim), and the counts.
 
-        Parameters
-        ----------
-        columns : TextColumns
-            One column of n texts, or two.
-        sides : sequence of {"query", "document"}
-            A side for each column; more are not read.
-        batch_tokens : int, optional
-            Tokens of one forward pass, where the parameters leave it open.
-        progress : bool, optional
-            True shows a bar, False none, None one after three seconds or as `verbose` says.
-
-        Returns
-        -------
-        vectors : ndarray of float32, shape (n, n_columns * dim)
-            Of all columns, side by side.
-        report : EmbedReport
-            Counts over all columns.
-
-        Raises
-        ------
-        SkembedError, MemoryError, ValueError
-            As `NVEmbedVectorizer.transform`.
+        `batch_tokens` and `progress` (see `embed_texts`) count where the parameters are open.
         """
         self.lease.cache = self.cache
         missing = self.settings.parameters.missing

@@ -54,24 +54,12 @@ MIN_BATCH_TOKENS = 64
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """Everything beside the texts and the weights that decides their vectors.
+    """Everything beside the texts and the weights that decides their vectors."""
 
-    Attributes
-    ----------
-    prefix : str
-        The instruction inside its template; "" for none.
-    max_length : int
-        Tokens.
-    dim : int
-        Width of the vectors.
-    namespace : str
-        Cache key of all of the above and the model.
-    """
-
-    prefix: str
-    max_length: int
-    dim: int
-    namespace: str
+    prefix: str  # the instruction inside its template; "" for none
+    max_length: int  # tokens
+    dim: int  # width of the vectors
+    namespace: str  # cache key of all of the above and the model
 
 
 @dataclass
@@ -117,34 +105,25 @@ def embed_texts(
     progress: bool | None = None,
     n_jobs: int | None = None,
 ) -> tuple[np.ndarray, EmbedReport]:
-    """Raw vectors of texts: pooled, neither normalised nor truncated.
+    """Raw vectors of texts, float32 (n_texts, dim), and the counts of the call.
+
+    Pooled, neither normalised nor truncated; in input order.
 
     Parameters
     ----------
-    texts : sequence of str
-        The texts, any order, repeated or not.
-    request : EmbedRequest
-        Instruction, length and cache namespace.
+    texts, request, cache
+        The texts, any order, repeated or not; what is asked for; where vectors are kept.
     get_models : callable
         Gives the model, on each of several devices where these share the work; called only when a
         text is not in the cache.
     load_in_worker : callable, optional
         Gives the model in a worker process: picklable, and holding nothing of this process.
-    cache : EmbeddingCache or None
-        Where vectors are looked up and kept.
     batch_tokens : int, optional
         Tokens of one forward pass; None chooses by device.
     progress : bool, optional
         True shows a bar, False none, None one after three seconds.
     n_jobs : int, optional
         Worker processes of joblib; short input stays in this process.
-
-    Returns
-    -------
-    embeddings : ndarray of float32, shape (n_texts, dim)
-        In input order.
-    report : EmbedReport
-        Counts of the call.
     """
     out = np.empty((len(texts), request.dim), dtype=np.float32)
     distinct, source = find_distinct(texts)
@@ -211,27 +190,13 @@ def _chunks(texts: Sequence[str], rows: np.ndarray, scale: int = 1) -> Iterator[
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Texts that are embedded together, as far as that goes without the model.
+    """Texts that are embedded together, as far as that goes without the model."""
 
-    Attributes
-    ----------
-    found_rows : ndarray of int64, shape (n_found,)
-        Rows of the output that the cache knew.
-    found : ndarray of float32, shape (n_found, dim)
-        Their vectors.
-    rows : ndarray of int64, shape (n,)
-        Rows that are to be computed.
-    texts : list of str, length n
-        Their texts.
-    encoded : EncodedTexts or None
-        Their token ids; None where workers tokenise or there are no texts.
-    """
-
-    found_rows: np.ndarray
-    found: np.ndarray
-    rows: np.ndarray
-    texts: list[str]
-    encoded: Any
+    found_rows: np.ndarray  # rows of the output that the cache knew, (n_found,)
+    found: np.ndarray  # their vectors, float32 (n_found, dim)
+    rows: np.ndarray  # rows that are to be computed, (n,)
+    texts: list[str]  # their texts
+    encoded: Any  # their token ids; None where workers tokenise or there are no texts
 
 
 def _prepare_chunk(

@@ -37,6 +37,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 DTYPES = (*COMPUTE_DTYPES, *WEIGHT_FORMATS)
 WORKER_MODELS = 2
 LEASE_SETTINGS = 8
+StoredModel = tuple[str, str | None, Mapping[str, bytes]]
 _T = TypeVar("_T")
 
 
@@ -91,20 +92,11 @@ class LoadedModel:
 class Lease:
     """What an estimator and its clones share, left out of pickles: models, cache and settings.
 
-    Parameters
-    ----------
-    stored : tuple of (str, str or None, mapping), optional
-        The `model` and `revision` that came with a pickle, and the model's files.
-    from_pickle : bool, default=False
-        Whether the estimator was unpickled, maybe on another machine.
+    One that was unpickled, maybe on another machine, says so; `stored` holds the `model`,
+    `revision` and files of the model that came with it.
     """
 
-    def __init__(
-        self,
-        stored: tuple[str, str | None, Mapping[str, bytes]] | None = None,
-        *,
-        from_pickle: bool = False,
-    ) -> None:
+    def __init__(self, stored: StoredModel | None = None, *, from_pickle: bool = False) -> None:
         self.models: dict[ModelKey, LoadedModel] = {}
         self.cache: EmbeddingCache | None = None  # stays open until another one is used
         self.adapter: tuple[tuple[Any, ...], Any] = ((), None)
@@ -152,16 +144,10 @@ class Lease:
 
 
 class ModelRegistry:
-    """Loaded models of this process; safe under threads.
-
-    Attributes
-    ----------
-    n_loads : int
-        How often weights were read since the process began.
-    """
+    """Loaded models of this process; safe under threads."""
 
     def __init__(self) -> None:
-        self.n_loads = 0
+        self.n_loads = 0  # how often weights were read since the process began
         self._models: weakref.WeakValueDictionary[ModelKey, LoadedModel]
         self._models = weakref.WeakValueDictionary()
         self._in_worker: OrderedDict[ModelKey, LoadedModel] = OrderedDict()
@@ -233,10 +219,7 @@ def load_tokenizer(folder: Path, config: NVEmbedConfig) -> TextTokenizer:
 def resolve_device(device: str) -> torch.device:
     """The torch device of a `device` parameter; "auto" takes CUDA, then MPS, then the CPU.
 
-    Raises
-    ------
-    ValueError
-        When torch does not know the name, or this machine has no such device.
+    Raises ValueError for an unknown name, or a device that is not available on this machine.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -268,11 +251,8 @@ def resolve_device(device: str) -> torch.device:
 def resolve_devices(device: str | Sequence[str]) -> list[torch.device]:
     """The torch devices of a `device` parameter: one, or each of a list of one kind.
 
-    Raises
-    ------
-    ValueError
-        As `resolve_device`, and when a list is empty, mixes kinds, says "auto", or names a GPU
-        twice.
+    Raises ValueError as `resolve_device`, and for a list that is empty, mixes kinds, says "auto",
+    or names a GPU twice.
     """
     if isinstance(device, str):
         return [resolve_device(device)]
@@ -299,12 +279,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
     bfloat16 where it is native (CUDA from compute capability 8.0, CPUs with AVX512-BF16, AMX or
     Arm's BF16 instructions), else float32. "int8" and "nf4", which are there to save memory, take
-    float16 on older CUDA devices.
-
-    Raises
-    ------
-    ValueError
-        When the device has no kernels for the type.
+    float16 on older CUDA devices. Raises ValueError where a device has no kernels for the type.
     """
     if dtype in COMPUTE_DTYPES:
         found: torch.dtype = getattr(torch, dtype)
@@ -371,12 +346,8 @@ def prove_bidirectional(model: NVEmbedModel, device: torch.device) -> None:
     """Check once per process that an attention path sees the whole text and nothing else.
 
     For one text, two of equal length, and texts of different lengths: changing the last token of a
-    text must change its first position, and must not change its neighbour.
-
-    Raises
-    ------
-    CausalLeakError
-        When a path is causal, or mixes texts.
+    text must change its first position, and must not change its neighbour. Raises CausalLeakError
+    for a path that is causal, or mixes texts.
     """
     dtype = next(model.embedding_model.parameters()).dtype
     proof = (model.attention_path, device.type, dtype, transformers.__version__)

@@ -1,7 +1,7 @@
 """Parameters -> settings: which model, where, in which type, with which adapter and prefixes.
 
-Reads config.json and hashes files; loads no weights but an adapter's. A lease remembers the answers:
-a question is asked again only when a parameter, the adapter or a file of a local folder has changed.
+Reads config.json and hashes files; loads no weights but an adapter's. A lease remembers the
+answers: they are looked for again only when a parameter, the adapter or a local file has changed.
 """
 
 from __future__ import annotations
@@ -84,27 +84,13 @@ class Parameters(NamedTuple):
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """What runs.
-
-    Attributes
-    ----------
-    source : ModelSource
-        The folder.
-    config : NVEmbedConfig
-        Its configuration.
-    key : ModelKey
-        The base model's key in the registry.
-    replicas : tuple of ModelKey
-        Keys of the copies on further devices.
-    adapter : Adapter or None
-        What is put on the base: learned by `fit`, or read from the model's folder.
-    """
+    """What runs, and where."""
 
     source: ModelSource
     config: NVEmbedConfig
     key: ModelKey
-    replicas: tuple[ModelKey, ...] = ()
-    adapter: Adapter | None = None
+    replicas: tuple[ModelKey, ...] = ()  # copies on further devices
+    adapter: Adapter | None = None  # learned by `fit`, or read from the model's folder
 
     @property
     def full_key(self) -> ModelKey:
@@ -117,55 +103,21 @@ class ResolvedModel:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything but the texts and the cache that embedding needs.
+    """Everything but the texts and the cache that embedding needs."""
 
-    Attributes
-    ----------
-    parameters : Parameters
-        Checked, as built-in values.
-    model : ResolvedModel
-        What runs.
-    requests : mapping of str to EmbedRequest
-        For each side its prefix, and the namespace of its vectors in the cache.
-    dim : int
-        Width of an embedding after truncation.
-    files : mapping
-        State of the local files that all this was read from.
-    warning : str
-        What the user is to know of the device at each use; "" for nothing.
-    """
-
-    parameters: Parameters
+    parameters: Parameters  # checked, as built-in values
     model: ResolvedModel
-    requests: Mapping[str, EmbedRequest]
-    dim: int
-    files: FileStates
-    warning: str = ""
+    requests: Mapping[str, EmbedRequest]  # of each side: prefix and namespace in the cache
+    dim: int  # after truncation
+    files: FileStates  # of the local files that all this was read from
+    warning: str = ""  # what the user is to know of the device at each use
 
 
 def find_settings(parameters: Parameters, lease: Lease, adapter: Adapter | None) -> Settings:
     """Return the settings of an estimator, from its lease where nothing has changed.
 
-    Parameters
-    ----------
-    parameters : Parameters
-        As they are now, unchecked.
-    lease : Lease
-        Remembers settings, and keeps the adapter of a folder.
-    adapter : Adapter or None
-        What `fit` learned; it goes before a folder's.
-
-    Returns
-    -------
-    Settings
-        Checked; no weights are loaded.
-
-    Raises
-    ------
-    TypeError, ValueError
-        When a parameter is not allowed, or beyond the model's sizes.
-    ModelNotFoundError, CheckpointError
-        When there is no such model, or its files do not fit.
+    An `adapter` that `fit` learned goes before that of the model's folder. Raises TypeError and
+    ValueError for parameters, ModelNotFoundError and CheckpointError for the model's files.
     """
     key = _make_key(parameters, adapter)
     settings: Settings | None = lease.recall(key)
@@ -183,14 +135,8 @@ def find_settings(parameters: Parameters, lease: Lease, adapter: Adapter | None)
 
 def _make_key(parameters: Parameters, adapter: Adapter | None) -> tuple[Any, ...] | None:
     """Return values and types (True equals 1) as they are now; None where one has no hash."""
-    values = (
-        os.fspath(value)
-        if isinstance(value, os.PathLike)
-        else tuple(value)
-        if isinstance(value, list)
-        else value
-        for value in parameters
-    )
+    values = [tuple(value) if isinstance(value, list) else value for value in parameters]
+    values[0] = os.fspath(values[0]) if isinstance(values[0], os.PathLike) else values[0]
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # "cuda" means it
     fingerprint = None if adapter is None else adapter.fingerprint
     key = (*values, *map(type, parameters), gpu, fingerprint)
@@ -255,17 +201,11 @@ def read_states(paths: Iterable[str]) -> FileStates:
 
 def _check_sizes(parameters: Parameters, config: NVEmbedConfig) -> None:
     """Refuse lengths and widths that the model does not have."""
-    longest = config.backbone.get("max_position_embeddings")
+    length, dim = parameters.max_length, parameters.truncate_dim
+    longest, width = config.backbone.get("max_position_embeddings"), config.hidden_size
     if longest is not None:
-        check_int(parameters.max_length, name="max_length", owner=OWNER, low=2, high=int(longest))
-    check_int(
-        parameters.truncate_dim,
-        name="truncate_dim",
-        owner=OWNER,
-        low=1,
-        high=config.hidden_size,
-        allow_none=True,
-    )
+        check_int(length, name="max_length", owner=OWNER, low=2, high=int(longest))
+    check_int(dim, name="truncate_dim", owner=OWNER, low=1, high=width, allow_none=True)
 
 
 def _make_model_keys(
@@ -275,15 +215,11 @@ def _make_model_keys(
     dtypes = {resolve_dtype(dtype, device) for device in devices}
     # The older of two GPUs may know no bfloat16.
     common = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    name = name_dtype(dtype, common)
+    paths = [choose_attention_path(device, common) for device in devices]
     return [
-        ModelKey(
-            fingerprint=fingerprint,
-            pooling=config.pooling,
-            device=str(device),
-            dtype=name_dtype(dtype, common),
-            attention_path=choose_attention_path(device, common),
-        )
-        for device in devices
+        ModelKey(fingerprint, config.pooling, str(device), name, path)
+        for device, path in zip(devices, paths, strict=True)
     ]
 
 
@@ -397,14 +333,8 @@ def load_resolved(resolved: ResolvedModel, lease: Lease | None = None) -> list[L
 def load_in_worker(resolved: ResolvedModel) -> LoadedModel:
     """The loaded model in a process that may be on another machine; the argument pickles small.
 
-    Where the model's folder is not, the model is looked for by its name, as here.
-
-    Raises
-    ------
-    ModelNotFoundError
-        When the worker finds no such model.
-    CheckpointError
-        When it finds another one under the name.
+    Where the model's folder is not, the model is looked for by its name, as here; raises
+    ModelNotFoundError where there is none, CheckpointError where it is another one.
     """
     source = resolved.source
     if not source.folder.is_dir():
@@ -429,26 +359,32 @@ def check_parameters(parameters: Parameters) -> Parameters:
     check_template(p.instruction_template, owner=OWNER)
     resolve_instruction(p.instruction)
     resolve_instruction(p.document_instruction, name="document_instruction")
-    return Parameters(
-        model=os.fspath(p.model),
-        instruction=p.instruction,
-        document_instruction=p.document_instruction,
-        instruction_template=p.instruction_template,
-        pooling=check_choice(p.pooling, name="pooling", allowed=(None, *POOLINGS), owner=OWNER),
-        max_length=check_int(p.max_length, name="max_length", low=2, owner=OWNER),
-        truncate_dim=check_int(
-            p.truncate_dim, name="truncate_dim", low=1, allow_none=True, owner=OWNER
-        ),
-        normalize=check_bool(p.normalize, name="normalize", owner=OWNER),
-        missing=check_choice(p.missing, name="missing", allowed=MISSING_POLICIES, owner=OWNER),
-        device=_check_device(p.device),
-        dtype=check_choice(p.dtype, name="dtype", allowed=("auto", *DTYPES), owner=OWNER),
-        batch_tokens=_check_batch_tokens(p.batch_tokens),
-        revision=check_string(p.revision, name="revision", allow_none=True, owner=OWNER),
-        store_weights=check_bool(p.store_weights, name="store_weights", owner=OWNER),
-        n_jobs=_check_n_jobs(p.n_jobs),
-        verbose=check_bool(p.verbose, name="verbose", owner=OWNER),
-    )
+    choices = {
+        "pooling": (None, *POOLINGS),
+        "missing": MISSING_POLICIES,
+        "dtype": ("auto", *DTYPES),
+    }
+    values: dict[str, Any] = {"model": os.fspath(p.model), "device": _check_device(p.device)}
+    for name, allowed in choices.items():
+        values[name] = check_choice(getattr(p, name), name=name, allowed=allowed, owner=OWNER)
+    for name in ("normalize", "store_weights", "verbose"):
+        values[name] = check_bool(getattr(p, name), name=name, owner=OWNER)
+    for name, low, none in (
+        ("max_length", 2, False),
+        ("truncate_dim", 1, True),
+        ("batch_tokens", 1, False),
+        ("n_jobs", None, True),
+    ):
+        value = getattr(p, name)
+        if name != "batch_tokens" or value != "auto":
+            values[name] = check_int(value, name=name, low=low, allow_none=none, owner=OWNER)
+    if p.n_jobs == 0:
+        raise ValueError(
+            f"The `n_jobs` parameter of `{OWNER}` must be None, a positive int, or a negative "
+            "one that counts from all cores (-1); got 0."
+        )
+    values["revision"] = check_string(p.revision, name="revision", allow_none=True, owner=OWNER)
+    return p._replace(**values)
 
 
 def _check_device(device: Any) -> str | tuple[str, ...]:
@@ -461,21 +397,3 @@ def _check_device(device: Any) -> str | tuple[str, ...]:
             f"devices; got {type(device).__name__}."
         )
     return device
-
-
-def _check_batch_tokens(batch_tokens: Any) -> int | str:
-    """Return "auto" or a number."""
-    if isinstance(batch_tokens, str) and batch_tokens == "auto":
-        return "auto"
-    return check_int(batch_tokens, name="batch_tokens", low=1, owner=OWNER)
-
-
-def _check_n_jobs(n_jobs: Any) -> int | None:
-    """Return None or a number of workers other than 0."""
-    n_jobs = check_int(n_jobs, name="n_jobs", allow_none=True, owner=OWNER)
-    if n_jobs == 0:
-        raise ValueError(
-            f"The `n_jobs` parameter of `{OWNER}` must be None, a positive int, or a negative "
-            "one that counts from all cores (-1); got 0."
-        )
-    return n_jobs

@@ -488,17 +488,14 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         ids : iterable of int or str, optional
             One id a row, written as column "id" (Parquet only).
         side : {"query", "document"}, default="query"
-            Embed single texts as `encode_query` (`transform`) or as `encode_document` does. Pairs
-            are always a query and a document.
+            As `encode_query` or `encode_document`; pairs are always a query and a document.
         rows_per_shard : int, default=16384
-            Rows embedded and written at a time: what memory grows with, and the most that a
-            killed process loses.
+            Rows embedded and written at a time: memory grows with it, and a kill loses no more.
         embedding_column : str, default="embedding"
             Name of the column of vectors in Parquet.
         use_cache : bool, default=False
-            Look up and keep vectors in the vectorizer's cache. Off, since a long stream would
-            push everything else out of it. On, equal bytes are not promised: what comes from the
-            cache is not in a batch.
+            Use the vectorizer's cache. Off, since a long stream would push everything else out of
+            it. On, equal bytes are not promised: what comes from the cache is not in a batch.
         overwrite : bool, default=False
             Delete embeddings that an earlier call wrote to the path, and begin anew.
 
@@ -523,11 +520,9 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
 
         Warns
         -----
-        SkembedWarning
-            When a complete shard is damaged and embedded again, or when versions of packages have
-            changed since the run began.
-        TruncationWarning
-            As `transform`.
+        SkembedWarning, TruncationWarning
+            When a complete shard is damaged and embedded again, or packages have other versions
+            than when the run began; and as `transform`.
 
         Examples
         --------
