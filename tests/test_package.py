@@ -39,7 +39,6 @@ LEVELS = {
     "skembed._corpus": 2,
     "skembed._evaluation_result": 2,
     "skembed._map_groups": 2,
-    "skembed._shards": 2,
     "skembed._stream_source": 2,
     "skembed.datasets": 2,
     "skembed.examples": 2,
