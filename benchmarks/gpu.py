@@ -174,7 +174,7 @@ class Encoder:
         self.vectors, self.report = embed_texts(
             self.texts,
             request,
-            get_model=lambda: self.loaded,
+            get_models=lambda: [self.loaded],
             cache=None,
             batch_tokens=self.batch_tokens,
             progress=False,

@@ -149,6 +149,8 @@ def _extract_columns(X: Any, *, subject: str) -> list[list[Any]]:
         raise TypeError(
             f"{subject} must be a list, array or column of texts; got a bare str. Wrap it: [text]."
         )
+    if isinstance(X, Sequence) and not isinstance(X, (bytes, bytearray, memoryview)):
+        return [list(X)]
     if isinstance(X, np.ndarray):
         return _extract_array(X, subject=subject)
     if _is_instance_of(X, "pandas", "DataFrame"):
@@ -161,8 +163,6 @@ def _extract_columns(X: Any, *, subject: str) -> list[list[Any]]:
         return [X.tolist()]
     if _is_instance_of(X, "polars", "Series"):
         return [X.to_list()]
-    if isinstance(X, Sequence) and not isinstance(X, (bytes, bytearray, memoryview)):
-        return [list(X)]
     raise TypeError(
         f"{subject} must be a list, array or column of texts; "
         f"got {_describe_type(X)}. {_next_step(X)}"

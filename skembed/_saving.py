@@ -16,7 +16,7 @@ from skembed.checkpoint import (
     resolve_source,
     save_checkpoint,
 )
-from skembed.resolution import OWNER, ResolvedModel, name_base
+from skembed.resolution import OWNER, ResolvedModel, Settings, name_base
 
 SETTINGS_FILE = "skembed.json"
 # Saved beside the weights: what belongs to the model's use, not to this machine.
@@ -31,17 +31,13 @@ SAVED_PARAMETERS = (
 )
 
 
-def save_vectorizer(
-    estimator: Any, resolved: ResolvedModel, path: str | os.PathLike[str], *, merge: bool
-) -> None:
+def save_vectorizer(settings: Settings, path: str | os.PathLike[str], *, merge: bool) -> None:
     """Write an adapter's folder, or the whole model's: frozen, or the adapter merged into it.
 
     Parameters
     ----------
-    estimator : NVEmbedVectorizer
-        Read for its parameters only.
-    resolved : ResolvedModel
-        What it runs.
+    settings : Settings
+        The vectorizer's.
     path : str or path
         The folder; made if need be.
     merge : bool
@@ -54,6 +50,7 @@ def save_vectorizer(
     OSError
         When the folder cannot be written.
     """
+    resolved, parameters = settings.model, settings.parameters
     source, adapter = resolved.source, resolved.adapter
     folder = Path(path).expanduser()
     if folder.exists() and folder.resolve() in (source.folder, source.adapter_folder):
@@ -61,9 +58,9 @@ def save_vectorizer(
             f"The `path` parameter of `{OWNER}.save_pretrained` must be another folder than "
             f"the one the model is read from; got {str(path)!r}."
         )
-    settings = {name: getattr(estimator, name) for name in SAVED_PARAMETERS}
+    saved = {name: getattr(parameters, name) for name in SAVED_PARAMETERS}
     if adapter is not None and not merge:
-        _save_adapter(adapter, resolved, folder, {**settings, "pooling": estimator.pooling})
+        _save_adapter(adapter, resolved, folder, {**saved, "pooling": parameters.pooling})
         return
     tensors = iterate_tensors(source, resolved.config)
     (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
@@ -72,7 +69,7 @@ def save_vectorizer(
         config=resolved.config,
         tensors=tensors if adapter is None else merge_adapter(adapter, tensors),
         tokenizer_folder=source.folder,
-        extra={SETTINGS_FILE: settings},
+        extra={SETTINGS_FILE: saved},
     )
 
 

@@ -41,26 +41,15 @@ _SHARD_KEYS = {"rows", "bytes", "sha256", "source", "truncated", "missing"}
 class Manifest:
     """What is known of a set of embeddings.
 
-    Attributes
-    ----------
-    settings : dict
-        What decides the vectors and the files; must be equal to go on.
-    origin : dict
-        Names and versions, for readers; of the run that began.
-    shards : list of dict
-        Of each complete shard, in order: rows, bytes, sha256, the digest of the source up to its
-        end, and its texts that were truncated or missing; the file's name where it has its own.
-    batch_tokens : int or None
-        Token budget of the first shard, which all others take.
-    complete : bool
-        Whether the source was read to its end.
+    Of each complete shard, in order: rows, bytes, sha256, the digest of the source up to its end,
+    and its texts that were truncated or missing; the file's name where it has its own.
     """
 
-    settings: dict[str, Any]
-    origin: dict[str, Any]
+    settings: dict[str, Any]  # what decides vectors and files; must be equal to go on
+    origin: dict[str, Any]  # names and versions, for readers; of the run that began
     shards: list[dict[str, Any]] = field(default_factory=list)
-    batch_tokens: int | None = None
-    complete: bool = False
+    batch_tokens: int | None = None  # of the first shard, which all others take
+    complete: bool = False  # the source was read to its end
 
     @property
     def n_rows(self) -> int:

@@ -29,40 +29,20 @@ _SCAN_ROWS = 8_192
 
 
 class Block(NamedTuple):
-    """Some rows of a source.
+    """Some rows of a source."""
 
-    Attributes
-    ----------
-    texts : list, tuple, ndarray or Series
-        Texts or pairs, as `check_texts` takes them.
-    n_columns : int or None
-        Text columns where the source tells it; None where the texts do.
-    carried : pyarrow.Table or None
-        The columns carried along.
-    """
-
-    texts: Any
-    n_columns: int | None = None
-    carried: Any = None
+    texts: Any  # texts or pairs, as `check_texts` takes them
+    n_columns: int | None = None  # text columns where the source tells it; None where texts do
+    carried: Any = None  # pyarrow.Table of the columns carried along
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """Rows to be read once, from the first to the last.
+    """Rows to be read once, from the first to the last."""
 
-    Attributes
-    ----------
-    n_rows : int or None
-        Number of rows where it is known before they are read.
-    is_one_shot : bool
-        Whether it can be read once only, such as a generator.
-    read : callable
-        Takes the size of a block; gives the blocks, all full but the last, at least one.
-    """
-
-    n_rows: int | None
-    is_one_shot: bool
-    read: Callable[[int], Iterator[Block]]
+    n_rows: int | None  # where it is known before they are read
+    is_one_shot: bool  # can be read once only, such as a generator
+    read: Callable[[int], Iterator[Block]]  # of a size, all full but the last; at least one
 
 
 def open_source(

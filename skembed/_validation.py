@@ -137,13 +137,12 @@ def check_int(
     """
     if value is None and allow_none:
         return None
+    is_int = isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
+    if is_int and _is_within(int(value), low, high, "both"):
+        return int(value)
     expected = f"an int{_describe_interval(low, high, 'both')}{' or None' if allow_none else ''}"
     message = _parameter_message(value, name=name, owner=owner, expected=expected)
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
-        raise TypeError(message)
-    if not _is_within(int(value), low, high, "both"):
-        raise ValueError(message)
-    return int(value)
+    raise (ValueError if is_int else TypeError)(message)
 
 
 @overload
@@ -234,14 +233,12 @@ def check_string(
     """
     if value is None and allow_none:
         return None
+    if isinstance(value, str) and (value or allow_empty):
+        return str.__str__(value)
     expected = "a str" if allow_empty else "a non-empty str"
     expected += " or None" if allow_none else ""
     message = _parameter_message(value, name=name, owner=owner, expected=expected)
-    if not isinstance(value, str):
-        raise TypeError(message)
-    if not value and not allow_empty:
-        raise ValueError(message)
-    return str.__str__(value)
+    raise (ValueError if isinstance(value, str) else TypeError)(message)
 
 
 def _parameter_message(value: Any, *, name: str, owner: str, expected: str) -> str:

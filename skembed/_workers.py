@@ -24,16 +24,7 @@ def run_tasks(task: Callable[..., _R], calls: Iterable[tuple[Any, ...]], n: int)
     """Results of `task` for each of some calls, in their order, from `n` workers of joblib.
 
     Whatever backend is active does the work: joblib's own processes, or those of a cluster under
-    ``joblib.parallel_config("dask")``.
-
-    Parameters
-    ----------
-    task : callable
-        Picklable.
-    calls : iterable of tuple
-        Arguments of each call.
-    n : int
-        Workers.
+    ``joblib.parallel_config("dask")``. The task must be picklable.
     """
     try:  # results as they come, where the backend can
         parallel = Parallel(n_jobs=n, return_as="generator")
@@ -56,15 +47,8 @@ def share_cores(n_workers: int, home: tuple[str, int]) -> Iterator[None]:
     """Leave each of some workers its part of the cores: cores // workers, 1 at the least.
 
     Never more than the worker is set to already: joblib, Dask, Ray and torchrun each set
-    OMP_NUM_THREADS. On a machine other than the caller's the number of workers says nothing, and
-    that setting stands.
-
-    Parameters
-    ----------
-    n_workers : int
-        Workers of the call.
-    home : tuple of str and int
-        `name_process` of the caller.
+    OMP_NUM_THREADS. On a machine other than the caller's (`home` is its `name_process`) the number
+    of workers says nothing, and that setting stands.
     """
     before = torch.get_num_threads()
     if home[0] == platform.node():
@@ -85,15 +69,8 @@ def run_ahead(task: Callable[[_T], _R], items: Iterable[_T]) -> Generator[_R, No
     """Results of `task`, in order; the next one is worked on while the caller uses the last.
 
     One thread beside the caller's, started only where there is a second item. At most two results
-    exist at a time. An error of `task` arrives where its result would have; when the caller
-    stops, the task at work is waited for.
-
-    Parameters
-    ----------
-    task : callable
-        Takes one item.
-    items : iterable
-        Drawn by the caller's thread.
+    exist at a time. Items are drawn by the caller's thread. An error of `task` arrives where its
+    result would have; when the caller stops, the task at work is waited for.
     """
     source = iter(items)
     item: Any = next(source, _END)
@@ -145,16 +122,7 @@ def spread(
 
     A worker draws its next item when it is done with the last, so a faster one does more. At an
     error, or when the caller stops, no worker draws another item, and all have ended when the error
-    arrives.
-
-    Parameters
-    ----------
-    items : iterable
-        Drawn by one thread at a time.
-    workers : sequence of callable
-        Each takes an iterator of items and gives results.
-    n_threads : int, optional
-        Threads of torch in each worker; None leaves its number.
+    arrives. Items are drawn by one thread at a time. `n_threads`: those of torch in each worker.
     """
     shared = SharedIterator(items)
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -54,24 +54,12 @@ MIN_BATCH_TOKENS = 64
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """Everything beside the texts and the weights that decides their vectors.
+    """Everything beside the texts and the weights that decides their vectors."""
 
-    Attributes
-    ----------
-    prefix : str
-        The instruction inside its template; "" for none.
-    max_length : int
-        Tokens.
-    dim : int
-        Width of the vectors.
-    namespace : str
-        Cache key of all of the above and the model.
-    """
-
-    prefix: str
-    max_length: int
-    dim: int
-    namespace: str
+    prefix: str  # the instruction inside its template; "" for none
+    max_length: int  # tokens
+    dim: int  # width of the vectors
+    namespace: str  # cache key of all of the above and the model
 
 
 @dataclass
@@ -87,12 +75,14 @@ class EmbedReport:
     batch_tokens: int = 0
 
     def add(self, other: EmbedReport) -> None:
-        """Count what a worker did."""
+        """Count what another call or a worker did."""
+        self.n_texts += other.n_texts
+        self.n_distinct += other.n_distinct
         self.n_embedded += other.n_embedded
         self.n_truncated += other.n_truncated
         self.n_tokens += other.n_tokens
         self.n_positions += other.n_positions
-        self.batch_tokens = other.batch_tokens
+        self.batch_tokens = max(self.batch_tokens, other.batch_tokens)
 
 
 def cache_namespace(key: ModelKey, prefix: str, max_length: int) -> str:
@@ -108,54 +98,42 @@ def embed_texts(
     texts: Sequence[str],
     request: EmbedRequest,
     *,
-    get_model: Callable[[], LoadedModel],
+    get_models: Callable[[], Sequence[LoadedModel]],
     load_in_worker: Callable[[], LoadedModel] | None = None,
-    load_replicas: Callable[[], Sequence[LoadedModel]] | None = None,
     cache: EmbeddingCache | None,
     batch_tokens: int | None = None,
     progress: bool | None = None,
     n_jobs: int | None = None,
 ) -> tuple[np.ndarray, EmbedReport]:
-    """Raw vectors of texts: pooled, neither normalised nor truncated.
+    """Raw vectors of texts, float32 (n_texts, dim), and the counts of the call.
+
+    Pooled, neither normalised nor truncated; in input order.
 
     Parameters
     ----------
-    texts : sequence of str
-        The texts, any order, repeated or not.
-    request : EmbedRequest
-        Instruction, length and cache namespace.
-    get_model : callable
-        Gives the model; called only when a text is not in the cache.
+    texts, request, cache
+        The texts, any order, repeated or not; what is asked for; where vectors are kept.
+    get_models : callable
+        Gives the model, on each of several devices where these share the work; called only when a
+        text is not in the cache.
     load_in_worker : callable, optional
-        The same for worker processes: picklable, and holding nothing of this process.
-    load_replicas : callable, optional
-        Gives the model on each of several devices, which share the work; the first is that of
-        `get_model`.
-    cache : EmbeddingCache or None
-        Where vectors are looked up and kept.
+        Gives the model in a worker process: picklable, and holding nothing of this process.
     batch_tokens : int, optional
         Tokens of one forward pass; None chooses by device.
     progress : bool, optional
         True shows a bar, False none, None one after three seconds.
     n_jobs : int, optional
         Worker processes of joblib; short input stays in this process.
-
-    Returns
-    -------
-    embeddings : ndarray of float32, shape (n_texts, dim)
-        In input order.
-    report : EmbedReport
-        Counts of the call.
     """
     out = np.empty((len(texts), request.dim), dtype=np.float32)
     distinct, source = find_distinct(texts)
-    report = EmbedReport(n_texts=len(texts), n_distinct=len(distinct))
-    runner: _Runner | _ParallelRunner = _Runner(
-        request, get_model, batch_tokens, report, load_replicas
-    )
+    report = EmbedReport()
     workers = 1 if n_jobs is None else effective_n_jobs(n_jobs)
+    runner: _Runner | _ParallelRunner
     if workers > 1 and load_in_worker is not None and len(distinct) >= PARALLEL_TEXTS:
         runner = _ParallelRunner(request, load_in_worker, batch_tokens, report, workers)
+    else:
+        runner = _Runner(request, get_models, batch_tokens, report)
     delay = 0.0 if progress else PROGRESS_DELAY_S
     with tqdm(
         total=len(distinct), unit="text", desc="embedding", delay=delay, disable=progress is False
@@ -170,6 +148,7 @@ def embed_texts(
         for start in range(0, len(repeated), CHUNK_TEXTS):
             part = repeated[start : start + CHUNK_TEXTS]
             out[part] = out[source[part]]
+    report.n_texts, report.n_distinct = len(texts), len(distinct)  # a worker's are of its part
     return out, report
 
 
@@ -211,27 +190,13 @@ def _chunks(texts: Sequence[str], rows: np.ndarray, scale: int = 1) -> Iterator[
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Texts that are embedded together, as far as that goes without the model.
+    """Texts that are embedded together, as far as that goes without the model."""
 
-    Attributes
-    ----------
-    found_rows : ndarray of int64, shape (n_found,)
-        Rows of the output that the cache knew.
-    found : ndarray of float32, shape (n_found, dim)
-        Their vectors.
-    rows : ndarray of int64, shape (n,)
-        Rows that are to be computed.
-    texts : list of str, length n
-        Their texts.
-    encoded : EncodedTexts or None
-        Their token ids; None where workers tokenise or there are no texts.
-    """
-
-    found_rows: np.ndarray
-    found: np.ndarray
-    rows: np.ndarray
-    texts: list[str]
-    encoded: Any
+    found_rows: np.ndarray  # rows of the output that the cache knew, (n_found,)
+    found: np.ndarray  # their vectors, float32 (n_found, dim)
+    rows: np.ndarray  # rows that are to be computed, (n,)
+    texts: list[str]  # their texts
+    encoded: Any  # their token ids; None where workers tokenise or there are no texts
 
 
 def _prepare_chunk(
@@ -300,16 +265,14 @@ class _Runner:
     def __init__(
         self,
         request: EmbedRequest,
-        get_model: Callable[[], LoadedModel],
+        get_models: Callable[[], Sequence[LoadedModel]],
         batch_tokens: int | None,
         report: EmbedReport,
-        load_replicas: Callable[[], Sequence[LoadedModel]] | None = None,
     ) -> None:
         self.request = request
         self.report = report
         self.cache_failed = False
-        self._get_model = get_model
-        self._load_replicas = load_replicas
+        self._get_models = get_models
         self._batch_tokens = batch_tokens
         self._replicas: list[LoadedModel] = []
         self._guard = threading.Lock()
@@ -318,8 +281,7 @@ class _Runner:
     def loaded(self) -> LoadedModel:
         """The model, asked for at its first use; the first of several replicas."""
         if not self._replicas:
-            several = self._load_replicas
-            self._replicas = [self._get_model()] if several is None else list(several())
+            self._replicas = list(self._get_models())
             self.report.batch_tokens = self._batch_tokens or min(
                 map(default_batch_tokens, self._replicas)
             )
@@ -522,7 +484,12 @@ def _embed_in_worker(
         if home != name_process():  # a process for work: its model serves the tasks to come
             registry.keep(load())
         return embed_texts(
-            texts, request, get_model=load, cache=None, batch_tokens=batch_tokens, progress=False
+            texts,
+            request,
+            get_models=lambda: [load()],
+            cache=None,
+            batch_tokens=batch_tokens,
+            progress=False,
         )
 
 

@@ -14,8 +14,8 @@ import multiprocessing
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 DTYPES = (*COMPUTE_DTYPES, *WEIGHT_FORMATS)
 WORKER_MODELS = 2
+LEASE_SETTINGS = 8
+StoredModel = tuple[str, str | None, Mapping[str, bytes]]
 _T = TypeVar("_T")
 
 
@@ -74,11 +76,11 @@ class LoadedModel:
     model: NVEmbedModel
     tokenizer: TextTokenizer
     base: LoadedModel | None = None  # what an adapter's view runs on
+    device: torch.device = field(init=False)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return torch.device(self.key.device)
+    def __post_init__(self) -> None:
+        """Note where the weights are."""
+        self.device = torch.device(self.key.device)
 
     @property
     def weight_bytes(self) -> int:
@@ -88,12 +90,19 @@ class LoadedModel:
 
 
 class Lease:
-    """What keeps a model and a cache file open: shared by clones, left out of pickles."""
+    """What an estimator and its clones share, left out of pickles: models, cache and settings.
 
-    def __init__(self) -> None:
+    One that was unpickled, maybe on another machine, says so; `stored` holds the `model`,
+    `revision` and files of the model that came with it.
+    """
+
+    def __init__(self, stored: StoredModel | None = None, *, from_pickle: bool = False) -> None:
         self.models: dict[ModelKey, LoadedModel] = {}
-        self.cache: EmbeddingCache | None = None
+        self.cache: EmbeddingCache | None = None  # stays open until another one is used
         self.adapter: tuple[tuple[Any, ...], Any] = ((), None)
+        self.from_pickle = from_pickle
+        self._stored = stored
+        self._settings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._guard = threading.Lock()
 
     def hold(self, *models: LoadedModel) -> None:
@@ -102,30 +111,43 @@ class Lease:
             self.models = {model.key: model for model in models}
 
     def hold_adapter(self, key: tuple[Any, ...], read: Callable[[], _T]) -> _T:
-        """The adapter of this key, read if it is not the one held."""
+        """Return the adapter of this key, read if it is not the one held."""
         with self._guard:
             if self.adapter[0] != key:
                 self.adapter = (key, read())
             adapter: _T = self.adapter[1]
             return adapter
 
-    def hold_cache(self, cache: EmbeddingCache | None) -> EmbeddingCache | None:
-        """Keep this cache, and no other; returns it."""
-        self.cache = cache
-        return cache
+    def recall(self, key: tuple[Any, ...] | None) -> Any:
+        """Return what was remembered under a key; None for nothing."""
+        with self._guard:
+            settings = None if key is None else self._settings.get(key)
+            if settings is not None:
+                self._settings.move_to_end(key)  # type: ignore[arg-type]
+            return settings
+
+    def remember(self, key: tuple[Any, ...] | None, settings: Any) -> None:
+        """Remember settings under a key, beside those of the last few others."""
+        if key is None:
+            return
+        with self._guard:
+            self._settings[key] = settings
+            self._settings.move_to_end(key)
+            while len(self._settings) > LEASE_SETTINGS:
+                self._settings.popitem(last=False)
+
+    def find_files(self, model: str, revision: str | None) -> Mapping[str, bytes] | None:
+        """Return the model's files from the pickle; None where another model is asked for."""
+        if self._stored is None or self._stored[:2] != (model, revision):
+            return None
+        return self._stored[2]
 
 
 class ModelRegistry:
-    """Loaded models of this process; safe under threads.
-
-    Attributes
-    ----------
-    n_loads : int
-        How often weights were read since the process began.
-    """
+    """Loaded models of this process; safe under threads."""
 
     def __init__(self) -> None:
-        self.n_loads = 0
+        self.n_loads = 0  # how often weights were read since the process began
         self._models: weakref.WeakValueDictionary[ModelKey, LoadedModel]
         self._models = weakref.WeakValueDictionary()
         self._in_worker: OrderedDict[ModelKey, LoadedModel] = OrderedDict()
@@ -197,10 +219,7 @@ def load_tokenizer(folder: Path, config: NVEmbedConfig) -> TextTokenizer:
 def resolve_device(device: str) -> torch.device:
     """The torch device of a `device` parameter; "auto" takes CUDA, then MPS, then the CPU.
 
-    Raises
-    ------
-    ValueError
-        When torch does not know the name, or this machine has no such device.
+    Raises ValueError for an unknown name, or a device that is not available on this machine.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -232,11 +251,8 @@ def resolve_device(device: str) -> torch.device:
 def resolve_devices(device: str | Sequence[str]) -> list[torch.device]:
     """The torch devices of a `device` parameter: one, or each of a list of one kind.
 
-    Raises
-    ------
-    ValueError
-        As `resolve_device`, and when a list is empty, mixes kinds, says "auto", or names a GPU
-        twice.
+    Raises ValueError as `resolve_device`, and for a list that is empty, mixes kinds, says "auto",
+    or names a GPU twice.
     """
     if isinstance(device, str):
         return [resolve_device(device)]
@@ -263,12 +279,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
     bfloat16 where it is native (CUDA from compute capability 8.0, CPUs with AVX512-BF16, AMX or
     Arm's BF16 instructions), else float32. "int8" and "nf4", which are there to save memory, take
-    float16 on older CUDA devices.
-
-    Raises
-    ------
-    ValueError
-        When the device has no kernels for the type.
+    float16 on older CUDA devices. Raises ValueError where a device has no kernels for the type.
     """
     if dtype in COMPUTE_DTYPES:
         found: torch.dtype = getattr(torch, dtype)
@@ -335,12 +346,8 @@ def prove_bidirectional(model: NVEmbedModel, device: torch.device) -> None:
     """Check once per process that an attention path sees the whole text and nothing else.
 
     For one text, two of equal length, and texts of different lengths: changing the last token of a
-    text must change its first position, and must not change its neighbour.
-
-    Raises
-    ------
-    CausalLeakError
-        When a path is causal, or mixes texts.
+    text must change its first position, and must not change its neighbour. Raises CausalLeakError
+    for a path that is causal, or mixes texts.
     """
     dtype = next(model.embedding_model.parameters()).dtype
     proof = (model.attention_path, device.type, dtype, transformers.__version__)

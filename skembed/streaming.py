@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ from skembed._shards import (
 from skembed._stream_manifest import Manifest, read_manifest, write_manifest
 from skembed._stream_source import Block, TextSource, check_block, extend_digest, open_source
 from skembed._validation import check_bool, check_choice, check_int, check_string, import_optional
+from skembed.encoder import Encoder, warn_truncated
 from skembed.engine import NUMERICS_VERSION, PROGRESS_DELAY_S
 from skembed.exceptions import SkembedWarning
-from skembed.resolution import OWNER, ResolvedModel, check_parameters
+from skembed.resolution import OWNER, SIDES
 
-__all__ = ["StreamReport", "StreamingMixin", "open_embeddings"]
+__all__ = ["StreamReport", "open_embeddings"]
 
 METHOD = f"{OWNER}.transform_to"
 ROWS_PER_SHARD = 16_384  # two chunks of the engine; 25 MB at 384 dimensions, 268 MB at 4,096
@@ -66,121 +67,43 @@ class StreamReport:
     n_skipped: int
 
 
-class StreamingMixin:
-    """Gives a vectorizer `transform_to`."""
-
-    def transform_to(
-        self: Any,
-        X: Any,
-        path: str | os.PathLike[str],
-        *,
-        format: str | None = None,
-        column: str | Sequence[str] | None = None,
-        keep_columns: Sequence[str] = (),
-        ids: Iterable[Any] | None = None,
-        side: str = "query",
-        rows_per_shard: int = ROWS_PER_SHARD,
-        embedding_column: str = "embedding",
-        use_cache: bool = False,
-        overwrite: bool = False,
-    ) -> StreamReport:
-        """Embed any number of texts into Parquet files or one .npy file, in bounded memory.
-
-        Called again after a stop, with the same source and parameters, it goes on behind the last
-        complete shard and ends with the bytes of an undisturbed run. The source is read again
-        from its start and compared with a digest; what is done is not embedded again.
-
-        Parameters
-        ----------
-        X : list, array, Series, frame, iterable, path, or Arrow data set, table or reader
-            Texts or pairs of texts, as `transform` takes them; any iterable of these, a generator
-            too; the path of a Parquet file or folder; or a table with `column` named.
-        path : str or path
-            A folder for Parquet, a file for .npy.
-        format : {"parquet", "npy"}, optional
-            None takes "npy" for a path that ends in .npy, else "parquet".
-        column : str or pair of str, optional
-            Column of the texts in a table, or two columns of pairs. None takes the only one.
-        keep_columns : sequence of str, default=()
-            Columns of the table to write beside the embeddings (Parquet only).
-        ids : iterable of int or str, optional
-            One id a row, written as column "id" (Parquet only).
-        side : {"query", "document"}, default="query"
-            Embed single texts as `encode_query` (`transform`) or as `encode_document` does. Pairs
-            are always a query and a document.
-        rows_per_shard : int, default=16384
-            Rows embedded and written at a time: what memory grows with, and the most that a
-            killed process loses.
-        embedding_column : str, default="embedding"
-            Name of the column of vectors in Parquet.
-        use_cache : bool, default=False
-            Look up and keep vectors in the vectorizer's cache. Off, since a long stream would
-            push everything else out of it. On, equal bytes are not promised: what comes from the
-            cache is not in a batch.
-        overwrite : bool, default=False
-            Delete embeddings that an earlier call wrote to the path, and begin anew.
-
-        Returns
-        -------
-        StreamReport
-            Number of rows, and how many of them were there already.
-
-        Raises
-        ------
-        TypeError, ValueError
-            When a parameter or text is not as it must be, the row of the whole source named; when
-            the source has changed since, the rows named; or when what is at the path was not
-            written by `transform_to`, or with another model, instruction or setting.
-        OSError
-            When a shard cannot be written, for one because the disk is full; what is complete is
-            kept. BlockingIOError while another run writes to the path.
-        ImportError
-            When Parquet or Arrow is used and pyarrow is not installed.
-        NotFittedError, SkembedError
-            As `transform`.
-
-        Warns
-        -----
-        SkembedWarning
-            When a complete shard was cut short or changed, and is embedded again; or when the
-            versions of packages have changed since the run began.
-        TruncationWarning
-            When texts were longer than `max_length`, with their number.
-
-        See Also
-        --------
-        skembed.streaming.open_embeddings : Opens what was written.
-
-        Examples
-        --------
-        >>> from skembed import NVEmbedVectorizer
-        >>> from skembed.streaming import open_embeddings
-        >>> texts = (f"a text about {thing}" for thing in ("cats", "dogs", "taxes"))
-        >>> NVEmbedVectorizer().transform_to(texts, "texts.npy").n_rows
-        3
-        >>> open_embeddings("texts.npy").shape
-        (3, 384)
-        """
-        self._check_trained()
-        check_parameters(self)
-        rows = check_int(rows_per_shard, name="rows_per_shard", owner=METHOD, low=1)
-        check_choice(side, name="side", owner=METHOD, allowed=("query", "document"))
-        for name, value in (("use_cache", use_cache), ("overwrite", overwrite)):
-            check_bool(value, name=name, owner=METHOD)
-        check_string(embedding_column, name="embedding_column", owner=METHOD)
-        target = make_target(path, format, embedding_column=embedding_column, owner=METHOD)
-        keep = _check_keep(keep_columns, ids, target)
-        source = open_source(X, column=column, keep_columns=keep, ids=ids, owner=METHOD)
-        target.prepare(owner=METHOD)
-        try:
-            with hold_lock(target.lock_path, subject=f"{str(target.path)!r}"):
-                run = _Run(self, source, target, side=side, rows=rows, use_cache=use_cache)
-                run.begin(overwrite=overwrite)
-                run.read()
-        finally:
-            target.tidy()
-        self._warn_truncated(run.n_truncated, run.n_embedded, stacklevel=3)
-        return run.report()
+def write_embeddings(
+    encoder: Encoder,
+    X: Any,
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    column: str | Sequence[str] | None = None,
+    keep_columns: Sequence[str] = (),
+    ids: Iterable[Any] | None = None,
+    side: str = "query",
+    rows_per_shard: int = ROWS_PER_SHARD,
+    embedding_column: str = "embedding",
+    use_cache: bool = False,
+    overwrite: bool = False,
+) -> StreamReport:
+    """Do what `NVEmbedVectorizer.transform_to` says, for the encoder of a vectorizer."""
+    rows = check_int(rows_per_shard, name="rows_per_shard", owner=METHOD, low=1)
+    check_choice(side, name="side", owner=METHOD, allowed=SIDES)
+    for name, value in (("use_cache", use_cache), ("overwrite", overwrite)):
+        check_bool(value, name=name, owner=METHOD)
+    check_string(embedding_column, name="embedding_column", owner=METHOD)
+    target = make_target(path, format, embedding_column=embedding_column, owner=METHOD)
+    keep = _check_keep(keep_columns, ids, target)
+    source = open_source(X, column=column, keep_columns=keep, ids=ids, owner=METHOD)
+    target.prepare(owner=METHOD)
+    encoder = encoder if use_cache else replace(encoder, cache=None)
+    run = _Run(encoder, source, target, side=side, rows=rows)
+    try:
+        with hold_lock(target.lock_path, subject=f"{str(target.path)!r}"):
+            run.begin(overwrite=overwrite)
+            run.read()
+    finally:
+        target.tidy()
+    if run.n_truncated:
+        max_length = encoder.settings.parameters.max_length
+        warn_truncated(run.n_truncated, run.n_embedded, max_length, stacklevel=4)
+    return run.report()
 
 
 class _Run:
@@ -188,25 +111,18 @@ class _Run:
 
     def __init__(
         self,
-        estimator: Any,
+        encoder: Encoder,
         source: TextSource,
         target: Target,
         *,
         side: str,
         rows: int,
-        use_cache: bool,
     ) -> None:
+        self.encoder = encoder
         self.source = source
         self.target = target
         self.side = side
         self.rows = rows
-        self.resolved: ResolvedModel = estimator._resolve()
-        self.estimator = estimator
-        # A shallow copy: it shares weights and adapter, and may have other parameters.
-        self.worker = object.__new__(type(estimator))
-        estimator._shared_lease()
-        self.worker.__dict__.update(estimator.__dict__)
-        self.worker.cache = estimator.cache if use_cache else None
         self.stored: Manifest | None = None
         self.manifest: Manifest | None = None
         self.digest = b""
@@ -229,12 +145,12 @@ class _Run:
 
     def read(self) -> None:
         """Go through the source; shards that are there are compared, all others embedded."""
-        estimator = self.estimator
-        delay = 0.0 if estimator.verbose else PROGRESS_DELAY_S
+        parameters = self.encoder.settings.parameters
+        delay = 0.0 if parameters.verbose else PROGRESS_DELAY_S
         start, index = 0, -1
         with tqdm(total=self.source.n_rows, unit="text", desc="streaming", delay=delay) as bar:
             for index, block in enumerate(self.source.read(self.rows)):
-                columns = check_block(block, start, owner=METHOD, missing=estimator.missing)
+                columns = check_block(block, start, owner=METHOD, missing=parameters.missing)
                 self.digest = extend_digest(self.digest, columns, block.carried)
                 manifest = self.manifest or self._start(block, columns)
                 self._check_width(manifest, start, len(columns.columns))
@@ -249,9 +165,9 @@ class _Run:
         settings = self._describe_settings(block, columns)
         origin = self._describe_origin()
         if self.stored is None:
-            tokens = self.estimator.batch_tokens
+            budget = self.encoder.settings.parameters.batch_tokens
             self.manifest = Manifest(
-                settings, origin, batch_tokens=None if tokens == "auto" else int(tokens)
+                settings, origin, batch_tokens=budget if isinstance(budget, int) else None
             )
             self._save(self.manifest, 0)
             return self.manifest
@@ -281,25 +197,24 @@ class _Run:
 
     def _describe_settings(self, block: Block, columns: TextColumns) -> dict[str, Any]:
         """Everything that decides vectors and files."""
-        estimator, resolved = self.estimator, self.resolved
+        own = self.encoder.settings
         n_columns = len(columns.columns)
         if n_columns == 2 and self.side != "query":
             raise ValueError(
                 f"The `side` parameter of `{METHOD}` must be 'query' for pairs, which are embedded "
                 f"as a query and a document; got {self.side!r}."
             )
-        sides = self._sides(n_columns)
         settings: dict[str, Any] = {
             "layout": self.target.layout,
-            "fingerprint": resolved.full_key.fingerprint,
-            "pooling": resolved.key.pooling,
-            "dtype": resolved.key.dtype,
+            "fingerprint": own.model.full_key.fingerprint,
+            "pooling": own.model.key.pooling,
+            "dtype": own.model.key.dtype,
             "numerics": NUMERICS_VERSION,
-            "prefixes": [estimator._prefix_of(side) for side in sides],
-            "max_length": estimator.max_length,
-            "dim": resolved.dim * n_columns,
-            "normalize": bool(estimator.normalize),
-            "missing": estimator.missing,
+            "prefixes": [own.requests[side].prefix for side in self._sides(n_columns)],
+            "max_length": own.parameters.max_length,
+            "dim": own.dim * n_columns,
+            "normalize": own.parameters.normalize,
+            "missing": own.parameters.missing,
             "rows_per_shard": self.rows,
             "text_columns": n_columns,
             "columns": [],
@@ -312,16 +227,16 @@ class _Run:
 
     def _describe_origin(self) -> dict[str, Any]:
         """Names and versions, which decide nothing but the last bits."""
-        estimator, resolved = self.estimator, self.resolved
+        model, parameters = self.encoder.settings.model, self.encoder.settings.parameters
         packages = [*_PACKAGES, "pyarrow"] if self.target.layout == "parquet" else _PACKAGES
         return {
-            "model": resolved.source.name,
-            "revision": resolved.source.revision,
-            "instruction": estimator.instruction,
-            "document_instruction": estimator.document_instruction,
+            "model": model.source.name,
+            "revision": model.source.revision,
+            "instruction": parameters.instruction,
+            "document_instruction": parameters.document_instruction,
             "side": self.side,
-            "truncate_dim": estimator.truncate_dim,
-            "device": resolved.key.device.partition(":")[0],
+            "truncate_dim": parameters.truncate_dim,
+            "device": model.key.device.partition(":")[0],
             "versions": {name: metadata.version(name) for name in packages},
         }
 
@@ -336,7 +251,7 @@ class _Run:
                 f"{', '.join(changed)}. The rest may differ in the last bits; overwrite=True "
                 "begins anew.",
                 SkembedWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _is_done(self, manifest: Manifest, index: int, start: int, columns: TextColumns) -> bool:
@@ -366,7 +281,7 @@ class _Run:
             f"Shard {index} of {str(self.target.path)!r} (rows {start} to {start + n_rows - 1}) is "
             f"damaged: {damage}. It is embedded again.",
             SkembedWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         manifest.complete = False
         return False
@@ -384,16 +299,13 @@ class _Run:
         self, manifest: Manifest, index: int, start: int, columns: TextColumns, carried: Any
     ) -> None:
         """Embed one block, write it, and name it in the manifest."""
-        if self.estimator.batch_tokens == "auto":
-            # All shards alike: on a GPU, "auto" would follow the memory that is free just then.
-            self.worker.batch_tokens = manifest.batch_tokens or "auto"
+        # All shards alike: on a GPU, "auto" would follow the memory that is free just then.
+        budget = manifest.batch_tokens
         sides = self._sides(len(columns.columns))
-        vectors, reports = self.worker._embed_columns(columns, sides, self.resolved, progress=False)
-        if manifest.batch_tokens is None:
-            manifest.batch_tokens = max(report.batch_tokens for report in reports) or None
-        cut = sum(report.n_truncated for report in reports)
-        self.n_truncated += cut
-        self.n_embedded += sum(report.n_embedded for report in reports)
+        vectors, done = self.encoder.embed(columns, sides, batch_tokens=budget, progress=False)
+        manifest.batch_tokens = budget or done.batch_tokens or None
+        self.n_truncated += done.n_truncated
+        self.n_embedded += done.n_embedded
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         try:
             offset = start * manifest.settings["dim"] * 4
@@ -405,7 +317,7 @@ class _Run:
                 "rows": len(vectors),
                 **entry,
                 "source": self.digest.hex(),
-                "truncated": cut,
+                "truncated": done.n_truncated,
                 "missing": sum(int(mask.sum()) for mask in columns.missing),
             }
         ]

@@ -71,24 +71,12 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """Token ids of several texts.
+    """Token ids of several texts."""
 
-    Attributes
-    ----------
-    ids : list of ndarray of int32
-        Token ids of each text, at most `max_length` each.
-    lengths : ndarray of int64, shape (n,)
-        Tokens of each text.
-    pool_start : int
-        First pooled position of every text: 0, or behind the instruction.
-    n_truncated : int
-        Texts that were longer than `max_length`.
-    """
-
-    ids: list[np.ndarray]
-    lengths: np.ndarray
-    pool_start: int
-    n_truncated: int
+    ids: list[np.ndarray]  # int32, at most `max_length` each
+    lengths: np.ndarray  # int64 (n,)
+    pool_start: int  # first pooled position of every text: 0, or behind the instruction
+    n_truncated: int  # texts that were longer than `max_length`
 
 
 class TextTokenizer:
@@ -120,13 +108,7 @@ class TextTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, *, bos_token_id: int, eos_token_id: int) -> TextTokenizer:
-        """Read ``tokenizer.json`` of a model folder.
-
-        Raises
-        ------
-        CheckpointError
-            When the file is missing or unreadable.
-        """
+        """Read ``tokenizer.json`` of a model folder; CheckpointError where that is unreadable."""
         path = find_tokenizer_file(folder)
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -155,10 +137,7 @@ class TextTokenizer:
     ) -> EncodedTexts:
         """Token ids of ``prefix + text + end``, cut at `max_length`.
 
-        Raises
-        ------
-        ValueError
-            When the instruction alone fills `max_length`.
+        Raises ValueError where the instruction alone fills that.
         """
         pool_start = self.count_prefix(prefix)
         if pool_start >= max_length:
@@ -180,13 +159,7 @@ class TextTokenizer:
 
 
 def find_tokenizer_file(folder: Path) -> Path:
-    """The ``tokenizer.json`` of a model folder.
-
-    Raises
-    ------
-    CheckpointError
-        When there is none.
-    """
+    """The ``tokenizer.json`` of a model folder; CheckpointError where there is none."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(
@@ -199,25 +172,14 @@ def find_tokenizer_file(folder: Path) -> Path:
 def pack_texts(
     ids: Sequence[np.ndarray], pool_start: int, *, on_grid: bool = False, coarse: bool = False
 ) -> PackedBatch:
-    """Texts one after the other, with everything the model wants to know of their borders.
+    """Texts one after the other, with everything the model needs to know of their borders.
 
-    Parameters
-    ----------
-    ids : sequence of ndarray of int
-        Token ids of each text, none empty.
-    pool_start : int
-        First pooled position of each text; every text must be longer.
-    on_grid : bool, default=False
-        Fill up to one of few sizes, with a text of padding at the end and rows of nothing in the
-        result. On CPUs each new size of a product in oneDNN costs up to milliseconds of
-        preparation and memory that stays; few sizes are prepared once.
-    coarse : bool, default=False
-        With `on_grid`: to one of fewer sizes yet, for a batch among many.
+    Each text must be longer than `pool_start`, its first pooled position. The batch is on the CPU;
+    the model's first ``len(ids)`` rows are the texts'.
 
-    Returns
-    -------
-    PackedBatch
-        On the CPU. The model's first ``len(ids)`` rows are the texts'.
+    `on_grid` fills up to one of few sizes, with a text of padding at the end and rows of nothing in
+    the result: on CPUs each new size of a product in oneDNN costs up to milliseconds of preparation
+    and memory that stays. `coarse` takes one of fewer sizes yet, for a batch among many.
     """
     lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
     tokens = np.concatenate(ids).astype(np.int64)
@@ -263,16 +225,8 @@ def iterate_batches(
     """Positions of texts, longest first, in batches of at most `batch_tokens` tokens.
 
     Longest first, so that a batch too large for the memory shows at once and the time left is
-    never underestimated. A text above the budget forms a batch by itself.
-
-    Parameters
-    ----------
-    lengths : ndarray of int64, shape (n,)
-        Tokens of each text.
-    batch_tokens : int
-        The budget.
-    shortest : float, default=0.0
-        Least length in a batch as a share of its longest; bounds what padding can cost.
+    never underestimated. A text above the budget forms a batch by itself. `shortest` is the least
+    length in a batch as a share of its longest; it bounds what padding can cost.
     """
     order = np.argsort(-lengths, kind="stable")
     falling = -lengths[order]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,33 +20,30 @@ from skembed.adapters import Adapter
 from skembed.cache import resolve_cache
 from skembed.checkpoint import pack_folder
 from skembed.contrastive import TaskRequest, check_requests, fit_adapter
-from skembed.engine import EmbedReport, EmbedRequest, cache_namespace, embed_texts
+from skembed.encoder import Encoder, warn_truncated
 from skembed.examples import TrainingTask, check_examples, check_task
-from skembed.exceptions import SkembedWarning, TruncationWarning
+from skembed.exceptions import SkembedWarning
 from skembed.instructions import build_prefix
 from skembed.registry import Lease
 from skembed.resolution import (
     OWNER,
-    ResolvedModel,
+    Parameters,
+    Settings,
     check_parameters,
     describe_model,
+    find_prefixes,
+    find_settings,
     find_source,
-    load_in_worker,
-    load_replicas,
     load_resolved,
-    resolve_model,
-    stored_files,
 )
-from skembed.streaming import StreamingMixin
+from skembed.streaming import ROWS_PER_SHARD, StreamReport, write_embeddings
 from skembed.trainer import ContrastiveTrainer, check_trainer
 
 if TYPE_CHECKING:
     from skembed.cache import EmbeddingCache
 
 
-class NVEmbedVectorizer(
-    StreamingMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
-):
+class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     r"""Embed texts with a bidirectional Mistral and latent-attention pooling (NV-Embed).
 
     Works like any scikit-learn transformer: in a Pipeline, under cross-validation and grid search.
@@ -224,10 +220,11 @@ class NVEmbedVectorizer(
         TrainingError
             When the loss is not finite, or nothing is left to compare.
         """
-        check_parameters(self)
+        parameters = self._check_parameters()
         if self._trains_on(X):
             examples = check_examples(X, y, owner=OWNER, missing=self.missing)
-            request = TaskRequest(examples, self._prefix_of("query"), self._prefix_of("document"))
+            prefixes = find_prefixes(parameters)
+            request = TaskRequest(examples, prefixes["query"], prefixes["document"])
             return self._train([request], X, n_columns=1 if examples.kind == "labels" else 2)
         columns = check_texts(X, owner=OWNER, missing=self.missing)
         if hasattr(self, "adapter_"):
@@ -239,7 +236,7 @@ class NVEmbedVectorizer(
                 stacklevel=2,
             )
             del self.adapter_, self.history_
-        self._set_fitted(self._resolve(), X, len(columns.columns))
+        self._set_fitted(self._make_encoder().settings, X, len(columns.columns))
         return self
 
     def fit_tasks(self, tasks: Sequence[TrainingTask]) -> NVEmbedVectorizer:
@@ -261,7 +258,7 @@ class NVEmbedVectorizer(
         TypeError, ValueError, ImportError, SkembedError
             As `fit`; a bad task is named by its position.
         """
-        check_parameters(self)
+        self._check_parameters()
         if self.trainer is None:
             raise ValueError(
                 f"The `trainer` parameter of `{OWNER}` must be 'auto' or a ContrastiveTrainer for "
@@ -305,8 +302,9 @@ class NVEmbedVectorizer(
         check_requests(requests, trainer)
         fitted: Adapter | None = getattr(self, "adapter_", None)
         lease = self._shared_lease()
-        resolved = resolve_model(self, lease, fitted=fitted if trainer.warm_start else None)
-        base = load_resolved(replace(resolved, adapter=None), lease)
+        start = fitted if trainer.warm_start else None
+        resolved = find_settings(self._parameters(), lease, start).model
+        (base,) = load_resolved(replace(resolved, adapter=None, replicas=()), lease)
         result = fit_adapter(
             base,
             resolved.source,
@@ -317,8 +315,10 @@ class NVEmbedVectorizer(
             progress=True if trainer.verbose or self.verbose else None,
         )
         self.adapter_, self.history_ = result.adapter, result.history
-        self._set_fitted(self._resolve(), X, n_columns)
-        self._warn_truncated(result.n_truncated, result.n_texts, stacklevel=4)
+        self._set_fitted(self._make_encoder(stacklevel=4).settings, X, n_columns)
+        if result.n_truncated:
+            counts = result.n_truncated, result.n_texts
+            warn_truncated(*counts, self.max_length, stacklevel=4)
         if result.history.stopped == "interrupted":
             warnings.warn(
                 f"Training was interrupted after {len(result.history)} steps; the adapter is the "
@@ -328,7 +328,7 @@ class NVEmbedVectorizer(
             )
         return self
 
-    def _set_fitted(self, resolved: ResolvedModel, X: Any, n_columns: int) -> None:
+    def _set_fitted(self, settings: Settings, X: Any, n_columns: int) -> None:
         """The attributes that every `fit` sets."""
         self.n_features_in_ = n_columns
         names: Any = getattr(X, "columns", ())
@@ -336,8 +336,8 @@ class NVEmbedVectorizer(
             self.feature_names_in_ = np.asarray(names, dtype=object)
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
-        self.embedding_dim_ = resolved.dim
-        self.model_ = describe_model(resolved)
+        self.embedding_dim_ = settings.dim
+        self.model_ = describe_model(settings.model)
 
     def fit_transform(self, X: Any, y: Any = None) -> np.ndarray:
         """Fit, then transform the same texts; of rows of three and more, anchors and positives.
@@ -450,11 +450,111 @@ class NVEmbedVectorizer(
         """
         return self._encode_one_side(X, "document")
 
+    def transform_to(
+        self,
+        X: Any,
+        path: str | os.PathLike[str],
+        *,
+        format: str | None = None,
+        column: str | Sequence[str] | None = None,
+        keep_columns: Sequence[str] = (),
+        ids: Iterable[Any] | None = None,
+        side: str = "query",
+        rows_per_shard: int = ROWS_PER_SHARD,
+        embedding_column: str = "embedding",
+        use_cache: bool = False,
+        overwrite: bool = False,
+    ) -> StreamReport:
+        """Embed any number of texts into Parquet files or one .npy file, in bounded memory.
+
+        Called again after a stop, with the same source and parameters, it goes on behind the last
+        complete shard and ends with the bytes of an undisturbed run. The source is read again from
+        its start and compared with a digest; what is done is not embedded again.
+        `skembed.streaming.open_embeddings` opens what was written.
+
+        Parameters
+        ----------
+        X : list, array, Series, frame, iterable, path, or Arrow data set, table or reader
+            Texts or pairs of texts, as `transform` takes them; any iterable of these, a generator
+            too; the path of a Parquet file or folder; or a table with `column` named.
+        path : str or path
+            A folder for Parquet, a file for .npy.
+        format : {"parquet", "npy"}, optional
+            None takes "npy" for a path that ends in .npy, else "parquet".
+        column : str or pair of str, optional
+            Column of the texts in a table, or two columns of pairs. None takes the only one.
+        keep_columns : sequence of str, default=()
+            Columns of the table to write beside the embeddings (Parquet only).
+        ids : iterable of int or str, optional
+            One id a row, written as column "id" (Parquet only).
+        side : {"query", "document"}, default="query"
+            As `encode_query` or `encode_document`; pairs are always a query and a document.
+        rows_per_shard : int, default=16384
+            Rows embedded and written at a time: memory grows with it, and a kill loses no more.
+        embedding_column : str, default="embedding"
+            Name of the column of vectors in Parquet.
+        use_cache : bool, default=False
+            Use the vectorizer's cache. Off, since a long stream would push everything else out of
+            it. On, equal bytes are not promised: what comes from the cache is not in a batch.
+        overwrite : bool, default=False
+            Delete embeddings that an earlier call wrote to the path, and begin anew.
+
+        Returns
+        -------
+        StreamReport
+            Number of rows, and how many of them were there already.
+
+        Raises
+        ------
+        TypeError, ValueError
+            When a parameter or text is not as it must be, or the source has changed since, the row
+            of the whole source named; or when what is at the path was not written by
+            `transform_to`, or with another model, instruction or setting.
+        OSError
+            When a shard cannot be written, for one because the disk is full; what is complete is
+            kept. BlockingIOError while another run writes to the path.
+        ImportError
+            When Parquet or Arrow is used and pyarrow is not installed.
+        NotFittedError, SkembedError
+            As `transform`.
+
+        Warns
+        -----
+        SkembedWarning, TruncationWarning
+            When a complete shard is damaged and embedded again, or packages have other versions
+            than when the run began; and as `transform`.
+
+        Examples
+        --------
+        >>> from skembed import NVEmbedVectorizer
+        >>> from skembed.streaming import open_embeddings
+        >>> texts = (f"a text about {thing}" for thing in ("cats", "dogs", "taxes"))
+        >>> NVEmbedVectorizer().transform_to(texts, "texts.npy").n_rows
+        3
+        >>> open_embeddings("texts.npy").shape
+        (3, 384)
+        """
+        self._check_trained()
+        return write_embeddings(
+            self._make_encoder(),
+            X,
+            path,
+            format=format,
+            column=column,
+            keep_columns=keep_columns,
+            ids=ids,
+            side=side,
+            rows_per_shard=rows_per_shard,
+            embedding_column=embedding_column,
+            use_cache=use_cache,
+            overwrite=overwrite,
+        )
+
     @property
     def _n_features_out(self) -> int:
         """Columns of `transform`, for `get_feature_names_out`."""
         check_is_fitted(self)
-        return self._resolve().dim * int(getattr(self, "n_features_in_", 1))
+        return self._make_encoder().settings.dim * int(getattr(self, "n_features_in_", 1))
 
     def __sklearn_is_fitted__(self) -> bool:
         """A frozen vectorizer needs no `fit`; one with a trainer does."""
@@ -473,25 +573,25 @@ class NVEmbedVectorizer(
         """A clone shares the lease, so that folds and grid points find the weights loaded."""
         clone = super().__sklearn_clone__()
         clone.__dict__["_lease"] = self._shared_lease()
-        for name in ("_stored_files", "_from_pickle"):
-            if name in self.__dict__:
-                clone.__dict__[name] = self.__dict__[name]
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
         """Parameters and fitted values; the model's files too where `store_weights`."""
         state = dict(super().__getstate__())
         state.pop("_lease", None)
-        state.pop("_stored_files", None)
         if self.store_weights:
-            files = stored_files(self) or pack_folder(find_source(self))
-            state["_stored_files"] = (os.fspath(self.model), self.revision, files)
+            lease, name = self._shared_lease(), os.fspath(self.model)
+            files = lease.find_files(name, self.revision)
+            files = files or pack_folder(find_source(self._parameters(), lease))
+            state["_stored_files"] = (name, self.revision, files)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, remembering that the device may be another machine's."""
+        state = dict(state)
+        stored = state.pop("_stored_files", None)
         super().__setstate__(state)
-        self.__dict__["_from_pickle"] = True
+        self.__dict__["_lease"] = Lease(stored, from_pickle=True)
 
     # Saving
 
@@ -520,7 +620,7 @@ class NVEmbedVectorizer(
             When the folder cannot be written.
         """
         check_bool(merge, name="merge", owner=f"{OWNER}.save_pretrained")
-        save_vectorizer(self, self._resolve(), path, merge=merge)
+        save_vectorizer(self._make_encoder().settings, path, merge=merge)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **parameters: Any) -> NVEmbedVectorizer:
@@ -562,77 +662,11 @@ class NVEmbedVectorizer(
 
     def _embed(self, columns: TextColumns, sides: tuple[str, ...]) -> np.ndarray:
         """Embed each column for its side and put the vectors side by side."""
-        check_parameters(self)
-        vectors, reports = self._embed_columns(columns, sides, self._resolve())
-        cut, embedded = (sum(getattr(r, n) for r in reports) for n in ("n_truncated", "n_embedded"))
-        self._warn_truncated(cut, embedded, stacklevel=5)
+        vectors, report = self._make_encoder(stacklevel=5).embed(columns, sides)
+        if report.n_truncated:
+            counts = report.n_truncated, report.n_embedded
+            warn_truncated(*counts, self.max_length, stacklevel=5)
         return vectors
-
-    def _embed_columns(
-        self,
-        columns: TextColumns,
-        sides: tuple[str, ...],
-        resolved: ResolvedModel,
-        *,
-        progress: bool | None = None,
-    ) -> tuple[np.ndarray, list[EmbedReport]]:
-        """Vectors of all columns side by side, (n_texts, n_columns * dim), and a report of each."""
-        parts, reports = [], []
-        for texts, missing, side in zip(columns.columns, columns.missing, sides, strict=False):
-            vectors, report = self._embed_column(texts, side, resolved, progress)
-            if self.missing in ("zero", "nan"):
-                vectors[missing] = 0.0 if self.missing == "zero" else np.nan
-            parts.append(vectors)
-            reports.append(report)
-        return parts[0] if len(parts) == 1 else np.hstack(parts), reports
-
-    def _embed_column(
-        self, texts: list[str], side: str, resolved: ResolvedModel, progress: bool | None
-    ) -> tuple[np.ndarray, EmbedReport]:
-        """Raw vectors from the engine, then truncation and normalisation, (n_texts, dim)."""
-        prefix = self._prefix_of(side)
-        request = EmbedRequest(
-            prefix=prefix,
-            max_length=self.max_length,
-            dim=resolved.config.hidden_size,
-            namespace=cache_namespace(resolved.full_key, prefix, self.max_length),
-        )
-        lease = self._shared_lease()
-        vectors, report = embed_texts(
-            texts,
-            request,
-            get_model=partial(load_resolved, resolved, lease),
-            load_in_worker=partial(load_in_worker, resolved),
-            load_replicas=partial(load_replicas, resolved, lease) if resolved.replicas else None,
-            cache=lease.hold_cache(resolve_cache(self.cache)),
-            batch_tokens=None if self.batch_tokens == "auto" else int(self.batch_tokens),
-            progress=True if self.verbose and progress is None else progress,
-            n_jobs=self.n_jobs,
-        )
-        if resolved.dim < vectors.shape[1]:
-            vectors = np.ascontiguousarray(vectors[:, : resolved.dim])
-        if self.normalize:
-            norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
-            vectors /= np.maximum(norms, np.finfo(np.float32).tiny)[:, None]
-        return vectors, report
-
-    def _prefix_of(self, side: str) -> str:
-        """What stands in front of queries or documents: in use and in training."""
-        template, both = self.instruction_template, (self.instruction, self.document_instruction)
-        return build_prefix(template, *both, side=side, owner=OWNER)
-
-    def _warn_truncated(self, cut: int, embedded: int, *, stacklevel: int) -> None:
-        """One warning a call for all texts that were cut; the level is the public caller's."""
-        if cut:
-            warnings.warn(
-                f"{cut} of {embedded} texts were longer than max_length={self.max_length} tokens "
-                "and were cut there. Raise `max_length`, or silence this with "
-                "warnings.filterwarnings('ignore', category=skembed.TruncationWarning).",
-                TruncationWarning,
-                stacklevel=stacklevel,
-            )
-
-    # Parameters
 
     def _check_trained(self) -> None:
         """A vectorizer with a trainer is of no use before `fit`."""
@@ -642,11 +676,24 @@ class NVEmbedVectorizer(
                 "`trainer=None` to use the model frozen."
             )
 
-    def _resolve(self) -> ResolvedModel:
-        """Which model, where, in which type and with which adapter; loads no base weights."""
-        return resolve_model(self, self._shared_lease(), fitted=getattr(self, "adapter_", None))
+    def _make_encoder(self, *, stacklevel: int = 3) -> Encoder:
+        """Return what embeds under the parameters as they are now; loads no base weights."""
+        lease = self._shared_lease()
+        settings = find_settings(self._parameters(), lease, getattr(self, "adapter_", None))
+        if settings.warning:
+            warnings.warn(settings.warning, SkembedWarning, stacklevel=stacklevel)
+        return Encoder(settings, lease, resolve_cache(self.cache))
+
+    def _check_parameters(self) -> Parameters:
+        """Return the parameters, checked; touches neither files nor devices."""
+        resolve_cache(self.cache)
+        return check_parameters(self._parameters())
+
+    def _parameters(self) -> Parameters:
+        """Return the parameters that embedding depends on, unchecked."""
+        return Parameters(*(getattr(self, name) for name in Parameters._fields))
 
     def _shared_lease(self) -> Lease:
-        """What keeps the weights loaded while this estimator or a clone of it lives."""
-        lease: Lease = self.__dict__.setdefault("_lease", Lease())
-        return lease
+        """Return what keeps the weights loaded while this estimator or a clone of it lives."""
+        lease: Lease | None = self.__dict__.get("_lease")
+        return self.__dict__.setdefault("_lease", Lease()) if lease is None else lease

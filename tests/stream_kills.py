@@ -26,6 +26,7 @@ import numpy as np
 
 from skembed import NVEmbedVectorizer
 from skembed._shards import make_target
+from skembed.encoder import Encoder
 from skembed.engine import EmbedReport
 
 
@@ -88,12 +89,12 @@ def finish(task: Callable[[], None]) -> None:
         sys.exit(f"a writer failed with status {status}")
 
 
-def make_up(self: Any, columns: Any, sides: Any, resolved: Any, *, progress: Any) -> Any:
+def make_up(self: Encoder, columns: Any, sides: Any, *, batch_tokens: Any, progress: Any) -> Any:
     """Vectors of texts without a model."""
-    texts = columns.columns[0]
-    rows = [np.resize(np.frombuffer(text.encode(), np.uint8), resolved.dim) for text in texts]
-    vectors = np.array(rows, dtype=np.float32).reshape(-1, resolved.dim)
-    return vectors, [EmbedReport(batch_tokens=1)]
+    texts, dim = columns.columns[0], self.settings.dim
+    rows = [np.resize(np.frombuffer(text.encode(), np.uint8), dim) for text in texts]
+    vectors = np.array(rows, dtype=np.float32).reshape(-1, dim)
+    return vectors, EmbedReport(batch_tokens=1)
 
 
 def die_before(step: int) -> None:
@@ -118,7 +119,7 @@ def die_before(step: int) -> None:
 
 def kill_at_steps(model: str, path: str, n_rows: int, rows_per_shard: int) -> list[str]:
     """One set of embeddings for each step, killed there and finished afterwards."""
-    NVEmbedVectorizer._embed_columns = make_up  # type: ignore[method-assign]
+    Encoder.embed = make_up  # type: ignore[method-assign]
     paths: list[str] = []
     while True:
         place = Path(path)

@@ -100,7 +100,7 @@ def run(
         tokenizer=FakeTokenizer(),
     )
     request = EmbedRequest(prefix="", max_length=max_length, dim=DIM, namespace="fake")
-    kwargs = {"cache": None, "get_model": lambda: loaded, **kwargs}
+    kwargs = {"cache": None, "get_models": lambda: [loaded], **kwargs}
     return embed_texts(texts, request, **kwargs)
 
 
@@ -178,7 +178,7 @@ def test_no_texts_need_no_model() -> None:
     def no_model() -> Any:
         raise AssertionError("nothing to embed")
 
-    vectors, report = run([], FakeModel(), get_model=no_model)
+    vectors, report = run([], FakeModel(), get_models=no_model)
     assert vectors.shape == (0, DIM)
     assert report == EmbedReport()
 
@@ -515,11 +515,11 @@ def test_second_call_asks_for_no_model() -> None:
     cache = EmbeddingCache()
     texts = make_texts(300)
     first, _ = run(texts, FakeModel(), cache=cache)
-    again, report = run(texts[::-1], FakeModel(), cache=cache, get_model=no_model)
+    again, report = run(texts[::-1], FakeModel(), cache=cache, get_models=no_model)
     np.testing.assert_array_equal(again, first[::-1])
     assert (report.n_distinct, report.n_embedded) == (300, 0)
     with pytest.raises(AssertionError, match="every text"):
-        run([*texts, "new"], FakeModel(), cache=cache, get_model=no_model)
+        run([*texts, "new"], FakeModel(), cache=cache, get_models=no_model)
 
 
 def test_only_texts_unknown_to_the_cache_run() -> None:

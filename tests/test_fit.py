@@ -20,8 +20,14 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import estimator_checks
 from sklearn.utils.validation import check_is_fitted
 
-from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer, contrastive, training
-from skembed import vectorizer as vectorizer_module
+from skembed import (
+    ContrastiveTrainer,
+    EmbeddingCache,
+    NVEmbedVectorizer,
+    contrastive,
+    resolution,
+    training,
+)
 from skembed.batches import BatchPlan
 from skembed.examples import TrainingTask
 from skembed.exceptions import SkembedWarning, TruncationWarning
@@ -479,13 +485,13 @@ def test_a_fold_is_never_served_the_vectors_of_another(
     monkeypatch: pytest.MonkeyPatch, embedded: list[int]
 ) -> None:
     spaces: list[str] = []
-    name_space = vectorizer_module.cache_namespace
+    name_space = resolution.cache_namespace
 
     def recording(*args: Any) -> str:
         spaces.append(name_space(*args))
         return spaces[-1]
 
-    monkeypatch.setattr(vectorizer_module, "cache_namespace", recording)
+    monkeypatch.setattr(resolution, "cache_namespace", recording)
     cache = EmbeddingCache()
     frozen = make(None, cache=cache)
     plain = frozen.transform(TEXTS)

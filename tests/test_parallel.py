@@ -26,7 +26,7 @@ from skembed._workers import name_process, run_ahead, run_tasks, share_cores, sp
 from skembed.exceptions import CheckpointError, ModelNotFoundError, SkembedWarning
 from skembed.model import NVEmbedModel
 from skembed.registry import registry, resolve_devices
-from skembed.resolution import load_in_worker
+from skembed.resolution import ResolvedModel, load_in_worker
 from skembed.tokenization import PackedBatch
 
 TOLERANCE = 1e-5  # stated for float32: the same text in any batch, order or subset
@@ -39,6 +39,11 @@ may_fork = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def expected() -> np.ndarray:
     """The rows of one process."""
     return make_vectorizer().transform(make_texts())
+
+
+def model_of(emb: Any) -> ResolvedModel:
+    """What an estimator runs."""
+    return emb._make_encoder().settings.model
 
 
 @pytest.fixture
@@ -451,11 +456,11 @@ def test_a_task_from_elsewhere_leaves_its_model_for_the_next(
     monkeypatch.setattr(registry, "_in_worker", type(registry._in_worker)())
     emb = make_vectorizer().fit(["a"])
     request = engine.EmbedRequest("", 512, 48, "test")
-    arguments: Any = (["a"], request, lambda: load_in_worker(emb._resolve()), None, 2)
+    arguments: Any = (["a"], request, lambda: load_in_worker(model_of(emb)), None, 2)
     engine._embed_in_worker(*arguments, name_process())
     assert not registry._in_worker, "a thread of this process leaves nothing behind"
     engine._embed_in_worker(*arguments, (platform.node(), os.getpid() + 1))
-    assert [loaded.key for loaded in registry._in_worker.values()] == [emb._resolve().key]
+    assert [loaded.key for loaded in registry._in_worker.values()] == [model_of(emb).key]
 
 
 def test_kept_models_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,7 +476,7 @@ def test_kept_models_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_worker_looks_for_the_model_by_its_name() -> None:
-    resolved = make_vectorizer().fit(["a"])._resolve()
+    resolved = model_of(make_vectorizer().fit(["a"]))
     gone = replace(resolved.source, folder=Path("/no/such/folder"))
     loaded = load_in_worker(replace(resolved, source=gone))
     assert loaded.key == resolved.key

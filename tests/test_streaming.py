@@ -22,6 +22,7 @@ from stream_kills import make_texts, make_up
 import skembed
 from skembed import EmbeddingCache, NVEmbedVectorizer, SkembedWarning, _shards, streaming
 from skembed._files import hold_lock
+from skembed.encoder import Encoder
 from skembed.streaming import StreamReport, open_embeddings
 
 pa = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install skembed[stream]")
@@ -44,7 +45,7 @@ def vectorizer(golden_dir: Path) -> NVEmbedVectorizer:
 @pytest.fixture
 def quick(vectorizer: NVEmbedVectorizer, monkeypatch: pytest.MonkeyPatch) -> NVEmbedVectorizer:
     """The vectorizer, its vectors made up."""
-    monkeypatch.setattr(NVEmbedVectorizer, "_embed_columns", make_up)
+    monkeypatch.setattr(Encoder, "embed", make_up)
     return vectorizer
 
 
@@ -307,7 +308,7 @@ def test_interrupted_run_goes_on(
     path, other = place(tmp_path, layout), place(tmp_path, layout, "undisturbed")
     stream(vectorizer, TEXTS, other)
     embedded: list[str] = []
-    embed = NVEmbedVectorizer._embed_columns
+    embed = Encoder.embed
 
     def watched(self: Any, columns: Any, *args: Any, **kwargs: Any) -> Any:
         if len(embedded) >= stop_after:
@@ -315,7 +316,7 @@ def test_interrupted_run_goes_on(
         embedded.extend(columns.columns[0])
         return embed(self, columns, *args, **kwargs)
 
-    monkeypatch.setattr(NVEmbedVectorizer, "_embed_columns", watched)
+    monkeypatch.setattr(Encoder, "embed", watched)
     for limit in (1, 2 * ROWS):
         stop_after = limit
         with pytest.raises(KeyboardInterrupt):
@@ -891,19 +892,19 @@ def test_token_budget_of_the_first_shard_holds_for_all(
     """On a GPU, "auto" follows the memory that is free at the moment."""
     budgets = iter([300, 200, 100, 90])
     monkeypatch.setattr("skembed.engine.default_batch_tokens", lambda loaded: next(budgets))
-    embed, seen = NVEmbedVectorizer._embed_columns, []
+    embed, seen = Encoder.embed, []
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(self.batch_tokens)
+        seen.append(kwargs["batch_tokens"])
         if len(seen) == 3:
             raise KeyboardInterrupt
         return embed(self, *args, **kwargs)
 
-    monkeypatch.setattr(NVEmbedVectorizer, "_embed_columns", watched)
+    monkeypatch.setattr(Encoder, "embed", watched)
     with pytest.raises(KeyboardInterrupt):
         stream(vectorizer, TEXTS, tmp_path / "out.npy")
     stream(vectorizer, TEXTS, tmp_path / "out.npy")
-    assert seen == ["auto", 300, 300, 300, 300]
+    assert seen == [None, 300, 300, 300, 300]
     assert vectorizer.batch_tokens == "auto"
 
 
