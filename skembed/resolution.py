@@ -52,7 +52,6 @@ from skembed.registry import (
     resolve_devices,
     resolve_dtype,
 )
-from skembed.trainer import ContrastiveTrainer, check_trainer
 
 OWNER = "NVEmbedVectorizer"
 
@@ -298,10 +297,6 @@ def check_parameters(estimator: Any) -> None:
     check_int(estimator.truncate_dim, name="truncate_dim", low=1, allow_none=True, owner=OWNER)
     check_bool(estimator.normalize, name="normalize", owner=OWNER)
     check_choice(estimator.missing, name="missing", allowed=MISSING_POLICIES, owner=OWNER)
-    if not isinstance(estimator.trainer, ContrastiveTrainer):
-        check_choice(estimator.trainer, name="trainer", allowed=("auto", None), owner=OWNER)
-    else:
-        check_trainer(estimator.trainer)
     _check_device(estimator.device)
     check_choice(estimator.dtype, name="dtype", allowed=("auto", *DTYPES), owner=OWNER)
     if estimator.batch_tokens != "auto":
