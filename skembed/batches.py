@@ -353,7 +353,8 @@ class BatchPlan:
         self.table = table
         self.trainer = trainer
         self.seed = seed
-        self.groups = _GroupIndex(self.tasks, table)
+        labelled = any(task.classes is not None for task in self.tasks)
+        self.groups = _GroupIndex(self.tasks, table) if labelled else None
         self.n_batches = len(self.list_epoch(0))
         self.n_steps = self.n_batches * trainer.epochs
         if trainer.max_steps is not None:
@@ -452,7 +453,8 @@ class BatchPlan:
         order = np.argsort(strings)
         i, j = _match(self.table.string_of[known], strings[order])
         allowed[known_rows[i], order[j]] = False
-        self.groups.forbid(allowed, anchor_strings, tasks, strings)
+        if self.groups is not None:
+            self.groups.forbid(allowed, anchor_strings, tasks, strings)
         allowed[np.arange(n), place[:n]] = True
         return anchors, candidates, place[:n], allowed
 

@@ -321,7 +321,6 @@ def read_task(
         examples,
         query_prefix=query,
         document_prefix=document,
-        loss="cosent" if examples.kind == "scores" else "infonce",
         in_batch_negatives=bool(in_batch),
         weight=weight,
     )
@@ -376,7 +375,8 @@ def _read_examples(X: Any, y: Any, *, owner: str, name: str, missing: str) -> Ex
         _check_rows(columns, subject=subject, name=name)
         return Examples("rows", texts, columns)
     if k == 2:
-        return Examples("scores", texts, columns, scores=_read_scores(targets, owner, name))
+        scores = _read_scores(targets, owner, name)
+        return Examples("scores", texts, columns, scores=scores, loss="cosent")
     labels, classes = _read_labels(targets, owner)
     examples = Examples("labels", texts, columns, labels=labels, classes=classes)
     _check_classes(examples, owner)

@@ -131,22 +131,17 @@ class _Learner:
         try:
             with torch.no_grad():
                 for block in (chunks[k : k + size] for k in range(0, len(chunks), size)):
-                    self._embed_block(rows, block, out)
+                    own, places = self._share(rows, block)
+                    vectors = [self.embed(rows[block[k]]) for k in own] or [self._no_rows()]
+                    counts = [len(place) for place in places]
+                    pieces = self.processes.gather_rows(torch.cat(vectors), counts)
+                    for place, piece in zip(places, pieces, strict=True):
+                        out[place] = piece.cpu().numpy()
         finally:
             self.masks.active = active
         if not np.isfinite(out).all():
             raise _diverged("A vector of the model in training is not finite", self.trainer)
         return out
-
-    def _embed_block(self, rows: np.ndarray, chunks: list[np.ndarray], out: np.ndarray) -> None:
-        """Put the vectors of some chunks of `rows` into `out`; the processes share the work."""
-        shares = self._share(rows, chunks)
-        places = [_join_places(chunks, share) for share in shares]
-        own = [self.embed(rows[chunks[k]]) for k in shares[self.processes.rank]]
-        vectors = torch.cat(own) if own else self._no_rows()
-        counts = [len(place) for place in places]
-        for place, piece in zip(places, self.processes.gather_rows(vectors, counts), strict=True):
-            out[place] = piece.cpu().numpy()
 
     def _cut(self, rows: np.ndarray) -> tuple[list[np.ndarray], int]:
         """Chunks of rows of the table, and how many of them may be kept with their graph."""
@@ -157,10 +152,18 @@ class _Learner:
             chunk_tokens = self.processes.fair_budget(total, chunk_tokens)
         return self.table.cut(rows, chunk_tokens), n_kept
 
-    def _share(self, rows: np.ndarray, chunks: list[np.ndarray]) -> list[list[int]]:
-        """Numbers of the chunks that each process embeds, even in tokens."""
+    def _share(
+        self, rows: np.ndarray, chunks: list[np.ndarray]
+    ) -> tuple[list[int], list[np.ndarray]]:
+        """Numbers of this process's chunks, and the positions of every process's texts.
+
+        Even in tokens; positions are one chunk after the other.
+        """
         lengths = self.table.lengths[rows]
-        return self.processes.share([int(lengths[chunk].sum()) for chunk in chunks])
+        shares = self.processes.share([int(lengths[chunk].sum()) for chunk in chunks])
+        none = np.empty(0, dtype=np.int64)
+        places = [np.concatenate([none, *(chunks[k] for k in share)]) for share in shares]
+        return shares[self.processes.rank], places
 
     def _no_rows(self) -> Tensor:
         """What a process embeds to which no chunk fell, (0, D)."""
@@ -184,9 +187,7 @@ class _Learner:
     def accumulate(self, batch: Batch, step: int) -> Tensor:
         """Add the gradient of a batch's loss to the parameters; the loss, detached."""
         chunks, n_kept = self._cut(batch.texts)
-        shares = self._share(batch.texts, chunks)
-        own = shares[self.processes.rank]
-        places = [_join_places(chunks, share) for share in shares]
+        own, places = self._share(batch.texts, chunks)
         counts = [len(place) for place in places]
         # Back to the order of batch.texts; chunks, and shares of them, are one after the other.
         order = torch.from_numpy(np.argsort(np.concatenate(places))).to(self.base.device)
@@ -246,17 +247,6 @@ class _Learner:
             }
             if state:
                 self.optimizer.state[parameter] = state
-
-    def adapter(self, weights: dict[str, Tensor]) -> Adapter:
-        """The adapter of these weights."""
-        pooling = {n.removeprefix("pooling."): t for n, t in weights.items() if n not in self.lora}
-        lora = {name: weights[name] for name in self.lora}
-        return Adapter(self.start.settings, lora, pooling, self.base.key.fingerprint)
-
-
-def _join_places(chunks: list[np.ndarray], share: list[int]) -> np.ndarray:
-    """Positions of some chunks' texts, one chunk after the other."""
-    return np.concatenate([np.empty(0, dtype=np.int64), *(chunks[k] for k in share)])
 
 
 def batch_loss(embeddings: Tensor, batch: Batch, temperature: float) -> Tensor:
@@ -395,7 +385,9 @@ def _finish(
         learner.embed_all(np.zeros(1, dtype=np.int64))
     if checkpoints is not None and state.done:
         checkpoints.write(*_snapshot(learner, state, plan))
-    return learner.adapter(weights)
+    pooling = {n.removeprefix("pooling."): t for n, t in weights.items() if n not in learner.lora}
+    lora = {name: weights[name] for name in learner.lora}
+    return Adapter(learner.start.settings, lora, pooling, learner.start.base_fingerprint)
 
 
 def _take_step(
