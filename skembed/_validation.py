@@ -189,14 +189,13 @@ def check_real(
     """
     if value is None and allow_none:
         return None
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+    if is_real and math.isfinite(value) and _is_within(float(value), low, high, inclusive):
+        return float(value)
     interval = _describe_interval(low, high, inclusive)
     expected = f"a finite number{interval}{' or None' if allow_none else ''}"
     message = _parameter_message(value, name=name, owner=owner, expected=expected)
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise TypeError(message)
-    if not math.isfinite(value) or not _is_within(float(value), low, high, inclusive):
-        raise ValueError(message)
-    return float(value)
+    raise (ValueError if is_real else TypeError)(message)
 
 
 def check_bool(value: Any, *, name: str, owner: str) -> bool:

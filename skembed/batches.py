@@ -21,17 +21,15 @@ Source: NV-Embed, arXiv 2405.17428, sections 4.1 and 4.2 (blended batches; examp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from skembed.examples import Examples
 from skembed.tokenization import PackedBatch, TextTokenizer, pack_texts
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from skembed.trainer import ContrastiveTrainer
 
 # Positives that a text of a class meets in one epoch, where its class has as many: few-shot data
 # then give enough steps in one epoch (benchmarks/fewshot.py), and large data do not explode.
@@ -53,8 +51,8 @@ class ClassIndex:
         Class of each text, the first one where it came with several; -1 for none.
     """
 
-    def __init__(self, examples: Examples, labels: np.ndarray) -> None:
-        self.labels = labels
+    def __init__(self, examples: Examples) -> None:
+        self.labels = labels = np.asarray(examples.labels)
         self.order = np.argsort(labels, kind="stable")
         self.place = np.empty_like(self.order)
         self.place[self.order] = np.arange(len(self.order))
@@ -68,42 +66,52 @@ class ClassIndex:
         return len(self.starts) - 1
 
 
-@dataclass(eq=False)
-class TaskPlan:
-    """One task, ready for drawing.
+class TaskSampler:
+    """One task, tokenised and ready for drawing.
+
+    Parameters
+    ----------
+    examples : Examples
+        The task.
+    table : TextTable
+        Takes its texts.
+    rows : ndarray of int64, shape (m,), optional
+        The examples to draw from; None draws from all.
 
     Attributes
     ----------
     examples : Examples
-        The training part.
-    loss : {"infonce", "cosent"}
-        The loss of its batches.
-    in_batch_negatives : bool
-        Whether the other candidates of a batch are negatives.
-    weight : float
-        Draws in one epoch, relative to the number of examples.
+        Those that are drawn from.
     queries, documents : ndarray of int64, shape (n_texts,)
         Row of the `TextTable` of each text as a query and as a document; -1 where it is none.
-    mined : ndarray of int64, shape (n, k), optional
+    classes : ClassIndex or None
+        The classes of labelled examples.
+    mined : ndarray of int64, shape (n, k), or None
         Mined negatives of each example as indices into its texts; -1 for none.
     """
 
-    examples: Examples
-    loss: str
-    in_batch_negatives: bool
-    weight: float
-    queries: np.ndarray
-    documents: np.ndarray
-    mined: np.ndarray | None = None
-    classes: ClassIndex | None = field(default=None, init=False)
-    _known: tuple[np.ndarray, np.ndarray] | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        """Sort labelled examples by class; find the known positives of rows."""
-        if self.examples.labels is not None:
-            self.classes = ClassIndex(self.examples, self.examples.labels)
-        elif self.loss == "infonce":
-            self._known = self.examples.known_positives()
+    def __init__(
+        self, examples: Examples, table: TextTable, rows: np.ndarray | None = None
+    ) -> None:
+        query, document = examples.query_prefix, examples.document_prefix
+        # Texts of a class are all queries: that is how `transform` embeds them.
+        if examples.labels is not None or query == document:
+            self.queries = self.documents = table.add(examples.texts, query)
+        else:
+            self.queries = _add_side(table, examples, examples.columns[:, :1], query)
+            self.documents = _add_side(table, examples, examples.columns[:, 1:], document)
+        examples = examples if rows is None else examples.take(rows)
+        self.mined: np.ndarray | None = None
+        self.classes: ClassIndex | None = None
+        self._known: tuple[np.ndarray, np.ndarray] | None = None
+        if examples.labels is not None:
+            # Each text once a class: no text is its own positive.
+            pairs = np.stack([examples.columns[:, 0], examples.labels], axis=1)
+            examples = examples.take(np.sort(np.unique(pairs, axis=0, return_index=True)[1]))
+            self.classes = ClassIndex(examples)
+        elif examples.loss == "infonce":
+            self._known = examples.known_positives()
+        self.examples = examples
 
     def draw_epoch(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Examples of one epoch, and for each the number of its repetition; any order."""
@@ -116,7 +124,7 @@ class TaskPlan:
         numbers = np.arange(len(rows)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
         numbers += rng.integers(0, 1 << 20, size=n)[rows]  # other positives in each epoch
         # Two at the least: a light task never vanishes, nor has nothing to compare.
-        n_drawn = max(min(2, len(rows)), round(self.weight * len(rows)))
+        n_drawn = max(min(2, len(rows)), round(self.examples.weight * len(rows)))
         whole, rest = divmod(n_drawn, len(rows))
         some = rng.permutation(len(rows))[:rest]
         picked = np.concatenate([np.tile(np.arange(len(rows)), whole), some])
@@ -161,7 +169,7 @@ class TaskPlan:
         positive = order[first + (place[rows] - first + step) % size]
         if self.mined is not None:
             return positive, self.mined[rows][:, :n_negatives]
-        if self.in_batch_negatives:
+        if self.examples.in_batch_negatives:
             if len(np.unique(labels)) > 1:  # the batch itself holds examples of other classes
                 return positive, np.empty((len(rows), 0), dtype=np.int64)
             n_negatives = max(1, n_negatives)
@@ -172,13 +180,17 @@ class TaskPlan:
 
     def draw_scored(
         self, rows: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Columns (b, 2) and scores (b,) of examples; one more where all their scores are equal."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Both texts of pairs as rows of the table, and the scores, all (b,).
+
+        One pair more where all their scores are equal.
+        """
         scores: Any = self.examples.scores
         if np.ptp(scores[rows]) == 0:
             other = np.flatnonzero(scores != scores[rows[0]])
             rows = np.append(rows, rng.permutation(other)[:1])
-        return self.examples.columns[rows], scores[rows]
+        left, right = self.examples.columns[rows].T
+        return self.queries[left], self.documents[right], scores[rows]
 
     def forbidden_candidates(self, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For each example the candidates (sorted texts) no miner may return, as CSR arrays.
@@ -207,33 +219,12 @@ class TaskPlan:
         return position, known[np.repeat(starts[texts], counts) + inside]
 
 
-@dataclass(frozen=True)
-class Contrast:
-    """Rows of a batch for InfoNCE.
-
-    Attributes
-    ----------
-    anchors, candidates : ndarray of int64, shapes (b,) and (c,)
-        Rows of the batch's embeddings.
-    positive : ndarray of int64, shape (b,)
-        Each anchor's positive, as an index into `candidates`.
-    allowed : ndarray of bool, shape (b, c)
-        The positive and what counts as a negative.
-    """
-
-    anchors: np.ndarray
-    candidates: np.ndarray
-    positive: np.ndarray
-    allowed: np.ndarray
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Rows of a batch for CoSENT: both texts of each pair (b,), and the scores (b,)."""
-
-    left: np.ndarray
-    right: np.ndarray
-    scores: np.ndarray
+def _add_side(table: TextTable, examples: Examples, columns: np.ndarray, prefix: str) -> np.ndarray:
+    """Rows of the table of the texts in some columns, (n_texts,); -1 for texts of none."""
+    used = np.unique(columns)
+    rows = np.full(len(examples.texts), -1, dtype=np.int64)
+    rows[used] = table.add([examples.texts[i] for i in used.tolist()], prefix)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -243,18 +234,25 @@ class Batch:
     Attributes
     ----------
     texts : ndarray of int64, shape (m,)
-        Rows of the `TextTable`, each once.
-    contrast : Contrast or None
-        All InfoNCE examples of the batch.
-    rankings : list of Ranking
-        CoSENT examples, task by task.
+        Rows of the `TextTable`, each once. All else counts in these m.
+    anchors, candidates : ndarray of int64, shapes (b,) and (c,)
+        Of all InfoNCE examples.
+    positive : ndarray of int64, shape (b,)
+        Each anchor's positive, as an index into `candidates`.
+    allowed : ndarray of bool, shape (b, c)
+        The positive and what counts as a negative.
+    graded : list of (left, right, scores)
+        CoSENT examples, task by task: both texts of each pair, and its score.
     n_examples : int
         Examples in the batch.
     """
 
     texts: np.ndarray
-    contrast: Contrast | None
-    rankings: list[Ranking]
+    anchors: np.ndarray
+    candidates: np.ndarray
+    positive: np.ndarray
+    allowed: np.ndarray
+    graded: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
     n_examples: int
 
 
@@ -334,38 +332,33 @@ class BatchPlan:
 
     Parameters
     ----------
-    tasks : sequence of TaskPlan
+    tasks : sequence of TaskSampler
         The tasks.
     table : TextTable
         Their texts, frozen.
-    batch_size : int
-        Examples of one step.
-    n_negatives : int
-        Negatives of its own that an example brings, at most.
+    trainer : ContrastiveTrainer
+        Its `batch_size`, `n_negatives`, `blend_tasks`, `epochs` and `max_steps`.
     seed : int
         Of the whole run.
-    blend : bool
-        Mix all tasks in every batch (the paper's way), or keep each batch to one task.
     """
 
     def __init__(
         self,
-        tasks: Sequence[TaskPlan],
+        tasks: Sequence[TaskSampler],
         table: TextTable,
-        *,
-        batch_size: int,
-        n_negatives: int,
+        trainer: ContrastiveTrainer,
         seed: int,
-        blend: bool = True,
     ) -> None:
         self.tasks = list(tasks)
         self.table = table
-        self.batch_size = batch_size
-        self.n_negatives = n_negatives
+        self.trainer = trainer
         self.seed = seed
-        self.blend = blend
-        self.groups = _GroupIndex(self.tasks, table)
+        labelled = any(task.classes is not None for task in self.tasks)
+        self.groups = _GroupIndex(self.tasks, table) if labelled else None
         self.n_batches = len(self.list_epoch(0))
+        self.n_steps = self.n_batches * trainer.epochs
+        if trainer.max_steps is not None:
+            self.n_steps = min(self.n_steps, trainer.max_steps)
 
     def list_epoch(self, epoch: int) -> list[np.ndarray]:
         """The batches of an epoch, each (b, 3): task, example, number of its repetition."""
@@ -374,14 +367,15 @@ class BatchPlan:
         for number, task in enumerate(self.tasks):
             rows, numbers = task.draw_epoch(rng)
             drawn.append(np.stack([np.full_like(rows, number), rows, numbers], axis=1))
-        groups = [np.concatenate(drawn)] if self.blend else [part for part in drawn if len(part)]
+        blend, batch_size = self.trainer.blend_tasks, self.trainer.batch_size
+        groups = [np.concatenate(drawn)] if blend else [part for part in drawn if len(part)]
         batches = []
         for group in groups:
             # No example is left alone with nothing to be told from.
-            most = len(group) // min(2, self.batch_size)
-            n = max(1, min(most, round(len(group) / self.batch_size)))
+            most = len(group) // min(2, batch_size)
+            n = max(1, min(most, round(len(group) / batch_size)))
             batches.extend(np.array_split(rng.permutation(group), n))
-        if not self.blend:
+        if not blend:
             rng.shuffle(batches)
         return batches
 
@@ -389,10 +383,10 @@ class BatchPlan:
         """Whether a step, counted from 0, is the first of its epoch."""
         return step % self.n_batches == 0
 
-    def iterate_steps(self, first: int, n_steps: int) -> Iterator[tuple[int, np.ndarray]]:
+    def iterate_steps(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
         """Steps from `first` on, each with its batch as `list_epoch` gives it."""
         epoch, listed = -1, []
-        for step in range(first, n_steps):
+        for step in range(first, self.n_steps):
             if step // self.n_batches != epoch:
                 epoch = step // self.n_batches
                 listed = self.list_epoch(epoch)
@@ -401,56 +395,74 @@ class BatchPlan:
     def build(self, step: int, listed: np.ndarray) -> Batch:
         """The batch of a step."""
         rng = np.random.default_rng((self.seed, 1, step))
-        parts, rankings, rows = [], [], []
-        for t, task in enumerate(self.tasks):
-            chosen = listed[listed[:, 0] == t]
-            if not len(chosen):
+        drawn, graded = {}, []
+        for number, task in enumerate(self.tasks):
+            _, rows, numbers = listed[listed[:, 0] == number].T
+            if not len(rows):
                 continue
             if task.examples.scores is not None:
-                columns, scores = task.draw_scored(chosen[:, 1], rng)
-                left, right = task.queries[columns[:, 0]], task.documents[columns[:, 1]]
-                rankings.append((left, right, scores))
-                rows += [left, right]
+                graded.append(task.draw_scored(rows, rng))
             else:
-                parts.append(self._draw_part(t, chosen, rng))
-        drawn = _join(parts, self.table, self.groups) if parts else None
-        if drawn is not None:
-            rows += [drawn.anchors, drawn.candidates]
-        texts = np.unique(np.concatenate(rows))
-
-        def place(values: np.ndarray) -> np.ndarray:
-            return np.searchsorted(texts, values)
-
-        contrast = None
-        if drawn is not None:
-            contrast = Contrast(
-                place(drawn.anchors), place(drawn.candidates), drawn.positive, drawn.allowed
-            )
-        ranked = [Ranking(place(a), place(b), scores) for a, b, scores in rankings]
-        return Batch(texts, contrast, ranked, len(listed))
-
-    def _draw_part(self, t: int, chosen: np.ndarray, rng: np.random.Generator) -> _Part:
-        """What the InfoNCE examples of one task bring into a batch."""
-        task = self.tasks[t]
-        anchor, positive, negatives = task.draw(chosen[:, 1], chosen[:, 2], self.n_negatives, rng)
-        rows, columns = np.nonzero(negatives >= 0)
-        known_row, known = task.known_of(anchor)
-        return _Part(
-            tasks=np.full(len(anchor), t),
-            anchors=task.queries[anchor],
-            positives=task.documents[positive],
-            negatives=task.documents[negatives[rows, columns]],
-            negative_rows=rows,
-            known_rows=known_row,
-            known=np.where(task.documents[known] < 0, task.queries[known], task.documents[known]),
-            in_batch=np.full(len(anchor), task.in_batch_negatives),
+                drawn[number] = task.draw(rows, numbers, self.trainer.n_negatives, rng)
+        anchors, candidates, positive, allowed = self._contrast(drawn)
+        sides = [side for left, right, _ in graded for side in (left, right)]
+        texts = np.unique(np.concatenate([anchors, candidates, *sides]))
+        anchors, candidates, *sides = (
+            np.searchsorted(texts, rows) for rows in (anchors, candidates, *sides)
         )
+        scores = [scores for _, _, scores in graded]
+        graded = list(zip(sides[::2], sides[1::2], scores, strict=True))
+        return Batch(texts, anchors, candidates, positive, allowed, graded, len(listed))
+
+    def _contrast(
+        self, drawn: Mapping[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Anchors, candidates, positive and allowed of a `Batch`; texts as rows of the table.
+
+        `drawn` holds what `TaskSampler.draw` gave for each task, by its number.
+        """
+        parts, n = [[np.empty(0, dtype=np.int64)] * 7], 0
+        for number, (anchor, positive, negatives) in drawn.items():
+            task = self.tasks[number]
+            rows, columns = np.nonzero(negatives >= 0)
+            known_rows, known = task.known_of(anchor)
+            queries, documents = task.queries[known], task.documents[known]
+            parts.append(
+                [
+                    np.full(len(anchor), number),
+                    task.queries[anchor],
+                    task.documents[positive],
+                    task.documents[negatives[rows, columns]],
+                    n + rows,
+                    np.where(documents < 0, queries, documents),
+                    n + known_rows,
+                ]
+            )
+            n += len(anchor)
+        tasks, anchors, positives, negatives, rows, known, known_rows = map(
+            np.concatenate, zip(*parts, strict=True)
+        )
+        candidates, place = np.unique(np.concatenate([positives, negatives]), return_inverse=True)
+        in_batch = np.array([task.examples.in_batch_negatives for task in self.tasks])
+        allowed = np.repeat(in_batch[tasks, None], len(candidates), axis=1)
+        allowed[rows, place[n:]] = True
+        # False negatives: the anchor's text, its known positives or its classes; the texts equal
+        # to its positive are among these.
+        strings, anchor_strings = self.table.string_of[candidates], self.table.string_of[anchors]
+        allowed &= strings[None] != anchor_strings[:, None]
+        order = np.argsort(strings)
+        i, j = _match(self.table.string_of[known], strings[order])
+        allowed[known_rows[i], order[j]] = False
+        if self.groups is not None:
+            self.groups.forbid(allowed, anchor_strings, tasks, strings)
+        allowed[np.arange(n), place[:n]] = True
+        return anchors, candidates, place[:n], allowed
 
 
 class _GroupIndex:
     """Which classes each labelled text has, sorted by text; classes counted over all tasks."""
 
-    def __init__(self, tasks: Sequence[TaskPlan], table: TextTable) -> None:
+    def __init__(self, tasks: Sequence[TaskSampler], table: TextTable) -> None:
         counts = [task.classes.n_classes if task.classes else 0 for task in tasks]
         self.first = np.cumsum([0, *counts])
         pairs = [np.empty((2, 0), dtype=np.int64)]
@@ -477,48 +489,6 @@ class _GroupIndex:
         j, at = _match(candidates, self.strings)
         for group in np.unique(groups):
             allowed[np.ix_(i[groups == group], j[self.groups[at] == group])] = False
-
-
-@dataclass(frozen=True)
-class _Part:
-    """InfoNCE examples of one task in one batch; texts as rows of the table."""
-
-    tasks: np.ndarray
-    anchors: np.ndarray
-    positives: np.ndarray
-    negatives: np.ndarray  # of all anchors, one after the other
-    negative_rows: np.ndarray
-    known_rows: np.ndarray
-    known: np.ndarray
-    in_batch: np.ndarray
-
-
-def _join(parts: Sequence[_Part], table: TextTable, index: _GroupIndex) -> Contrast:
-    """The parts of a batch as one contrast, texts still as rows of the table."""
-    offsets = np.cumsum([0, *(len(part.anchors) for part in parts)])
-
-    def join(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in parts])
-
-    def join_rows(name: str) -> np.ndarray:
-        pairs = zip(offsets, parts, strict=False)
-        return np.concatenate([offset + getattr(part, name) for offset, part in pairs])
-
-    anchors, positives = join("anchors"), join("positives")
-    columns, place = np.unique(np.concatenate([positives, join("negatives")]), return_inverse=True)
-    positive, own = place[: len(positives)], place[len(positives) :]
-    allowed = np.repeat(join("in_batch")[:, None], len(columns), axis=1)
-    allowed[join_rows("negative_rows"), own] = True
-    # False negatives: the anchor's text, its known positives or its classes; the texts equal to
-    # its positive are among these.
-    strings, anchor_strings = table.string_of[columns], table.string_of[anchors]
-    allowed &= strings[None] != anchor_strings[:, None]
-    order = np.argsort(strings)
-    rows, hits = _match(table.string_of[join("known")], strings[order])
-    allowed[join_rows("known_rows")[rows], order[hits]] = False
-    index.forbid(allowed, anchor_strings, join("tasks"), strings)
-    allowed[np.arange(len(anchors)), positive] = True
-    return Contrast(anchors, columns, positive, allowed)
 
 
 def _match(wanted: np.ndarray, ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from skembed.adapters import Adapter, read_pooling, start_lora
-from skembed.batches import BatchPlan, ClassIndex, TaskPlan, TextTable
+from skembed.batches import BatchPlan, ClassIndex, TaskSampler, TextTable
 from skembed.checkpoint import ModelSource
 from skembed.distributed import Processes, active_processes
 from skembed.examples import Examples, split_validation
@@ -26,39 +27,12 @@ from skembed.lora import LoraSettings
 from skembed.mining import select_negatives
 from skembed.registry import LoadedModel
 from skembed.trainer import OWNER, ContrastiveTrainer
-from skembed.training import TrainingSettings, Validation, run_training
+from skembed.training import Embed, Validation, run_training
 from skembed.training_state import Checkpoints, check_folder
 
-Embed = Callable[[np.ndarray], np.ndarray]
 CENTROID_TEXTS = 4_096  # of the training part, for the validation of classes
 MRR_DEPTH = 10
 BLOCK_SCORES = 1 << 22  # cosines of the validation of rows held at once
-
-
-@dataclass(frozen=True)
-class TaskRequest:
-    """One task as an estimator hands it over.
-
-    Attributes
-    ----------
-    examples : Examples
-        Parsed.
-    query_prefix, document_prefix : str
-        The instruction inside its template, for each side.
-    in_batch_negatives : bool or None
-        None takes the trainer's.
-    weight : float
-        Draws relative to the number of examples.
-    name : str
-        For messages; "" where there is one task only.
-    """
-
-    examples: Examples
-    query_prefix: str
-    document_prefix: str
-    in_batch_negatives: bool | None = None
-    weight: float = 1.0
-    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,72 +45,21 @@ class FitResult:
     n_texts: int
 
 
-def check_requests(requests: Sequence[TaskRequest], trainer: ContrastiveTrainer) -> list[str]:
-    """Refuse what cannot be learned from, before a model is loaded; the loss of each task."""
-    losses = _check_losses(requests, trainer)
+def check_run(examples: Sequence[Examples], trainer: ContrastiveTrainer) -> None:
+    """Refuse a split or a checkpoint folder that cannot be used, before a model is loaded."""
     if trainer.validation_fraction:
-        for request in requests:
-            split_validation(request.examples, trainer.validation_fraction, trainer.random_state)
+        for task in examples:
+            split_validation(task, trainer.validation_fraction, trainer.random_state)
     folder = trainer.checkpoint_dir
     if folder is not None:
-        identity = _identify_data(requests, trainer)
+        identity = _identify_data(examples, trainer)
         active_processes().on_first(lambda: check_folder(folder, identity))
-    return losses
-
-
-def _check_losses(requests: Sequence[TaskRequest], trainer: ContrastiveTrainer) -> list[str]:
-    """The loss of each task, or the reason why one has none."""
-    places = [f" (tasks[{i}])" if request.name else "" for i, request in enumerate(requests)]
-    return [
-        _check_request(request, trainer, where)
-        for request, where in zip(requests, places, strict=True)
-    ]
-
-
-def _check_request(request: TaskRequest, trainer: ContrastiveTrainer, where: str) -> str:
-    """The loss of a task, or the reason why it has none."""
-    examples = request.examples
-    loss = trainer.loss
-    if loss == "auto":
-        loss = "cosent" if examples.kind == "scores" else "infonce"
-    if (loss == "cosent") != (examples.kind == "scores"):
-        raise ValueError(
-            f"The `loss` parameter of `{OWNER}` must be 'auto' or fit the examples: 'cosent' "
-            f"takes pairs with graded scores, 'infonce' all else; got {loss!r} with "
-            f"{examples.kind}{where}."
-        )
-    if loss == "cosent":
-        own = False
-    elif examples.kind == "labels":
-        own = not _uses_in_batch(request, trainer) or trainer.mine_negatives is not None
-    else:
-        own = examples.columns.shape[1] > 2 or trainer.mine_negatives is not None
-    own = own and trainer.n_negatives > 0
-    if trainer.batch_size == 1 and not own:
-        raise ValueError(
-            f"The `batch_size` parameter of `{OWNER}` must be above 1 where an example has no "
-            f"negatives of its own{where}: alone in a batch it has nothing to be told from; got 1."
-        )
-    if loss == "infonce" and not own and not _uses_in_batch(request, trainer):
-        raise ValueError(
-            f"With `in_batch_negatives=False` every example needs negatives of its own{where}: "
-            "pass rows (anchor, positive, negative, ...), `mine_negatives='perc_pos'`, or an "
-            "`n_negatives` above 0 for class labels."
-        )
-    return loss
-
-
-def _uses_in_batch(request: TaskRequest, trainer: ContrastiveTrainer) -> bool:
-    """The task's setting, else the trainer's."""
-    if request.in_batch_negatives is None:
-        return bool(trainer.in_batch_negatives)
-    return request.in_batch_negatives
 
 
 def fit_adapter(
     base: LoadedModel,
     source: ModelSource,
-    requests: Sequence[TaskRequest],
+    examples: Sequence[Examples],
     trainer: ContrastiveTrainer,
     *,
     max_length: int,
@@ -151,8 +74,8 @@ def fit_adapter(
         The model; it is not changed.
     source : ModelSource
         Its folder, for the pooling weights in their published form.
-    requests : sequence of TaskRequest
-        The tasks.
+    examples : sequence of Examples
+        The tasks, as `read_task` gives them.
     trainer : ContrastiveTrainer
         Checked parameters.
     max_length : int
@@ -169,45 +92,31 @@ def fit_adapter(
     TrainingError
         When training cannot go on.
     """
-    losses = _check_losses(requests, trainer)
-    targets = trainer.target_modules
-    lora_settings = LoraSettings(
-        trainer.r,
-        float(trainer.lora_alpha),
-        float(trainer.lora_dropout),
-        targets if isinstance(targets, str) else tuple(targets),
-    )
     processes = active_processes()
-    identity = _identify(base, requests, trainer, max_length, start)
-    processes.check_same(identity, owner="NVEmbedVectorizer")
+    identity = {}
+    if trainer.checkpoint_dir is not None or processes.size > 1:
+        identity = _identify(base, examples, trainer, max_length, start)
+        processes.check_same(identity, owner="NVEmbedVectorizer")
     checkpoints, seed = _open_checkpoints(identity, trainer, processes)
     table = TextTable(
         base.tokenizer, max_length=max_length, mask_prefix=base.config.is_mask_instruction
     )
     tasks, validations = [], []
-    for request, loss in zip(requests, losses, strict=True):
-        task, validation = _prepare(request, loss, trainer, table, seed)
-        tasks.append(task)
-        validations += validation
+    for task in examples:
+        if trainer.validation_fraction:
+            kept, held = split_validation(task, trainer.validation_fraction, seed)
+            tasks.append(sampler := TaskSampler(task, table, kept))
+            texts = sampler.queries, sampler.documents
+            validations.append(_validation(task, kept, held, *texts, seed))
+        else:
+            tasks.append(TaskSampler(task, table))
     table.freeze()
-    plan = BatchPlan(
-        tasks,
-        table,
-        batch_size=trainer.batch_size,
-        n_negatives=trainer.n_negatives,
-        seed=seed,
-        blend=trainer.blend_tasks,
-    )
-    settings = _settings(trainer, lora_settings, plan.n_batches, seed)
-    lora, pooling = _start_weights(base, source, lora_settings, trainer, start, seed)
     adapter, history = run_training(
         base,
-        plan,
-        settings,
-        lora=lora,
-        pooling=pooling,
-        validation=_join_validations(validations),
-        remine=_miner(plan, trainer) if trainer.mine_negatives else None,
+        BatchPlan(tasks, table, trainer, seed),
+        _start_adapter(base, source, trainer, start, seed),
+        validation=_join_validations(validations) if validations else None,
+        mine=partial(_mine_task, trainer=trainer) if trainer.mine_negatives else None,
         checkpoints=checkpoints,
         progress=progress if processes.is_first else False,
         processes=processes,
@@ -215,43 +124,36 @@ def fit_adapter(
     return FitResult(adapter, history, table.n_truncated, len(table.ids))
 
 
-def _settings(
-    trainer: ContrastiveTrainer, lora: LoraSettings, n_batches: int, seed: int
-) -> TrainingSettings:
-    """The trainer's parameters as the loop takes them."""
-    n_steps = n_batches * trainer.epochs
-    if trainer.max_steps is not None:
-        n_steps = min(n_steps, trainer.max_steps)
-    tokens = trainer.batch_tokens
-    return TrainingSettings(
-        lora=lora,
-        n_steps=n_steps,
-        temperature=trainer.temperature,
-        learning_rate=trainer.learning_rate,
-        warmup_steps=round(trainer.warmup_ratio * n_steps),
-        weight_decay=trainer.weight_decay,
-        max_grad_norm=trainer.max_grad_norm,
-        batch_tokens=None if tokens == "auto" else int(tokens),
-        gradient_checkpointing=trainer.gradient_checkpointing,
-        early_stopping=trainer.early_stopping,
-        patience=trainer.patience,
-        seed=seed,
-    )
-
-
-def _start_weights(
+def _start_adapter(
     base: LoadedModel,
     source: ModelSource,
-    settings: LoraSettings,
     trainer: ContrastiveTrainer,
     start: Adapter | None,
     seed: int,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """LoRA and pooling weights to begin with."""
-    fresh = start_lora(base.config, settings, np.random.SeedSequence((seed, 2)))
-    if start is None:
-        return fresh, read_pooling(source, base.config) if trainer.train_pooling else {}
-    start.check_base(base.key.fingerprint)
+) -> Adapter:
+    """LoRA and pooling weights to begin with: fresh ones, or those of `start`."""
+    targets = trainer.target_modules
+    settings = LoraSettings(
+        trainer.r,
+        float(trainer.lora_alpha),
+        float(trainer.lora_dropout),
+        targets if isinstance(targets, str) else tuple(targets),
+    )
+    lora = start_lora(base.config, settings, np.random.SeedSequence((seed, 2)))
+    pooling: dict[str, Tensor] = {}
+    if start is not None:
+        start.check_base(base.key.fingerprint)
+        _check_start(start, settings, lora, trainer)
+        lora, pooling = start.lora, start.pooling
+    if trainer.train_pooling and not pooling:
+        pooling = read_pooling(source, base.config)
+    return Adapter(settings, lora, pooling, base.key.fingerprint)
+
+
+def _check_start(
+    start: Adapter, settings: LoraSettings, fresh: dict[str, Tensor], trainer: ContrastiveTrainer
+) -> None:
+    """Refuse to go on from an adapter of other sizes, or with a pooling that would be lost."""
     found = {name: tuple(tensor.shape) for name, tensor in start.lora.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in fresh.items()}
     if found != wanted or start.settings.scaling != settings.scaling:
@@ -268,9 +170,6 @@ def _start_weights(
             f"`train_pooling=False` of `{OWNER}` would lose it. Pass True, or merge the adapter "
             "first (`save_pretrained(path, merge=True)`)."
         )
-    if trainer.train_pooling and not start.pooling:
-        return start.lora, read_pooling(source, base.config)
-    return start.lora, start.pooling
 
 
 def _open_checkpoints(
@@ -300,37 +199,26 @@ def _open_checkpoints(
 
 def _identify(
     base: LoadedModel,
-    requests: Sequence[TaskRequest],
+    examples: Sequence[Examples],
     trainer: ContrastiveTrainer,
     max_length: int,
     start: Adapter | None,
 ) -> dict[str, str]:
-    """What tells a run from others; nothing where no one asks."""
-    if trainer.checkpoint_dir is None and active_processes().size == 1:
-        return {}
+    """What tells a run from others."""
     return {
         "model": base.key.fingerprint + (f"+{start.fingerprint}" if start else ""),
         "pooling": base.key.pooling,
         "data type or device": f"{base.key.dtype} on {base.key.device.split(':')[0]}",
         "max_length": str(max_length),
-        **_identify_data(requests, trainer),
+        **_identify_data(examples, trainer),
     }
 
 
-def _identify_data(requests: Sequence[TaskRequest], trainer: ContrastiveTrainer) -> dict[str, str]:
+def _identify_data(examples: Sequence[Examples], trainer: ContrastiveTrainer) -> dict[str, str]:
     """What tells a run from others without its model."""
     ignored = {"checkpoint_dir", "checkpoint_steps", "verbose"}
     values = {n: v for n, v in trainer.get_params(deep=False).items() if n not in ignored}
-    data = [
-        [
-            r.examples.fingerprint(),
-            r.query_prefix,
-            r.document_prefix,
-            r.in_batch_negatives,
-            r.weight,
-        ]
-        for r in requests
-    ]
+    data = [task.fingerprint() for task in examples]
     return {"trainer": _digest(values), "set of examples or instruction": _digest(data)}
 
 
@@ -342,62 +230,6 @@ def _digest(values: Any) -> str:
 
     text = json.dumps(values, sort_keys=True, default=plain)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _prepare(
-    request: TaskRequest, loss: str, trainer: ContrastiveTrainer, table: TextTable, seed: int
-) -> tuple[TaskPlan, list[Validation]]:
-    """A task ready for drawing, and its validation where there is one."""
-    examples = request.examples
-    # Texts of a class are all queries: that is how `transform` embeds them.
-    if examples.kind == "labels" or request.document_prefix == request.query_prefix:
-        queries = documents = table.add(examples.texts, request.query_prefix)
-    else:
-        queries = _add_side(table, examples, examples.columns[:, :1], request.query_prefix)
-        documents = _add_side(table, examples, examples.columns[:, 1:], request.document_prefix)
-    training = np.arange(len(examples))
-    validations = []
-    if trainer.validation_fraction:
-        training, held = split_validation(examples, trainer.validation_fraction, seed)
-        validations = [_validation(examples, training, held, queries, documents, seed)]
-    part = _keep_rows(examples, _drop_repeated(examples, training))
-    task = TaskPlan(
-        part,
-        loss,
-        _uses_in_batch(request, trainer),
-        float(request.weight),
-        queries,
-        documents,
-    )
-    return task, validations
-
-
-def _add_side(table: TextTable, examples: Examples, columns: np.ndarray, prefix: str) -> np.ndarray:
-    """Rows of the table of the texts in some columns, (n_texts,); -1 for texts of none."""
-    used = np.unique(columns)
-    rows = np.full(len(examples.texts), -1, dtype=np.int64)
-    rows[used] = table.add([examples.texts[i] for i in used.tolist()], prefix)
-    return rows
-
-
-def _drop_repeated(examples: Examples, rows: np.ndarray) -> np.ndarray:
-    """Without the second and later examples of one text and class: no text is its own positive."""
-    if examples.labels is None:
-        return rows
-    pairs = np.stack([examples.columns[rows, 0], examples.labels[rows]], axis=1)
-    _, first = np.unique(pairs, axis=0, return_index=True)
-    return rows[np.sort(first)]
-
-
-def _keep_rows(examples: Examples, rows: np.ndarray) -> Examples:
-    """Some examples on the same list of texts."""
-    labels, scores = examples.labels, examples.scores
-    return replace(
-        examples,
-        columns=examples.columns[rows],
-        labels=None if labels is None else labels[rows],
-        scores=None if scores is None else scores[rows],
-    )
 
 
 def _validation(
@@ -482,10 +314,10 @@ def _validate_ranks(
     return Validation(f"mean reciprocal rank at {MRR_DEPTH}", score)
 
 
-def _join_validations(validations: list[Validation]) -> Validation | None:
+def _join_validations(validations: list[Validation]) -> Validation:
     """One score for all tasks: the mean."""
-    if len(validations) < 2:
-        return validations[0] if validations else None
+    if len(validations) == 1:
+        return validations[0]
 
     def score(embed: Embed) -> float:
         return float(np.mean([validation.score(embed) for validation in validations]))
@@ -493,19 +325,7 @@ def _join_validations(validations: list[Validation]) -> Validation | None:
     return Validation(f"mean score of {len(validations)} tasks", score)
 
 
-def _miner(plan: BatchPlan, trainer: ContrastiveTrainer) -> Callable[[int, Embed], None]:
-    """What renews the plan's mined negatives at the start of an epoch."""
-
-    def mine(epoch: int, embed: Embed) -> None:
-        if epoch == 0 or trainer.remine:
-            for task in plan.tasks:
-                if task.loss == "infonce":
-                    task.mined = _mine_task(task, embed, trainer)
-
-    return mine
-
-
-def _mine_task(task: TaskPlan, embed: Embed, trainer: ContrastiveTrainer) -> np.ndarray:
+def _mine_task(task: TaskSampler, embed: Embed, trainer: ContrastiveTrainer) -> np.ndarray:
     """Negatives (n, k) of a task's examples as indices into its texts; -1 for none."""
     columns = task.examples.columns
     anchors = embed(task.queries[columns[:, 0]])

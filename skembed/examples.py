@@ -19,7 +19,7 @@ import hashlib
 import math
 import numbers
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import chain
 from typing import Any, Literal
 
@@ -42,8 +42,10 @@ from skembed._validation import (
     check_real,
     check_string,
 )
+from skembed.instructions import build_prefix
+from skembed.trainer import ContrastiveTrainer
 
-__all__ = ["Examples", "TrainingTask", "check_examples", "check_task", "split_validation"]
+__all__ = ["Examples", "TrainingTask", "check_examples", "read_task", "split_validation"]
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
@@ -116,6 +118,14 @@ class Examples:
         Graded similarity of each pair; higher is more similar.
     classes : ndarray or None
         The distinct labels as given, sorted; str as objects.
+    query_prefix, document_prefix : str
+        What stands in front of single texts and anchors, and of all other texts.
+    loss : {"infonce", "cosent"}
+        What they are trained with.
+    in_batch_negatives : bool
+        Whether the other candidates of a batch are negatives.
+    weight : float
+        Draws in one epoch, relative to the number of examples.
     """
 
     kind: Literal["labels", "rows", "scores"]
@@ -124,6 +134,11 @@ class Examples:
     labels: _Ints | None = None
     scores: _Floats | None = None
     classes: npt.NDArray[Any] | None = None
+    query_prefix: str = ""
+    document_prefix: str = ""
+    loss: Literal["infonce", "cosent"] = "infonce"
+    in_batch_negatives: bool = True
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -132,44 +147,17 @@ class Examples:
         n_columns = self.columns.shape[1]
         return f"Examples({self.kind}, n={len(self)}, k={n_columns}, n_texts={len(self.texts)})"
 
-    @property
-    def n_conflicts(self) -> int:
-        """Number of texts that came with more than one label; 0 for rows and scores."""
-        texts, _ = self._label_pairs()
-        return int((np.bincount(texts) > 1).sum()) if len(texts) else 0
-
-    def subset(self, index: npt.ArrayLike) -> "Examples":
-        """Keep some examples, and of the texts those that they use.
-
-        Parameters
-        ----------
-        index : array-like of int, shape (m,), or of bool, shape (n,)
-            Examples to keep, in this order.
-
-        Returns
-        -------
-        kept : Examples
-            The texts are in the order first seen again. Labels keep their numbers and
-            `classes` stays whole, though some may have no example.
-        """
-        chosen = np.asarray(index)
-        chosen = chosen if chosen.dtype == np.bool_ else chosen.astype(np.int64)
-        columns = self.columns[chosen]  # (m, k)
-        used, first, place = np.unique(columns, return_index=True, return_inverse=True)
-        order = np.argsort(first)  # by first sight, as in a fresh reading
-        rank = np.empty_like(order)
-        rank[order] = np.arange(len(order))
-        return Examples(
-            kind=self.kind,
-            texts=[self.texts[i] for i in used[order].tolist()],
-            columns=rank[place].reshape(columns.shape),
-            labels=None if self.labels is None else self.labels[chosen],
-            scores=None if self.scores is None else self.scores[chosen],
-            classes=self.classes,
+    def take(self, rows: _Ints) -> "Examples":
+        """Return some of the examples, `rows` in this order, over the same list of texts."""
+        return replace(
+            self,
+            columns=self.columns[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            scores=None if self.scores is None else self.scores[rows],
         )
 
     def fingerprint(self) -> str:
-        """Return 32 hex digits that depend on the texts, columns, labels and scores.
+        """Return 32 hex digits that depend on all that training sees of the examples.
 
         Returns
         -------
@@ -177,7 +165,9 @@ class Examples:
             BLAKE2b digest: equal for equal data on any machine, whatever the container.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for text in self.texts:
+        use = (self.loss, self.in_batch_negatives, self.weight)
+        digest.update(repr(use).encode())
+        for text in (self.query_prefix, self.document_prefix, *self.texts):
             data = text.encode("utf-8")
             digest.update(len(data).to_bytes(8, "little"))  # so that no two lists run together
             digest.update(data)
@@ -270,24 +260,37 @@ def check_examples(
     return _read_examples(X, y, owner=owner, name="X", missing=missing)
 
 
-def check_task(task: Any, index: int, *, owner: str = "NVEmbedVectorizer") -> Examples:
-    """Check a task's types and ranges, and read its examples.
-
-    Whether the instructions make sense is checked where they are resolved.
+def read_task(
+    task: Any,
+    trainer: ContrastiveTrainer,
+    *,
+    template: str,
+    owner: str,
+    index: int | None = None,
+    missing: str = "error",
+) -> Examples:
+    """Check a task and read its examples, before a model is loaded.
 
     Parameters
     ----------
     task : TrainingTask
         The task.
-    index : int
-        Its position, to name in errors.
-    owner : str, default="NVEmbedVectorizer"
-        Name of the estimator that was given the tasks.
+    trainer : ContrastiveTrainer
+        Checked parameters of the training.
+    template : str
+        The template of the instructions.
+    owner : str
+        Name of the estimator that was given the task.
+    index : int, optional
+        Position of the task, to name in errors; None where `owner` was given the examples
+        themselves, as `X` and `y`.
+    missing : {"error", "empty", "zero", "nan"}, default="error"
+        As in `check_examples`.
 
     Returns
     -------
     examples : Examples
-        The task's examples.
+        The task's examples, with their prefixes, loss and weight.
 
     Raises
     ------
@@ -295,10 +298,10 @@ def check_task(task: Any, index: int, *, owner: str = "NVEmbedVectorizer") -> Ex
         If `task` is no `TrainingTask`, if a field of it is of the wrong type, or as
         `check_examples`.
     ValueError
-        If the weight is not positive and finite, if the name is empty, or as
-        `check_examples`.
+        If the weight is not positive and finite, if the name is empty, if the trainer cannot
+        train on such examples, or as `check_examples`.
     """
-    place = f"tasks[{index}]"
+    place = owner if index is None else f"tasks[{index}]"
     if not isinstance(task, TrainingTask):
         raise TypeError(
             f"The `tasks` parameter of `{owner}` must hold instances of `TrainingTask`; {place} is "
@@ -306,12 +309,55 @@ def check_task(task: Any, index: int, *, owner: str = "NVEmbedVectorizer") -> Ex
         )
     name = check_string(task.name, name="name", owner=place, allow_none=True)
     place = place if name is None else f"{place} ({name})"
-    check_real(task.weight, name="weight", owner=place, low=0, inclusive="right")
-    if task.in_batch_negatives is not None:
-        check_bool(task.in_batch_negatives, name="in_batch_negatives", owner=place)
-    for side in ("instruction", "document_instruction"):
-        check_string(getattr(task, side), name=side, owner=place, allow_empty=True, allow_none=True)
-    return _read_examples(task.examples, task.y, owner=place, name="examples", missing="error")
+    weight = check_real(task.weight, name="weight", owner=place, low=0, inclusive="right")
+    in_batch = task.in_batch_negatives
+    if in_batch is None:
+        in_batch = trainer.in_batch_negatives
+    check_bool(in_batch, name="in_batch_negatives", owner=place)
+    both = task.instruction, task.document_instruction
+    query = build_prefix(template, *both, side="query", owner=place)
+    document = build_prefix(template, *both, side="document", owner=place)
+    name = "X" if index is None else "examples"
+    examples = _read_examples(task.examples, task.y, owner=place, name=name, missing=missing)
+    examples = replace(
+        examples,
+        query_prefix=query,
+        document_prefix=document,
+        in_batch_negatives=bool(in_batch),
+        weight=weight,
+    )
+    _check_loss(examples, trainer, "" if index is None else f" (tasks[{index}])")
+    return examples
+
+
+def _check_loss(examples: Examples, trainer: ContrastiveTrainer, where: str) -> None:
+    """Refuse examples that the trainer's loss does not take, or that have no negatives."""
+    if trainer.loss not in ("auto", examples.loss):
+        raise ValueError(
+            "The `loss` parameter of `ContrastiveTrainer` must be 'auto' or fit the examples: "
+            "'cosent' takes pairs with graded scores, 'infonce' all else; got "
+            f"{trainer.loss!r} with {examples.kind}{where}."
+        )
+    mines, in_batch = trainer.mine_negatives is not None, examples.in_batch_negatives
+    if examples.loss == "cosent":
+        has_own = False
+    elif examples.labels is not None:
+        has_own = mines or not in_batch
+    else:
+        has_own = mines or examples.columns.shape[1] > 2
+    has_own = has_own and trainer.n_negatives > 0
+    if trainer.batch_size == 1 and not has_own:
+        raise ValueError(
+            "The `batch_size` parameter of `ContrastiveTrainer` must be above 1 where an example "
+            f"has no negatives of its own{where}: alone in a batch it has nothing to be told from; "
+            "got 1."
+        )
+    if examples.loss == "infonce" and not has_own and not in_batch:
+        raise ValueError(
+            f"With `in_batch_negatives=False` every example needs negatives of its own{where}: "
+            "pass rows (anchor, positive, negative, ...), `mine_negatives='perc_pos'`, or an "
+            "`n_negatives` above 0 for class labels."
+        )
 
 
 def _read_examples(X: Any, y: Any, *, owner: str, name: str, missing: str) -> Examples:
@@ -331,7 +377,8 @@ def _read_examples(X: Any, y: Any, *, owner: str, name: str, missing: str) -> Ex
         _check_rows(columns, subject=subject, name=name)
         return Examples("rows", texts, columns)
     if k == 2:
-        return Examples("scores", texts, columns, scores=_read_scores(targets, owner, name))
+        scores = _read_scores(targets, owner, name)
+        return Examples("scores", texts, columns, scores=scores, loss="cosent")
     labels, classes = _read_labels(targets, owner)
     examples = Examples("labels", texts, columns, labels=labels, classes=classes)
     _check_classes(examples, owner)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from sklearn.base import BaseEstimator
 
@@ -230,13 +229,21 @@ def check_trainer(trainer: ContrastiveTrainer) -> None:
     )
     if trainer.batch_tokens != "auto":
         check_int(trainer.batch_tokens, name="batch_tokens", owner=OWNER, low=1)
-    _check_targets(trainer.target_modules)
-    _check_together(trainer)
+    _check_others(trainer)
 
 
-def _check_together(trainer: ContrastiveTrainer) -> None:
-    """What parameters ask of each other; each is right by itself."""
-    directory = trainer.checkpoint_dir
+def _check_others(trainer: ContrastiveTrainer) -> None:
+    """What has no plain range, and what parameters ask of each other."""
+    targets, directory = trainer.target_modules, trainer.checkpoint_dir
+    # Whether the names match is seen at the model.
+    plain = isinstance(targets, str) or (
+        isinstance(targets, Sequence) and all(isinstance(name, str) for name in targets)
+    )
+    if not plain or not targets:
+        raise TypeError(
+            f"The `target_modules` parameter of `{OWNER}` must be 'all-linear', a pattern, or a "
+            f"list of layer names; got {targets!r}."
+        )
     if directory is not None and not isinstance(directory, (str, os.PathLike)):
         raise TypeError(
             f"The `checkpoint_dir` parameter of `{OWNER}` must be a folder or None; got "
@@ -256,16 +263,4 @@ def _check_together(trainer: ContrastiveTrainer) -> None:
         raise ValueError(
             f"The `remine` parameter of `{OWNER}` needs `mine_negatives`; got None. Pass "
             "`mine_negatives='perc_pos'`."
-        )
-
-
-def _check_targets(targets: Any) -> None:
-    """A name, a pattern, or a list of names; whether they match is seen at the model."""
-    plain = isinstance(targets, str) or (
-        isinstance(targets, Sequence) and all(isinstance(name, str) for name in targets)
-    )
-    if not plain or not targets:
-        raise TypeError(
-            f"The `target_modules` parameter of `{OWNER}` must be 'all-linear', a pattern, or a "
-            f"list of layer names; got {targets!r}."
         )

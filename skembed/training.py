@@ -21,17 +21,19 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from skembed.adapters import Adapter, load_pooling
-from skembed.batches import Batch, BatchPlan, TextTable
+from skembed.batches import Batch, BatchPlan, TaskSampler, TextTable
 from skembed.distributed import Processes
 from skembed.exceptions import TrainingError
 from skembed.history import STEP_COLUMNS, TrainingHistory
-from skembed.lora import DropoutMasks, LoraSettings, TrainablePooling, insert_lora, share_weights
+from skembed.lora import DropoutMasks, TrainablePooling, insert_lora, share_weights
 from skembed.losses import backward_in_chunks, cosent, info_nce
 from skembed.registry import LoadedModel
+from skembed.trainer import ContrastiveTrainer
 from skembed.training_state import Checkpoints
 
 logger = logging.getLogger(__name__)
 
+Embed = Callable[[np.ndarray], np.ndarray]  # rows of the table -> unit vectors (n, D)
 PROGRESS_DELAY_S = 3.0
 CPU_CHUNK_TOKENS = 2_048
 # Tokens whose activations are held at once, where the chunk's size is left to us: a batch up to
@@ -39,24 +41,6 @@ CPU_CHUNK_TOKENS = 2_048
 CPU_KEPT_TOKENS = 4_096
 N_VALIDATIONS = 10
 GATHERED_CHUNKS = 8  # of each process, whose vectors are exchanged at once
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """The numbers of a run; see `ContrastiveTrainer`, whose names they bear."""
-
-    lora: LoraSettings
-    n_steps: int
-    temperature: float
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    max_grad_norm: float
-    batch_tokens: int | None
-    gradient_checkpointing: bool
-    early_stopping: bool
-    patience: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -72,7 +56,7 @@ class Validation:
     """
 
     metric: str
-    score: Callable[[Callable[[np.ndarray], np.ndarray]], float]
+    score: Callable[[Embed], float]
 
 
 @dataclass
@@ -94,25 +78,27 @@ class _Learner:
         self,
         base: LoadedModel,
         table: TextTable,
-        settings: TrainingSettings,
-        lora: dict[str, Tensor],
-        pooling: dict[str, Tensor],
+        trainer: ContrastiveTrainer,
+        start: Adapter,
+        *,
+        seed: int,
         processes: Processes | None = None,
     ) -> None:
-        self.base, self.table, self.settings = base, table, settings
+        self.base, self.table, self.trainer, self.start = base, table, trainer, start
+        self.seed = seed
         self.processes = Processes() if processes is None else processes
-        self.masks = DropoutMasks(settings.lora.lora_dropout)
+        self.masks = DropoutMasks(start.settings.lora_dropout)
         self.model = share_weights(base.model)
         self.model.requires_grad_(False)
-        lora = {name: tensor.to(base.device, copy=True) for name, tensor in lora.items()}
-        self.lora = insert_lora(self.model, settings.lora, lora, masks=self.masks)
+        lora = {name: tensor.to(base.device, copy=True) for name, tensor in start.lora.items()}
+        self.lora = insert_lora(self.model, start.settings, lora, masks=self.masks)
         self.pooling: dict[str, Tensor] = {}
-        if pooling:
-            weights = {n: t.to(base.device, copy=True) for n, t in pooling.items()}
+        if start.pooling:
+            weights = {n: t.to(base.device, copy=True) for n, t in start.pooling.items()}
             layer = load_pooling(base.config, weights).requires_grad_(True)
             self.pooling = dict(layer.named_parameters())
             self.model.latent_attention_model = TrainablePooling(layer)
-        if settings.gradient_checkpointing:
+        if trainer.gradient_checkpointing:
             self.model.train()
             backbone: Any = self.model.embedding_model
             # Renamed during transformers 5; the old name warns.
@@ -121,27 +107,14 @@ class _Learner:
             enable({"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": list(self.lora.values()), "weight_decay": settings.weight_decay},
+                {"params": list(self.lora.values()), "weight_decay": trainer.weight_decay},
                 {"params": list(self.pooling.values()), "weight_decay": 0.0},
             ],
-            lr=settings.learning_rate,
+            lr=trainer.learning_rate,
             fused=True,
         )
         self.parameters = {**self.lora, **{f"pooling.{n}": p for n, p in self.pooling.items()}}
         self.on_grid = base.device.type == "cpu" and base.key.dtype != "float32"
-
-    def set_learning_rate(self, step: int) -> float:
-        """Linear warm-up, then linear decay to zero at the last step."""
-        settings = self.settings
-        rate = settings.learning_rate
-        if step < settings.warmup_steps:
-            rate *= (step + 1) / settings.warmup_steps
-        else:
-            left = settings.n_steps - step
-            rate *= left / max(1, settings.n_steps - settings.warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
 
     def embed(self, rows: np.ndarray) -> Tensor:
         """Unit vectors of rows of the table, of one prefix: (n, D) float32."""
@@ -158,36 +131,39 @@ class _Learner:
         try:
             with torch.no_grad():
                 for block in (chunks[k : k + size] for k in range(0, len(chunks), size)):
-                    self._embed_block(rows, block, out)
+                    own, places = self._share(rows, block)
+                    vectors = [self.embed(rows[block[k]]) for k in own] or [self._no_rows()]
+                    counts = [len(place) for place in places]
+                    pieces = self.processes.gather_rows(torch.cat(vectors), counts)
+                    for place, piece in zip(places, pieces, strict=True):
+                        out[place] = piece.cpu().numpy()
         finally:
             self.masks.active = active
         if not np.isfinite(out).all():
-            raise _diverged("A vector of the model in training is not finite", self.settings)
+            raise _diverged("A vector of the model in training is not finite", self.trainer)
         return out
-
-    def _embed_block(self, rows: np.ndarray, chunks: list[np.ndarray], out: np.ndarray) -> None:
-        """Put the vectors of some chunks of `rows` into `out`; the processes share the work."""
-        shares = self._share(rows, chunks)
-        places = [_join_places(chunks, share) for share in shares]
-        own = [self.embed(rows[chunks[k]]) for k in shares[self.processes.rank]]
-        vectors = torch.cat(own) if own else self._no_rows()
-        counts = [len(place) for place in places]
-        for place, piece in zip(places, self.processes.gather_rows(vectors, counts), strict=True):
-            out[place] = piece.cpu().numpy()
 
     def _cut(self, rows: np.ndarray) -> tuple[list[np.ndarray], int]:
         """Chunks of rows of the table, and how many of them may be kept with their graph."""
         chunk_tokens, kept_tokens = self.processes.lowest(*self.chunk_budget())
         n_kept = max(1, kept_tokens // chunk_tokens)
-        if self.settings.batch_tokens is None:
+        if self.trainer.batch_tokens == "auto":
             total = int(self.table.lengths[rows].sum())
             chunk_tokens = self.processes.fair_budget(total, chunk_tokens)
         return self.table.cut(rows, chunk_tokens), n_kept
 
-    def _share(self, rows: np.ndarray, chunks: list[np.ndarray]) -> list[list[int]]:
-        """Numbers of the chunks that each process embeds, even in tokens."""
+    def _share(
+        self, rows: np.ndarray, chunks: list[np.ndarray]
+    ) -> tuple[list[int], list[np.ndarray]]:
+        """Numbers of this process's chunks, and the positions of every process's texts.
+
+        Even in tokens; positions are one chunk after the other.
+        """
         lengths = self.table.lengths[rows]
-        return self.processes.share([int(lengths[chunk].sum()) for chunk in chunks])
+        shares = self.processes.share([int(lengths[chunk].sum()) for chunk in chunks])
+        none = np.empty(0, dtype=np.int64)
+        places = [np.concatenate([none, *(chunks[k] for k in share)]) for share in shares]
+        return shares[self.processes.rank], places
 
     def _no_rows(self) -> Tensor:
         """What a process embeds to which no chunk fell, (0, D)."""
@@ -195,13 +171,13 @@ class _Learner:
 
     def chunk_budget(self) -> tuple[int, int]:
         """Tokens of a chunk, and tokens whose activations may be held at once."""
-        if self.settings.batch_tokens is not None:
-            return self.settings.batch_tokens, self.settings.batch_tokens
+        if self.trainer.batch_tokens != "auto":
+            return int(self.trainer.batch_tokens), int(self.trainer.batch_tokens)
         if self.base.device.type != "cuda":
             return CPU_CHUNK_TOKENS, CPU_KEPT_TOKENS
         backbone = self.base.model.embedding_model.config
         width = 4 * backbone.intermediate_size + 14 * backbone.hidden_size
-        if not self.settings.gradient_checkpointing:
+        if not self.trainer.gradient_checkpointing:
             width *= backbone.num_hidden_layers
         free, _ = torch.cuda.mem_get_info(self.base.device)
         tokens = free // 3 // (2 * width)
@@ -211,22 +187,20 @@ class _Learner:
     def accumulate(self, batch: Batch, step: int) -> Tensor:
         """Add the gradient of a batch's loss to the parameters; the loss, detached."""
         chunks, n_kept = self._cut(batch.texts)
-        shares = self._share(batch.texts, chunks)
-        own = shares[self.processes.rank]
-        places = [_join_places(chunks, share) for share in shares]
+        own, places = self._share(batch.texts, chunks)
         counts = [len(place) for place in places]
         # Back to the order of batch.texts; chunks, and shares of them, are one after the other.
         order = torch.from_numpy(np.argsort(np.concatenate(places))).to(self.base.device)
 
         def prepare(k: int) -> None:
-            self.masks.key = (self.settings.seed, step, own[k])
+            self.masks.key = (self.seed, step, own[k])
 
         def embed(k: int) -> Tensor:
             return self.embed(batch.texts[chunks[own[k]]])
 
         def compute_loss(embeddings: Tensor) -> Tensor:
             rows = self.processes.join_rows(embeddings, counts)
-            return batch_loss(rows[order], batch, self.settings.temperature)
+            return batch_loss(rows[order], batch, self.trainer.temperature)
 
         sizes = [len(chunks[k]) for k in own]
         if sizes:
@@ -236,15 +210,16 @@ class _Learner:
         self.processes.sum_gradients(list(self.parameters.values()))
         return loss
 
-    def update(self, step: int) -> tuple[float, float]:
-        """One step of the optimiser on the gradients at hand; gradient norm and learning rate."""
-        rate = self.set_learning_rate(step)
+    def update(self, rate: float) -> float:
+        """One step of the optimiser at this learning rate; the norm of the gradient."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         parameters = list(self.parameters.values())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.trainer.max_grad_norm)
         if torch.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm), rate
+        return float(norm)
 
     # State, for checkpoints and the best adapter
 
@@ -273,17 +248,6 @@ class _Learner:
             if state:
                 self.optimizer.state[parameter] = state
 
-    def adapter(self, weights: dict[str, Tensor]) -> Adapter:
-        """The adapter of these weights."""
-        pooling = {n.removeprefix("pooling."): t for n, t in weights.items() if n not in self.lora}
-        lora = {name: weights[name] for name in self.lora}
-        return Adapter(self.settings.lora, lora, pooling, self.base.key.fingerprint)
-
-
-def _join_places(chunks: list[np.ndarray], share: list[int]) -> np.ndarray:
-    """Positions of some chunks' texts, one chunk after the other."""
-    return np.concatenate([np.empty(0, dtype=np.int64), *(chunks[k] for k in share)])
-
 
 def batch_loss(embeddings: Tensor, batch: Batch, temperature: float) -> Tensor:
     """Loss of a batch, its parts weighted by their examples; (m, D) -> scalar.
@@ -293,34 +257,22 @@ def batch_loss(embeddings: Tensor, batch: Batch, temperature: float) -> Tensor:
     TrainingError
         When no example of the batch has anything to be told from.
     """
-
-    def take(rows: np.ndarray) -> Tensor:
-        return embeddings[torch.from_numpy(rows).to(embeddings.device)]
-
+    device = embeddings.device
     losses, weights = [], []
-    contrast = batch.contrast
-    if contrast is not None and (contrast.allowed.sum(1) > 1).any():
-        positive, allowed = (
-            torch.from_numpy(values).to(embeddings.device)
-            for values in (contrast.positive, contrast.allowed)
+    if (batch.allowed.sum(1) > 1).any():
+        anchors, candidates, positive, allowed = (
+            torch.from_numpy(values).to(device)
+            for values in (batch.anchors, batch.candidates, batch.positive, batch.allowed)
         )
-        losses.append(
-            info_nce(
-                take(contrast.anchors),
-                take(contrast.candidates),
-                positive,
-                allowed,
-                temperature=temperature,
-            )
-        )
-        weights.append(len(contrast.anchors))
-    for ranking in batch.rankings:
-        if np.ptp(ranking.scores) > 0:
-            scores = torch.from_numpy(ranking.scores).to(embeddings.device)
-            losses.append(
-                cosent(take(ranking.left), take(ranking.right), scores, temperature=temperature)
-            )
-            weights.append(len(ranking.left))
+        anchors, candidates = embeddings[anchors], embeddings[candidates]
+        losses.append(info_nce(anchors, candidates, positive, allowed, temperature=temperature))
+        weights.append(len(anchors))
+    for pairs in batch.graded:
+        left, right, scores = (torch.from_numpy(values).to(device) for values in pairs)
+        if scores.min() < scores.max():
+            left, right = embeddings[left], embeddings[right]
+            losses.append(cosent(left, right, scores, temperature=temperature))
+            weights.append(len(scores))
     if not losses:
         raise TrainingError(
             f"A batch of {batch.n_examples} examples has no negative left: all its candidates are "
@@ -334,12 +286,10 @@ def batch_loss(embeddings: Tensor, batch: Batch, temperature: float) -> Tensor:
 def run_training(
     base: LoadedModel,
     plan: BatchPlan,
-    settings: TrainingSettings,
+    start: Adapter,
     *,
-    lora: dict[str, Tensor],
-    pooling: dict[str, Tensor],
     validation: Validation | None = None,
-    remine: Callable[[int, Callable[[np.ndarray], np.ndarray]], None] | None = None,
+    mine: Callable[[TaskSampler, Embed], np.ndarray] | None = None,
     checkpoints: Checkpoints | None = None,
     progress: bool | None = None,
     processes: Processes | None = None,
@@ -351,16 +301,14 @@ def run_training(
     base : LoadedModel
         The model; its weights are read, never written.
     plan : BatchPlan
-        The examples.
-    settings : TrainingSettings
-        Sizes, steps, rates.
-    lora, pooling : dict of str to Tensor
-        Weights to start from; `pooling` is empty where it is not trained.
+        The examples, and the trainer's parameters.
+    start : Adapter
+        Sizes, and weights to start from; its pooling is empty where none is trained.
     validation : Validation, optional
         Score to take ten times during the run, and at its start and end.
-    remine : callable, optional
-        Called at the start of each epoch with its number and a function from rows of the table to
-        unit vectors; renews the negatives of the plan's tasks.
+    mine : callable, optional
+        Gives the mined negatives of a task; called at the start of the run and, if the trainer
+        says `remine`, of each epoch.
     checkpoints : Checkpoints, optional
         Where the state is saved and resumed from.
     progress : bool, optional
@@ -380,32 +328,36 @@ def run_training(
     TrainingError
         When the loss or its gradient is not finite, or a batch has nothing to compare.
     """
+    trainer, n_steps = plan.trainer, plan.n_steps
     processes = Processes() if processes is None else processes
-    learner = _Learner(base, plan.table, settings, lora, pooling, processes)
+    learner = _Learner(base, plan.table, trainer, start, seed=plan.seed, processes=processes)
     saved = processes.on_first(lambda: None if checkpoints is None else checkpoints.read())
-    state = _resume(learner, saved, plan)
+    state = _Progress() if saved is None else _resume(learner, saved, plan)
     history = state.history
-    if validation is not None:
-        history.validation_metric = validation.metric
-    bar = _start_bar(settings.n_steps, state, progress)
+    bar = tqdm(
+        total=n_steps,
+        initial=state.step,
+        unit="step",
+        desc="training",
+        delay=0.0 if progress else PROGRESS_DELAY_S,
+        disable=progress is False or state.done,
+    )
     try:
         if validation is not None and state.step == 0:
             _validate(learner, validation, state)
-        first = settings.n_steps if state.done else state.step
-        for step, listed in plan.iterate_steps(first, settings.n_steps):
-            if remine is not None and plan.starts_epoch(step):
-                remine(step // plan.n_batches, learner.embed_all)
+        for step, listed in plan.iterate_steps(n_steps if state.done else state.step):
+            if mine is not None and plan.starts_epoch(step) and (step == 0 or trainer.remine):
                 for task in plan.tasks:
-                    task.mined = processes.agree(task.mined)
-            taken = _take_step(learner, plan, step, listed)
-            history.steps.append(taken)
+                    if task.examples.loss == "infonce":
+                        task.mined = processes.agree(mine(task, learner.embed_all))
+            history.steps.append(taken := _take_step(learner, plan, step, listed))
             state.step = step + 1
             bar.update()
             loss, speed = f"{taken['loss']:.3f}", f"{taken['examples_per_s']:.0f}"
             bar.set_postfix(loss=loss, examples_per_s=speed, refresh=False)
-            if validation is not None and _is_due(state.step, settings.n_steps):
+            if validation is not None and _is_due(state.step, n_steps):
                 _validate(learner, validation, state)
-                if settings.early_stopping and state.n_worse >= settings.patience:
+                if trainer.early_stopping and state.n_worse >= trainer.patience:
                     history.stopped = "early"
                     break
             if checkpoints is not None:
@@ -415,20 +367,27 @@ def run_training(
         if processes.size > 1:  # the others may be at another step
             raise
         history.stopped = "interrupted"
-        logger.warning(
-            "training was interrupted after %d of %d steps", state.step, settings.n_steps
-        )
+        logger.warning("training was interrupted after %d of %d steps", state.step, n_steps)
     finally:
         bar.close()
-    processes.copy_first(list(learner.parameters.values()))
-    weights = learner.weights()
-    if settings.early_stopping and state.best:
+    return _finish(learner, state, plan, checkpoints), history
+
+
+def _finish(
+    learner: _Learner, state: _Progress, plan: BatchPlan, checkpoints: Checkpoints | None
+) -> Adapter:
+    """The last adapter or the best one, and the last state on disk."""
+    learner.processes.copy_first(list(learner.parameters.values()))
+    if plan.trainer.early_stopping and state.best:
         weights = state.best
     else:  # no loss has been taken since the last update
+        weights = learner.weights()
         learner.embed_all(np.zeros(1, dtype=np.int64))
     if checkpoints is not None and state.done:
         checkpoints.write(*_snapshot(learner, state, plan))
-    return learner.adapter(weights), history
+    pooling = {n.removeprefix("pooling."): t for n, t in weights.items() if n not in learner.lora}
+    lora = {name: weights[name] for name in learner.lora}
+    return Adapter(learner.start.settings, lora, pooling, learner.start.base_fingerprint)
 
 
 def _take_step(
@@ -438,24 +397,27 @@ def _take_step(
     began = time.perf_counter()
     batch = plan.build(step, listed)
     loss = learner.accumulate(batch, step)
-    norm, rate = learner.update(step)
-    _check_finite(loss, norm, step, learner.settings)
+    rate = compute_learning_rate(plan.trainer, step, plan.n_steps)
+    norm = learner.update(rate)
+    if not (torch.isfinite(loss) and np.isfinite(norm)):
+        what = "gradient" if torch.isfinite(loss) else "loss"
+        raise _diverged(
+            f"The {what} is not finite at step {step + 1} of {plan.n_steps}: loss {float(loss)}, "
+            f"gradient norm {norm}",
+            plan.trainer,
+        )
     speed = batch.n_examples / (time.perf_counter() - began)
     epoch = (step + 1) / plan.n_batches
     values = (step + 1, epoch, float(loss), rate, norm, speed)
     return dict(zip(STEP_COLUMNS, values, strict=True))
 
 
-def _start_bar(n_steps: int, state: _Progress, progress: bool | None) -> tqdm:
-    """The progress bar, from the step that the run begins at."""
-    return tqdm(
-        total=n_steps,
-        initial=state.step,
-        unit="step",
-        desc="training",
-        delay=0.0 if progress else PROGRESS_DELAY_S,
-        disable=progress is False or state.done,
-    )
+def compute_learning_rate(trainer: ContrastiveTrainer, step: int, n_steps: int) -> float:
+    """Linear warm-up, then linear decay to zero at the last step."""
+    n_warmup = round(trainer.warmup_ratio * n_steps)
+    if step < n_warmup:
+        return trainer.learning_rate * ((step + 1) / n_warmup)
+    return trainer.learning_rate * ((n_steps - step) / max(1, n_steps - n_warmup))
 
 
 def _is_due(step: int, n_steps: int) -> bool:
@@ -468,31 +430,20 @@ def _is_due(step: int, n_steps: int) -> bool:
 def _validate(learner: _Learner, validation: Validation, state: _Progress) -> None:
     """Score the model, and keep its weights if it is the best so far."""
     score = learner.processes.agree(validation.score(learner.embed_all))
+    state.history.validation_metric = validation.metric
     state.history.validation.append({"step": state.step, "score": score})
     if score > state.best_score:
         state.best_score, state.n_worse = score, 0
-        if learner.settings.early_stopping:
+        if learner.trainer.early_stopping:
             state.best, state.history.best_step = learner.weights(), state.step
     else:
         state.n_worse += 1
 
 
-def _check_finite(loss: Tensor, norm: float, step: int, settings: TrainingSettings) -> None:
-    """Stop at the first loss or gradient that is not finite."""
-    if torch.isfinite(loss) and np.isfinite(norm):
-        return
-    what = "gradient" if torch.isfinite(loss) else "loss"
-    raise _diverged(
-        f"The {what} is not finite at step {step + 1} of {settings.n_steps}: loss {float(loss)}, "
-        f"gradient norm {norm}",
-        settings,
-    )
-
-
-def _diverged(what: str, settings: TrainingSettings) -> TrainingError:
+def _diverged(what: str, trainer: ContrastiveTrainer) -> TrainingError:
     """The error of a run that cannot go on."""
     return TrainingError(
-        f"{what} (learning_rate={settings.learning_rate}, temperature={settings.temperature}). "
+        f"{what} (learning_rate={trainer.learning_rate}, temperature={trainer.temperature}). "
         "Lower `learning_rate`, raise `temperature`, or use dtype='bfloat16' or 'float32' where "
         "it is float16. The model is as it was before `fit`."
     )
@@ -518,18 +469,16 @@ def _snapshot(
 
 
 def _resume(
-    learner: _Learner, saved: tuple[dict[str, Tensor], dict[str, Any]] | None, plan: BatchPlan
+    learner: _Learner, saved: tuple[dict[str, Tensor], dict[str, Any]], plan: BatchPlan
 ) -> _Progress:
-    """The state saved last, put into the learner and the plan; a fresh one if there is none."""
-    if saved is None:
-        return _Progress()
+    """The state saved last, put into the learner and the plan."""
     tensors, values = saved
     learner.restore(tensors)
     for number, task in enumerate(plan.tasks):
         if f"mined/{number}" in tensors:
             task.mined = tensors[f"mined/{number}"].numpy()
     best = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
-    logger.info("resumed at step %d of %d", values["step"], learner.settings.n_steps)
+    logger.info("resumed at step %d of %d", values["step"], plan.n_steps)
     return _Progress(
         step=values["step"],
         history=TrainingHistory(**values["history"]),

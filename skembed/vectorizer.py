@@ -15,15 +15,14 @@ from sklearn.utils.validation import check_is_fitted
 
 from skembed._inputs import TextColumns, check_texts, count_columns
 from skembed._saving import read_settings, save_vectorizer
-from skembed._validation import check_bool
+from skembed._validation import check_bool, check_choice
 from skembed.adapters import Adapter
 from skembed.cache import resolve_cache
 from skembed.checkpoint import pack_folder
-from skembed.contrastive import TaskRequest, check_requests, fit_adapter
+from skembed.contrastive import check_run, fit_adapter
 from skembed.encoder import Encoder, warn_truncated
-from skembed.examples import TrainingTask, check_examples, check_task
+from skembed.examples import Examples, TrainingTask, check_examples, read_task
 from skembed.exceptions import SkembedWarning
-from skembed.instructions import build_prefix
 from skembed.registry import Lease
 from skembed.resolution import (
     OWNER,
@@ -31,7 +30,6 @@ from skembed.resolution import (
     Settings,
     check_parameters,
     describe_model,
-    find_prefixes,
     find_settings,
     find_source,
     load_resolved,
@@ -220,12 +218,20 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         TrainingError
             When the loss is not finite, or nothing is left to compare.
         """
-        parameters = self._check_parameters()
-        if self._trains_on(X):
-            examples = check_examples(X, y, owner=OWNER, missing=self.missing)
-            prefixes = find_prefixes(parameters)
-            request = TaskRequest(examples, prefixes["query"], prefixes["document"])
-            return self._train([request], X, n_columns=1 if examples.kind == "labels" else 2)
+        self._check_parameters()
+        trainer = self._find_trainer()
+        # A trainer always trains, "auto" on pairs and rows.
+        if trainer is not None and (trainer is self.trainer or count_columns(X) > 1):
+            task = TrainingTask(
+                X,
+                y,
+                instruction=self.instruction,
+                document_instruction=self.document_instruction,
+            )
+            template, missing = self.instruction_template, self.missing
+            examples = read_task(task, trainer, template=template, owner=OWNER, missing=missing)
+            n_columns = 1 if examples.kind == "labels" else 2
+            return self._train([examples], trainer, X, n_columns=n_columns)
         columns = check_texts(X, owner=OWNER, missing=self.missing)
         if hasattr(self, "adapter_"):
             warnings.warn(
@@ -259,7 +265,8 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             As `fit`; a bad task is named by its position.
         """
         self._check_parameters()
-        if self.trainer is None:
+        trainer = self._find_trainer()
+        if trainer is None:
             raise ValueError(
                 f"The `trainer` parameter of `{OWNER}` must be 'auto' or a ContrastiveTrainer for "
                 "`fit_tasks`; got None, which never trains."
@@ -269,37 +276,26 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
                 f"The `tasks` parameter of `{OWNER}.fit_tasks` must be a list of TrainingTask; got "
                 f"{type(tasks).__name__ if not isinstance(tasks, Sequence) else 'an empty one'}."
             )
-        requests = []
-        for index, task in enumerate(tasks):
-            examples = check_task(task, index, owner=OWNER)
-            template, place = self.instruction_template, f"tasks[{index}]"
-            both = task.instruction, task.document_instruction
-            query = build_prefix(template, *both, side="query", owner=place)
-            document = build_prefix(template, *both, side="document", owner=place)
-            requests.append(
-                TaskRequest(
-                    examples,
-                    query,
-                    document,
-                    in_batch_negatives=task.in_batch_negatives,
-                    weight=task.weight,
-                    name=task.name or str(index),
-                )
-            )
-        return self._train(requests, None, n_columns=1)
+        template = self.instruction_template
+        examples = [
+            read_task(task, trainer, template=template, owner=OWNER, index=index)
+            for index, task in enumerate(tasks)
+        ]
+        return self._train(examples, trainer, None, n_columns=1)
 
-    def _trains_on(self, X: Any) -> bool:
-        """Whether `fit` trains: a trainer always, "auto" on pairs and rows."""
-        if isinstance(self.trainer, ContrastiveTrainer):
-            return True
-        return self.trainer == "auto" and count_columns(X) > 1
+    def _find_trainer(self) -> ContrastiveTrainer | None:
+        """The trainer, checked; one with the defaults for "auto", None where nothing trains."""
+        if not isinstance(self.trainer, ContrastiveTrainer):
+            check_choice(self.trainer, name="trainer", allowed=("auto", None), owner=OWNER)
+            return None if self.trainer is None else ContrastiveTrainer()
+        check_trainer(self.trainer)
+        return self.trainer
 
-    def _train(self, requests: list[TaskRequest], X: Any, *, n_columns: int) -> NVEmbedVectorizer:
+    def _train(
+        self, examples: list[Examples], trainer: ContrastiveTrainer, X: Any, *, n_columns: int
+    ) -> NVEmbedVectorizer:
         """Train an adapter and put it on; the estimator changes only when that has worked."""
-        trainer = self.trainer
-        trainer = trainer if isinstance(trainer, ContrastiveTrainer) else ContrastiveTrainer()
-        check_trainer(trainer)
-        check_requests(requests, trainer)
+        check_run(examples, trainer)
         fitted: Adapter | None = getattr(self, "adapter_", None)
         lease = self._shared_lease()
         start = fitted if trainer.warm_start else None
@@ -308,7 +304,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         result = fit_adapter(
             base,
             resolved.source,
-            requests,
+            examples,
             trainer,
             max_length=self.max_length,
             start=resolved.adapter,

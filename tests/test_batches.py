@@ -5,7 +5,8 @@ from __future__ import annotations
 import tracemalloc
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 
 from skembed import ContrastiveTrainer
-from skembed.batches import POSITIVES_PER_EPOCH, Batch, BatchPlan, TextTable
+from skembed.batches import POSITIVES_PER_EPOCH, Batch, BatchPlan, TaskSampler, TextTable
 from skembed.checkpoint import read_json
-from skembed.contrastive import TaskRequest, _mine_task, _prepare
+from skembed.contrastive import _mine_task
 from skembed.examples import Examples, check_examples
 from skembed.tokenization import TextTokenizer
 
@@ -54,29 +55,28 @@ def make_plan(
     blend: bool = True,
 ) -> Given:
     """As `fit_adapter` makes it."""
-    trainer = ContrastiveTrainer(n_negatives=n_negatives)
+    trainer = ContrastiveTrainer(
+        batch_size=batch_size, n_negatives=n_negatives, blend_tasks=blend, epochs=12
+    )
     table = TextTable(tokenizer, max_length=32, mask_prefix=True)
-    parsed, plans = [], []
+    parsed, samplers = [], []
     for number, (X, y) in enumerate(tasks):
         examples = check_examples(X, y)
-        request = TaskRequest(
+        examples = replace(
             examples,
-            *prefixes,
-            in_batch_negatives=None if in_batch is None else in_batch[number],
+            query_prefix=prefixes[0],
+            document_prefix=prefixes[1],
+            in_batch_negatives=True if in_batch is None else in_batch[number],
             weight=1.0 if weights is None else weights[number],
         )
-        loss = "cosent" if examples.scores is not None else "infonce"
-        plans.append(_prepare(request, loss, trainer, table, seed)[0])
+        samplers.append(TaskSampler(examples, table))
         parsed.append(examples)
     table.freeze()
     text_of = np.full(len(table.ids), "", dtype=object)
-    for plan in plans:
-        for rows in (plan.queries, plan.documents):
-            text_of[rows[rows >= 0]] = np.array(plan.examples.texts, dtype=object)[rows >= 0]
-    plan = BatchPlan(
-        plans, table, batch_size=batch_size, n_negatives=n_negatives, seed=seed, blend=blend
-    )
-    return Given(plan, parsed, text_of)
+    for task in samplers:
+        for rows in (task.queries, task.documents):
+            text_of[rows[rows >= 0]] = np.array(task.examples.texts, dtype=object)[rows >= 0]
+    return Given(BatchPlan(samplers, table, trainer, seed), parsed, text_of)
 
 
 def draw_labels(rng: np.random.Generator, *, n: int = 30, n_texts: int = 16, n_classes: int = 3):
@@ -120,7 +120,7 @@ def forbidden(examples: Examples, anchor: str) -> set[str]:
 def iterate_batches(given: Given, epochs: int = 1) -> Any:
     """(listed, batch) of each step."""
     plan = given.plan
-    for step, listed in plan.iterate_steps(0, epochs * plan.n_batches):
+    for step, listed in islice(plan.iterate_steps(0), epochs * plan.n_batches):
         yield listed, plan.build(step, listed)
 
 
@@ -130,28 +130,28 @@ def listed_anchors(given: Given, listed: np.ndarray) -> list[tuple[int, int]]:
     return [
         (t, int(example))
         for t, part in enumerate(by_task)
-        if given.plan.tasks[t].loss == "infonce"
+        if given.plan.tasks[t].examples.loss == "infonce"
         for example in part[:, 1]
     ]
 
 
 def check_contrast(given: Given, listed: np.ndarray, batch: Batch) -> int:
     """Compare a batch with the reference; the number of negatives it allows."""
-    contrast, n_negatives = batch.contrast, 0
-    anchors = given.text_of[batch.texts[contrast.anchors]]
-    candidates = given.text_of[batch.texts[contrast.candidates]]
+    n_negatives = 0
+    anchors = given.text_of[batch.texts[batch.anchors]]
+    candidates = given.text_of[batch.texts[batch.candidates]]
     order = listed_anchors(given, listed)
     assert len(order) == len(anchors)
     for i, (t, example) in enumerate(order):
         task, examples = given.plan.tasks[t], given.examples[t]
         columns = task.examples.columns[example]
         assert anchors[i] == task.examples.texts[columns[0]]
-        positive = candidates[contrast.positive[i]]
+        positive = candidates[batch.positive[i]]
         never = forbidden(examples, anchors[i]) | {positive}
-        allowed = set(candidates[contrast.allowed[i]])
+        allowed = set(candidates[batch.allowed[i]])
         assert allowed & never == {positive}, "the positive alone"
         own = {task.examples.texts[c] for c in columns[2:]} - never
-        if task.in_batch_negatives:
+        if task.examples.in_batch_negatives:
             assert allowed - {positive} == set(candidates) - never
         elif task.classes is None:
             assert allowed - {positive} == own
@@ -189,11 +189,11 @@ def test_candidates_stand_once_and_texts_are_on_their_side(tokenizer: TextTokeni
     ((_, batch),) = iterate_batches(given)
     table = given.plan.table
     for rows_of, start in (
-        (batch.contrast.anchors, tokenizer.count_prefix(QUERY)),
-        (batch.contrast.candidates, 0),
+        (batch.anchors, tokenizer.count_prefix(QUERY)),
+        (batch.candidates, 0),
     ):
         assert set(table.pool_start_of[batch.texts[rows_of]]) == {start}
-    candidates = given.text_of[batch.texts[batch.contrast.candidates]]
+    candidates = given.text_of[batch.texts[batch.candidates]]
     assert sorted(candidates) == ["a", "b", "c", "f"]
     assert len(np.unique(batch.texts)) == len(batch.texts) == 7
     assert batch.n_examples == 3
@@ -207,12 +207,11 @@ def test_no_more_negatives_of_its_own_than_asked_for(
     given = make_plan(tokenizer, [(rows, None)], in_batch=[False], n_negatives=n_negatives)
     seen: Counter[str] = Counter()
     for _, batch in iterate_batches(given, epochs=12):
-        contrast = batch.contrast
-        assert (contrast.allowed.sum(1) - 1 == min(n_negatives, 3)).all()
-        for i, allowed in enumerate(contrast.allowed):
+        assert (batch.allowed.sum(1) - 1 == min(n_negatives, 3)).all()
+        for i, allowed in enumerate(batch.allowed):
             allowed = allowed.copy()
-            allowed[contrast.positive[i]] = False
-            seen.update(given.text_of[batch.texts[contrast.candidates[allowed]]])
+            allowed[batch.positive[i]] = False
+            seen.update(given.text_of[batch.texts[batch.candidates[allowed]]])
     if n_negatives:
         assert len(seen) == 18, "each of a row's negatives takes its turn"
     assert sum(seen.values()) == 12 * 6 * min(n_negatives, 3)
@@ -226,12 +225,11 @@ def test_negatives_drawn_from_other_classes(tokenizer: TextTokenizer) -> None:
     met: dict[int, Counter[int]] = defaultdict(Counter)
     for listed, batch in iterate_batches(given, epochs=4):
         check_contrast(given, listed, batch)
-        contrast = batch.contrast
-        assert (contrast.allowed.sum(1) <= 5).all()
-        assert (contrast.allowed.sum(1) >= 2).all()
-        candidates = given.text_of[batch.texts[contrast.candidates]]
-        anchors = given.text_of[batch.texts[contrast.anchors]]
-        for i, allowed in enumerate(contrast.allowed):
+        assert (batch.allowed.sum(1) <= 5).all()
+        assert (batch.allowed.sum(1) >= 2).all()
+        candidates = given.text_of[batch.texts[batch.candidates]]
+        anchors = given.text_of[batch.texts[batch.anchors]]
+        for i, allowed in enumerate(batch.allowed):
             for text in candidates[allowed]:
                 met[class_of[anchors[i]]][class_of[text]] += 1
     # Drawn in proportion to the classes' sizes: class 0's negatives are 3 of class 1 to 1 of 2.
@@ -254,9 +252,8 @@ def test_positives_of_a_class_differ_over_its_repetitions(
     given = make_plan(tokenizer, [(texts, labels)], weights=[weight], batch_size=16)
     met: dict[str, list[str]] = defaultdict(list)
     for _, batch in iterate_batches(given):
-        contrast = batch.contrast
-        anchors = given.text_of[batch.texts[contrast.anchors]]
-        positives = given.text_of[batch.texts[contrast.candidates[contrast.positive]]]
+        anchors = given.text_of[batch.texts[batch.anchors]]
+        positives = given.text_of[batch.texts[batch.candidates[batch.positive]]]
         for anchor, positive in zip(anchors, positives, strict=True):
             met[anchor].append(positive)
     assert set(met) == set(texts)
@@ -335,8 +332,8 @@ def test_blended_or_of_one_task(blend: bool, tokenizer: TextTokenizer) -> None:
     kinds = []
     for listed, batch in iterate_batches(given):
         kinds.append(len(np.unique(listed[:, 0])))
-        assert (batch.contrast is not None) == (0 in listed[:, 0])
-        assert bool(batch.rankings) == (1 in listed[:, 0])
+        assert bool(len(batch.anchors)) == (0 in listed[:, 0])
+        assert bool(batch.graded) == (1 in listed[:, 0])
         assert batch.n_examples == len(listed)
     assert len(kinds) == 12
     assert set(kinds) == {1} if not blend else sum(k == 2 for k in kinds) >= 10
@@ -350,14 +347,14 @@ def test_rankings_hold_their_pairs_and_scores(tokenizer: TextTokenizer) -> None:
     given = make_plan(tokenizer, [(pairs, list(range(20)))], batch_size=5)
     seen = []
     for _, batch in iterate_batches(given):
-        (ranking,) = batch.rankings
-        left, right = (given.text_of[batch.texts[rows]] for rows in (ranking.left, ranking.right))
-        for a, b, score in zip(left, right, ranking.scores, strict=True):
+        ((lefts, rights, scores),) = batch.graded
+        left, right = (given.text_of[batch.texts[rows]] for rows in (lefts, rights))
+        for a, b, score in zip(left, right, scores, strict=True):
             assert (a, b) == pairs[int(score)]
             seen.append(int(score))
         starts = given.plan.table.pool_start_of[batch.texts]
-        assert set(starts[ranking.left]) == {tokenizer.count_prefix(QUERY)}
-        assert set(starts[ranking.right]) == {0}
+        assert set(starts[lefts]) == {tokenizer.count_prefix(QUERY)}
+        assert set(starts[rights]) == {0}
     assert sorted(seen) == list(range(20))
 
 
@@ -373,7 +370,7 @@ def test_each_batch_of_labels_has_something_to_compare(seed: int, tokenizer: Tex
     )
     for listed, batch in iterate_batches(given):
         check_contrast(given, listed, batch)
-        assert (batch.contrast.allowed.sum(1) > 1).all()
+        assert (batch.allowed.sum(1) > 1).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -382,10 +379,10 @@ def test_each_batch_of_scores_has_something_to_compare(seed: int, tokenizer: Tex
     given = make_plan(tokenizer, [(pairs, [1.0] * 58 + [0.0] * 2)], batch_size=4, seed=seed)
     known = dict(zip(pairs, [1.0] * 58 + [0.0] * 2, strict=True))
     for _, batch in iterate_batches(given):
-        (ranking,) = batch.rankings
-        assert np.ptp(ranking.scores) > 0
-        left, right = (given.text_of[batch.texts[rows]] for rows in (ranking.left, ranking.right))
-        assert [known[pair] for pair in zip(left, right, strict=True)] == ranking.scores.tolist()
+        ((lefts, rights, scores),) = batch.graded
+        assert np.ptp(scores) > 0
+        left, right = (given.text_of[batch.texts[rows]] for rows in (lefts, rights))
+        assert [known[pair] for pair in zip(left, right, strict=True)] == scores.tolist()
 
 
 # ---------------------------------------------------------------- seeds, memory, chunks
@@ -393,12 +390,8 @@ def test_each_batch_of_scores_has_something_to_compare(seed: int, tokenizer: Tex
 
 def as_plain(batch: Batch) -> list[Any]:
     """Everything in a batch."""
-    contrast = batch.contrast
-    parts: list[Any] = [batch.texts, batch.n_examples]
-    if contrast is not None:
-        parts += [contrast.anchors, contrast.candidates, contrast.positive, contrast.allowed]
-    for ranking in batch.rankings:
-        parts += [ranking.left, ranking.right, ranking.scores]
+    parts: list[Any] = [batch.texts, batch.n_examples, batch.anchors, batch.candidates]
+    parts += [batch.positive, batch.allowed, *(part for pairs in batch.graded for part in pairs)]
     return [np.asarray(part).tolist() for part in parts]
 
 
@@ -411,7 +404,8 @@ def test_batches_depend_on_seed_and_step_alone(tokenizer: TextTokenizer) -> None
         return make_plan(tokenizer, tasks, in_batch=in_batch, n_negatives=2, seed=seed).plan
 
     def build(plan: BatchPlan, first: int, last: int) -> list[list[Any]]:
-        return [as_plain(plan.build(step, x)) for step, x in plan.iterate_steps(first, last)]
+        steps = islice(plan.iterate_steps(first), last - first)
+        return [as_plain(plan.build(step, x)) for step, x in steps]
 
     plan, n = make(0), 3 * make(0).n_batches
     whole = build(plan, 0, n)
@@ -519,10 +513,10 @@ def test_mined_negatives_obey_the_rules(
     assert n_mined > len(examples) / 2
     for listed, batch in iterate_batches(given):
         order = listed_anchors(given, listed)
-        candidates = given.text_of[batch.texts[batch.contrast.candidates]]
+        candidates = given.text_of[batch.texts[batch.candidates]]
         for i, (_, example) in enumerate(order):
-            allowed = batch.contrast.allowed[i].copy()
-            allowed[batch.contrast.positive[i]] = False
+            allowed = batch.allowed[i].copy()
+            allowed[batch.positive[i]] = False
             mined = {texts[j] for j in task.mined[example] if j >= 0}
-            positive = candidates[batch.contrast.positive[i]]
+            positive = candidates[batch.positive[i]]
             assert set(candidates[allowed]) == mined - {positive}

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from skembed.examples import TrainingTask, check_examples, check_task, split_validation
+from skembed import ContrastiveTrainer
+from skembed.examples import TrainingTask, check_examples, read_task, split_validation
 
 SECRET = "the patient's name"
 TEXTS = ["lost card", "stolen card", "open account", "new account"]
@@ -71,7 +72,6 @@ def test_labels():
     assert examples.classes.tolist() == ["account", "card"]
     assert examples.labels.tolist() == [1, 1, 0, 0, 1]
     assert examples.scores is None
-    assert examples.n_conflicts == 0
 
 
 def test_pairs():
@@ -81,7 +81,6 @@ def test_pairs():
     assert examples.texts == ["a cat", "a feline", "a dog", "a hound", "a kitty"]
     assert examples.columns.tolist() == [[0, 1], [2, 3], [0, 4]]
     assert examples.labels is None and examples.scores is None
-    assert examples.n_conflicts == 0
 
 
 def test_rows_with_negatives():
@@ -147,14 +146,11 @@ EXAMPLES = {
 }
 
 
-def test_conflicts_are_counted_and_kept():
+def test_texts_of_several_labels_are_kept():
     texts = ["a", "b", "a", "c", "c", "d", "a"]
     examples = check_examples(texts, [0, 0, 1, 1, 1, 2, 2])
     assert rows_of(examples) == [(text,) for text in texts]
     assert labels_of(examples) == [0, 0, 1, 1, 1, 2, 2]
-    assert examples.n_conflicts == 1
-    twice = check_examples(["a", "b", "a", "b"], [0, 0, 1, 1])
-    assert twice.n_conflicts == 2
 
 
 # ---------------------------------------------------------------- containers
@@ -332,7 +328,7 @@ def test_scores_of_frames_ints_and_bools():
     assert check_examples(PAIRS, [True, False, np.True_]).scores.tolist() == [1.0, 0.0, 1.0]
 
 
-# ---------------------------------------------------------------- subset and fingerprint
+# ---------------------------------------------------------------- parts and fingerprint
 
 
 def random_examples(rng, kind, n=60, n_texts=25):
@@ -351,42 +347,19 @@ every_kind = pytest.mark.parametrize("kind", ["labels", "rows", "scores"])
 
 
 @every_kind
-@pytest.mark.parametrize("seed", range(5))
-def test_subset_equals_a_fresh_reading(kind, seed):
-    rng = np.random.default_rng(seed)
-    X, y = random_examples(rng, kind)
-    examples = check_examples(X, y)
-    assert_sound(examples)
-    index = rng.permutation(len(X))[:40]
-    kept = examples.subset(index)
-    assert_sound(kept)
-    fresh = check_examples([X[i] for i in index], None if y is None else [y[i] for i in index])
-    assert kept.texts == fresh.texts
-    np.testing.assert_array_equal(kept.columns, fresh.columns)
-    assert kept.fingerprint() == fresh.fingerprint()
-    assert kept.n_conflicts == fresh.n_conflicts
-
-
-@every_kind
-def test_subset_by_mask_by_list_and_empty(kind):
-    examples = EXAMPLES[kind]
-    mask = np.zeros(len(examples), dtype=bool)
-    mask[[0, 2]] = True
-    assert examples.subset(mask).fingerprint() == examples.subset([0, 2]).fingerprint()
-    assert rows_of(examples.subset([2, 0])) == [rows_of(examples)[2], rows_of(examples)[0]]
-    empty = examples.subset([])
+def test_some_examples_over_the_same_texts(kind):
+    examples, rows = EXAMPLES[kind], np.array([2, 0])
+    kept = examples.take(rows)
+    assert rows_of(kept) == [rows_of(examples)[2], rows_of(examples)[0]]
+    assert kept.texts is examples.texts
+    assert kept.kind == kind
+    for name in ("labels", "scores"):
+        values = getattr(examples, name)
+        np.testing.assert_array_equal(getattr(kept, name), None if values is None else values[rows])
+    empty = examples.take(rows[:0])
     assert len(empty) == 0
-    assert empty.texts == []
     assert empty.columns.shape == (0, examples.columns.shape[1])
-    assert empty.n_conflicts == 0
-    assert empty.known_positives()[0].tolist() == [0]
-
-
-def test_subset_keeps_the_numbers_of_labels():
-    kept = EXAMPLES["labels"].subset([0, 1])
-    assert kept.labels.tolist() == [1, 1]
-    assert kept.classes.tolist() == ["account", "card"]
-    assert kept.n_conflicts == 0
+    assert set(empty.known_positives()[0].tolist()) == {0}
 
 
 def test_fingerprint_is_of_the_data_not_the_container():
@@ -430,6 +403,9 @@ def test_fingerprint_tells_any_change():
         (PAIRS, [1, 2, 3.5]),
     ]
     prints = [check_examples(X, y).fingerprint() for X, y in changed]
+    uses = {"query_prefix": "a", "document_prefix": "a", "weight": 2.0, "in_batch_negatives": False}
+    for name, value in uses.items():
+        prints.append(replace(EXAMPLES["rows"], **{name: value}).fingerprint())
     assert len(set(prints)) == len(prints)
 
 
@@ -798,11 +774,24 @@ def test_a_long_label_is_not_quoted():
 # ---------------------------------------------------------------- tasks
 
 
+def read(task, index, owner="NVEmbedVectorizer", **parameters):
+    """Read a task as `fit_tasks` does."""
+    trainer = ContrastiveTrainer(**parameters)
+    return read_task(task, trainer, template="Instruct: {instruction}\n", owner=owner, index=index)
+
+
 def test_task_is_read_and_frozen():
     task = TrainingTask(TEXTS, LABELS, instruction="Banking77Classification", weight=np.float32(2))
-    assert check_task(task, 0).fingerprint() == check_examples(TEXTS, LABELS).fingerprint()
-    assert check_task(TrainingTask(ROWS, in_batch_negatives=False), 0).kind == "rows"
-    assert check_task(TrainingTask(PAIRS, y=np.array(SCORES)), 0).kind == "scores"
+    examples, plain = read(task, 0), check_examples(TEXTS, LABELS)
+    assert (examples.texts, examples.weight) == (plain.texts, 2.0)
+    np.testing.assert_array_equal(examples.labels, plain.labels)
+    assert examples.query_prefix.startswith("Instruct: Given a online banking query")
+    assert examples.fingerprint() != plain.fingerprint()
+    rows = read(TrainingTask(ROWS, in_batch_negatives=False), 0)
+    assert (rows.kind, rows.loss, rows.in_batch_negatives) == ("rows", "infonce", False)
+    assert not read(TrainingTask(ROWS), 0, in_batch_negatives=False).in_batch_negatives
+    scores = read(TrainingTask(PAIRS, y=np.array(SCORES)), 0)
+    assert (scores.kind, scores.loss, scores.in_batch_negatives) == ("scores", "cosent", True)
     with pytest.raises(FrozenInstanceError):
         task.weight = 1.0
     with pytest.raises(TypeError, match="positional"):
@@ -835,11 +824,11 @@ def test_tasks_of_arrays_compare_by_identity():
 def test_bad_fields_of_a_task(field, value, error, message):
     task = TrainingTask(PAIRS, **{field: value})
     with pytest.raises(error, match=message) as caught:
-        check_task(task, 2)
+        read(task, 2)
     assert str(caught.value).startswith(f"The `{field}` parameter of `tasks[2]` must be ")
     named = replace(task, name="nli")
     with pytest.raises(error) as caught:
-        check_task(named, 2)
+        read(named, 2)
     assert str(caught.value).startswith(f"The `{field}` parameter of `tasks[2] (nli)` must be ")
 
 
@@ -848,7 +837,7 @@ def test_bad_name_of_a_task():
         with pytest.raises(
             error, match=r"`name` parameter of `tasks\[1\]` must be a non-empty str"
         ):
-            check_task(TrainingTask(PAIRS, name=name), 1)
+            read(TrainingTask(PAIRS, name=name), 1)
 
 
 @pytest.mark.parametrize(
@@ -864,9 +853,9 @@ def test_bad_name_of_a_task():
 )
 def test_bad_examples_of_a_task(X, y, message):
     with pytest.raises(ValueError, match=f"^The {message}"):
-        check_task(TrainingTask(X, y), 2)
+        read(TrainingTask(X, y), 2)
     with pytest.raises(ValueError, match=r"^The `\w+` parameter of `tasks\[2\] \(nli\)` must"):
-        check_task(TrainingTask(X, y, name="nli"), 2)
+        read(TrainingTask(X, y, name="nli"), 2)
 
 
 def test_what_is_no_task():
@@ -874,7 +863,7 @@ def test_what_is_no_task():
         TypeError,
         match=r"`tasks` parameter of `Owner` must hold.*; tasks\[1\] is a tuple\. Wrap it: Tr",
     ):
-        check_task((TEXTS, LABELS), 1, owner="Owner")
+        read((TEXTS, LABELS), 1, owner="Owner")
 
 
 # ---------------------------------------------------------------- cost

@@ -14,13 +14,13 @@ from test_adapters import load_base, random_lora
 from torch import Tensor
 from torch.nn import functional as F
 
-from skembed import training
-from skembed.adapters import read_pooling
-from skembed.batches import Batch, Contrast, Ranking, TextTable
+from skembed import ContrastiveTrainer, training
+from skembed.adapters import Adapter, read_pooling
+from skembed.batches import Batch, TextTable
 from skembed.checkpoint import ModelSource
 from skembed.lora import LoraSettings
 from skembed.losses import backward_in_chunks, cosent, info_nce
-from skembed.training import TrainingSettings, _Learner, batch_loss
+from skembed.training import _Learner, batch_loss
 
 TOLERANCE = 1e-5
 TEMPERATURE = 0.5  # of the model's losses: gradients of the order of 1
@@ -279,47 +279,32 @@ def setups(golden_dir: Path) -> Iterator[dict[str, Setup]]:
     table.freeze()
     rows = np.sort(np.concatenate([queries, documents]))
     allowed = np.random.default_rng(0).random((5, 10)) < 0.7
-    contrast = Contrast(
+    contrast = (
         np.searchsorted(rows, queries),
         np.searchsorted(rows, documents),
         np.array([1, 0, 3, 2, 5]),
         allowed,
     )
+    nothing = np.empty(0, dtype=np.int64)
+    no_contrast = (nothing, nothing, nothing, np.empty((0, 0), dtype=bool))
     scores = np.array([0.0, 4.0, 2.0, 2.0, 5.0])
     left, right = (np.searchsorted(rows, part) for part in (queries, documents[5:]))
-    ranking = Ranking(left, right, scores)
+    graded = [(left, right, scores)]
     yield {
-        "infonce": Setup(base, source, table, Batch(rows, contrast, [], 5)),
-        "cosent": Setup(base, source, table, Batch(rows, None, [ranking], 5)),
-        "both": Setup(base, source, table, Batch(rows, contrast, [ranking], 10)),
+        "infonce": Setup(base, source, table, Batch(rows, *contrast, [], 5)),
+        "cosent": Setup(base, source, table, Batch(rows, *no_contrast, graded, 5)),
+        "both": Setup(base, source, table, Batch(rows, *contrast, graded, 10)),
     }
 
 
-def make_learner(setup: Setup, **changes: Any) -> _Learner:
+def make_learner(setup: Setup, **parameters: Any) -> _Learner:
     """A learner whose weights are all away from their start."""
-    settings = LoraSettings(4, 8.0, 0.2, "all-linear")
-    values: dict[str, Any] = {
-        "lora": settings,
-        "n_steps": 10,
-        "temperature": TEMPERATURE,
-        "learning_rate": 1e-3,
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "batch_tokens": None,
-        "gradient_checkpointing": False,
-        "early_stopping": False,
-        "patience": 3,
-        "seed": 7,
-    }
     config = setup.base.config
-    return _Learner(
-        setup.base,
-        setup.table,
-        TrainingSettings(**{**values, **changes}),
-        random_lora(config, settings),
-        read_pooling(setup.source, config),
-    )
+    settings = LoraSettings(4, 8.0, 0.2, "all-linear")
+    pooling = read_pooling(setup.source, config)
+    start = Adapter(settings, random_lora(config, settings), pooling, setup.base.key.fingerprint)
+    trainer = ContrastiveTrainer(temperature=TEMPERATURE, **parameters)
+    return _Learner(setup.base, setup.table, trainer, start, seed=7)
 
 
 def gradients(learner: _Learner) -> dict[str, Tensor]:

@@ -258,7 +258,10 @@ def test_history_is_drawn(early_stopping: bool) -> None:
     pyplot.close("all")
 
 
-def test_progress_shows_loss_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_shows_loss_and_speed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "PROGRESS_DELAY_S", 600.0)  # however slow this machine is
     make(verbose=True).fit(PAIRS)
     shown = capsys.readouterr().err
     assert "training" in shown
@@ -619,18 +622,12 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -
     assert np.isfinite(emb.transform(TEXTS)).all()
     # It is the adapter of step 3: three steps of the whole schedule, by another way.
     monkeypatch.setattr(
-        training._Learner,
-        "set_learning_rate",
-        lambda self, step: _set_rate(self, float(whole.history_["learning_rate"][step])),
+        training,
+        "compute_learning_rate",
+        lambda trainer, step, n_steps: float(whole.history_["learning_rate"][step]),
     )
     three = make(max_steps=3, epochs=2).fit(TEXTS, LABELS)
     assert_same(weights(emb), weights(three))
-
-
-def _set_rate(learner: Any, rate: float) -> float:
-    for group in learner.optimizer.param_groups:
-        group["lr"] = rate
-    return rate
 
 
 def test_an_interrupted_run_gives_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
