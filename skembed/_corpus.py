@@ -182,10 +182,11 @@ def read_relevance(
     known = set(document_ids)
     if judged and not any(known & grades.keys() for grades in judged.values()):
         theirs = next(iter(next(iter(judged.values()))))
+        ours = next(iter(document_ids), None)
         raise ValueError(
             f"{subject} must name documents of the corpus; none of them is there. Ids of `{name}` "
-            f"are such as {theirs!r}, ids of the corpus such as {next(iter(document_ids), None)!r}. "
-            "Are the ids of one type, str or int?"
+            f"are such as {theirs!r}, ids of the corpus such as {ours!r}. Are the ids of one type, "
+            "str or int?"
         )
     return judged
 
