@@ -31,10 +31,11 @@ import torch
 from _results import RESULTS
 
 from skembed import NVEmbedVectorizer
-from skembed.checkpoint import read_config, resolve_source
 from skembed.exceptions import TruncationWarning
-from skembed.model import NVEmbedConfig, NVEmbedModel
-from skembed.tokenization import EncodedTexts, PackedBatch, TextTokenizer
+from skembed.model.config import NVEmbedConfig
+from skembed.model.network import NVEmbedModel
+from skembed.model.sources import read_config, resolve_source
+from skembed.model.tokenization import EncodedTexts, PackedBatch, TextTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 # Exit status of a benchmark that lacks its data, a package or a device; automake's number for it.

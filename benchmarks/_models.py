@@ -14,21 +14,17 @@ import torch
 from _common import skip, start
 from _results import RESULTS
 
-from skembed.checkpoint import (
+from skembed.inference.devices import choose_attention_path, cpu_has_bfloat16
+from skembed.inference.registry import registry
+from skembed.model.checkpoint import save_checkpoint
+from skembed.model.config import NVEmbedConfig
+from skembed.model.loaded import LoadedModel, ModelKey, prove_bidirectional
+from skembed.model.network import NVEmbedModel
+from skembed.model.sources import (
     ModelSource,
     fingerprint_weights,
     read_config,
     resolve_source,
-    save_checkpoint,
-)
-from skembed.model import NVEmbedConfig, NVEmbedModel
-from skembed.registry import (
-    LoadedModel,
-    ModelKey,
-    choose_attention_path,
-    cpu_has_bfloat16,
-    prove_bidirectional,
-    registry,
 )
 
 BUNDLED_VOCABULARY = 24_576  # of the bundled model, whose tokenizer the checkpoints carry

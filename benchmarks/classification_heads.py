@@ -28,7 +28,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.svm import LinearSVC
 
 from skembed import NVEmbedVectorizer
-from skembed.classification import DEFAULT_C
+from skembed.estimators.classification import DEFAULT_C
 
 SETS = ("ag_news", "amazon_counterfactual_en_ext", "banking77", "hwu64", "sst2", "tweet_emotion")
 SHOTS = (8, 16)

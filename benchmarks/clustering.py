@@ -28,7 +28,7 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import v_measure_score
 
 from skembed import EmbeddingCache, EmbeddingMapDisplay, NVEmbedVectorizer
-from skembed.clustering import EmbeddingClusterer
+from skembed.estimators.clustering import EmbeddingClusterer
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # the map needs no screen
 MAX_POINTS_BELOW = 0.5

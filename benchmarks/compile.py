@@ -31,8 +31,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, MistralModel
 
 from skembed import NVEmbedVectorizer
-from skembed.model import ATTENTION_NAME, NVEmbedModel
-from skembed.tokenization import PackedBatch
+from skembed.model.attention import ATTENTION_NAME
+from skembed.model.network import NVEmbedModel
+from skembed.model.tokenization import PackedBatch
 
 MIN_COSINE = 0.999
 WARM_ROUNDS = 2

@@ -32,11 +32,14 @@ from _common import (
 )
 from _results import Figure, finish
 
-from skembed import NVEmbedVectorizer, fused, lean, pooling
-from skembed.engine import CPU_BATCH_TOKENS
-from skembed.model import NVEmbedConfig
-from skembed.registry import LoadedModel
-from skembed.tokenization import PackedBatch, iterate_batches, pack_texts
+from skembed import NVEmbedVectorizer
+from skembed.inference.engine import CPU_BATCH_TOKENS
+from skembed.model import cpu_forward as fused
+from skembed.model import cpu_kernels as lean
+from skembed.model.config import NVEmbedConfig
+from skembed.model.loaded import LoadedModel
+from skembed.model.network import pooling
+from skembed.model.tokenization import PackedBatch, iterate_batches, pack_texts
 
 PEAK_SIZES = (1024, 2048)
 # Read and written together. The smaller one is about an activation of a batch and its successor.

@@ -42,11 +42,11 @@ from transformers import MistralModel
 
 from skembed import NVEmbedVectorizer
 from skembed.datasets import load_docstrings
-from skembed.engine import EmbedReport, EmbedRequest, embed_texts
 from skembed.exceptions import CausalLeakError
-from skembed.model import NVEmbedConfig
-from skembed.pooling import MeanPooling
-from skembed.registry import LoadedModel, prove_bidirectional
+from skembed.inference.engine import EmbedReport, EmbedRequest, embed_texts
+from skembed.model.config import NVEmbedConfig
+from skembed.model.loaded import LoadedModel, prove_bidirectional
+from skembed.model.pooling import MeanPooling
 
 DTYPE = "bfloat16"
 # Log-normal, in tokens.

@@ -27,11 +27,11 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from skembed import Retriever
-from skembed.engine import default_batch_tokens
-from skembed.lora import DropoutMasks
-from skembed.model import ATTENTION_NAME
-from skembed.registry import LoadedModel
-from skembed.tokenization import PackedBatch, pack_texts
+from skembed.adapters.lora import DropoutMasks
+from skembed.inference.engine import default_batch_tokens
+from skembed.model.attention import ATTENTION_NAME
+from skembed.model.loaded import LoadedModel
+from skembed.model.tokenization import PackedBatch, pack_texts
 
 SMALL = {**SEVEN_B, "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}

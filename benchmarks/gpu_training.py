@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,32 +22,51 @@ from _common import make_parser, measure_peak
 from _models import SEVEN_B, TINY, build_model, start_on_device
 from _results import Figure, finish
 
-from skembed.adapters import start_lora
-from skembed.batches import BatchPlan, TaskPlan, TextTable
-from skembed.examples import Examples
+from skembed.adapters.adapter import Adapter
+from skembed.adapters.lora import LoraSettings
+from skembed.adapters.targets import start_lora
 from skembed.history import TrainingHistory
-from skembed.lora import LoraSettings
-from skembed.registry import LoadedModel
-from skembed.training import TrainingSettings, run_training
+from skembed.model.loaded import LoadedModel
+from skembed.model.tokenization import EncodedTexts
+from skembed.training.batches import BatchPlan, TaskSampler, TextTable
+from skembed.training.examples import Examples
+from skembed.training.loop import run_training
+from skembed.training.trainer import ContrastiveTrainer
 
 PEAK_AIM = 0.4
 
 
+@dataclass
+class RandomTokenizer:
+    """Gives every text `max_length` random tokens."""
+
+    vocabulary: int
+
+    def encode(self, texts: list[str], *, max_length: int, **_: Any) -> EncodedTexts:
+        size = (len(texts), max_length)
+        ids = np.random.default_rng(0).integers(3, self.vocabulary, size=size, dtype=np.int32)
+        return EncodedTexts(list(ids), np.full(len(texts), max_length), 0, 0)
+
+
 def build_plan(args: argparse.Namespace, vocabulary: int) -> BatchPlan:
-    """Random texts of equal length, every one its own."""
-    rng = np.random.default_rng(0)
-    columns = 2 + args.negatives
-    n = args.batch * args.steps
-    table = TextTable(None, max_length=args.tokens, mask_prefix=True)  # type: ignore[arg-type]
-    table.ids = list(rng.integers(3, vocabulary, size=(n * columns, args.tokens), dtype=np.int32))
-    table.pool_starts = [0] * len(table.ids)
-    table.string_ids = list(range(len(table.ids)))
+    """Return batches of random texts of equal length, every one its own."""
+    columns = np.arange(args.batch * args.steps * (2 + args.negatives)).reshape(
+        args.batch * args.steps, -1
+    )
+    tokenizer: Any = RandomTokenizer(vocabulary)
+    table = TextTable(tokenizer, max_length=args.tokens, mask_prefix=True)
+    task = TaskSampler(Examples("rows", [str(i) for i in range(columns.size)], columns), table)
     table.freeze()
-    rows = np.arange(n * columns).reshape(n, columns)
-    examples = Examples("rows", [str(i) for i in range(n * columns)], rows)
-    every = np.arange(n * columns)
-    task = TaskPlan(examples, "infonce", True, 1.0, every, every)
-    return BatchPlan([task], table, batch_size=args.batch, n_negatives=args.negatives, seed=0)
+    trainer = ContrastiveTrainer(
+        batch_size=args.batch,
+        n_negatives=args.negatives,
+        max_steps=args.steps,
+        batch_tokens=args.batch_tokens or "auto",
+        gradient_checkpointing=args.checkpointing,
+        learning_rate=1e-4,
+        train_pooling=False,
+    )
+    return BatchPlan([task], table, trainer, 0)
 
 
 def main() -> int:
@@ -63,25 +84,12 @@ def main() -> int:
     return run(args, device)
 
 
-def train(base: LoadedModel, plan: BatchPlan, args: argparse.Namespace) -> TrainingHistory:
+def train(base: LoadedModel, plan: BatchPlan) -> TrainingHistory:
     """Train all linear layers' adapters for some steps."""
-    lora = LoraSettings(16, 32.0, 0.1, "all-linear")
-    settings = TrainingSettings(
-        lora=lora,
-        n_steps=args.steps,
-        temperature=0.05,
-        learning_rate=1e-4,
-        warmup_steps=1,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        batch_tokens=args.batch_tokens,
-        gradient_checkpointing=args.checkpointing,
-        early_stopping=False,
-        patience=1,
-        seed=0,
-    )
-    weights = start_lora(base.config, lora, np.random.SeedSequence(0))
-    return run_training(base, plan, settings, lora=weights, pooling={}, progress=False)[1]
+    settings = LoraSettings(16, 32.0, 0.1, "all-linear")
+    weights = start_lora(base.config, settings, np.random.SeedSequence(0))
+    start = Adapter(settings, weights, {}, base.key.fingerprint)
+    return run_training(base, plan, start, progress=False)[1]
 
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
@@ -92,7 +100,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     plan = build_plan(args, sizes["vocab_size"])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    history = train(base, plan, args)
+    history = train(base, plan)
     speed = statistics.median(history["examples_per_s"][1:].tolist())  # the first step warms up
     step_s = args.batch / speed
     modules = base.model.embedding_model.modules()

@@ -21,7 +21,7 @@ from sklearn.pipeline import Pipeline
 from skembed import NVEmbedVectorizer
 from skembed.cache import resolve_cache
 from skembed.datasets import load_docstrings
-from skembed.registry import registry
+from skembed.inference.registry import registry
 
 N_CLASSES = 4
 GRIDS: dict[str, dict[str, list[Any]]] = {

@@ -23,9 +23,10 @@ from _common import clear_peak, make_parser, read_memory, run_child, seconds, st
 from _models import BUNDLED_VOCABULARY, load_model, write_random_model
 from _results import Figure, finish
 
-import skembed.checkpoint
-from skembed.checkpoint import read_config, resolve_source
-from skembed.model import NVEmbedConfig, NVEmbedModel
+import skembed.model.checkpoint
+from skembed.model.config import NVEmbedConfig
+from skembed.model.network import NVEmbedModel
+from skembed.model.sources import read_config, resolve_source
 
 MAX_PEAK = 1.2
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ def main() -> int:
         return 0
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="load-memory-", dir=args.folder) as temporary:
-        skembed.checkpoint.SHARD_BYTES = SHARD_BYTES  # several shards, as NV-Embed has
+        skembed.model.checkpoint.SHARD_BYTES = SHARD_BYTES  # several shards, as NV-Embed has
         write_random_model(Path(temporary), make_config(args.gigabytes))
         total = sum(file.stat().st_size for file in Path(temporary).glob("*.safetensors"))
         print(f"made {total / 1e9:.2f} GB", flush=True)

@@ -45,7 +45,7 @@ from sklearn.preprocessing import normalize
 from tokenizers import Tokenizer
 
 from skembed import NVEmbedVectorizer
-from skembed.checkpoint import resolve_source
+from skembed.model.sources import resolve_source
 
 Matrix = Any  # (n, d): a float array, or sparse rows of plain TF-IDF
 Embed = Callable[[list[str]], Matrix]

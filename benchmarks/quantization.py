@@ -24,7 +24,7 @@ from _common import compare, load_texts, make_parser, seconds, skip, start
 from _results import Figure, finish
 
 from skembed import NVEmbedVectorizer
-from skembed.quantization import EmbeddingQuantizer
+from skembed.estimators.quantization import EmbeddingQuantizer
 
 Vectors = np.ndarray
 PEER_PRECISION = {"int8": "int8", "binary": "ubinary"}

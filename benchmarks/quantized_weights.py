@@ -27,7 +27,7 @@ from quality import score_sts
 from torch.nn import functional as F
 
 from skembed import NVEmbedVectorizer
-from skembed._quantized_layers import Int8Linear
+from skembed.model.quantized import Int8Linear
 
 BASE = "bfloat16"
 TOKENS, IN, OUT = 4096, 384, 896

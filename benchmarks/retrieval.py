@@ -62,7 +62,7 @@ def make_vectors(n: int, dim: int, seed: int) -> Vectors:
 def make_search(side: str) -> Search:
     """Return the search of a side: corpus, queries, k -> scores and indices."""
     if side in STORAGE:
-        from skembed.retrieval import Retriever
+        from skembed.estimators.retrieval import Retriever
 
         def search_ours(corpus: Vectors, queries: Vectors, k: int) -> tuple[Vectors, Vectors]:
             return Retriever(None, device="cpu", **STORAGE[side]).fit(corpus).search(queries, k)

@@ -37,9 +37,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from skembed import NVEmbedVectorizer
-from skembed.checkpoint import BACKBONE_PREFIX, read_config, resolve_source
-from skembed.model import NVEmbedConfig
-from skembed.registry import load_tokenizer
+from skembed.model.checkpoint import BACKBONE_PREFIX
+from skembed.model.config import NVEmbedConfig
+from skembed.model.loaded import load_tokenizer
+from skembed.model.sources import read_config, resolve_source
 
 MIN_RATIO = {"mixed lengths": 1.5, "equal lengths": 1.0}
 BATCH_SIZES = (32, 64, 128, 256)

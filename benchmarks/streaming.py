@@ -28,8 +28,10 @@ from _models import BUNDLED_VOCABULARY, write_random_model
 from _results import Figure, finish
 
 from skembed import NVEmbedVectorizer
-from skembed.model import NVEmbedConfig, NVEmbedModel
-from skembed.streaming import ROWS_PER_SHARD, open_embeddings
+from skembed.model.config import NVEmbedConfig
+from skembed.model.network import NVEmbedModel
+from skembed.streaming import open_embeddings
+from skembed.streaming.stream import ROWS_PER_SHARD
 
 BACKBONE: dict[str, Any] = {
     "hidden_size": 32,

@@ -15,7 +15,7 @@ from _common import make_parser, read_rows, start
 from _results import Figure, finish
 
 from skembed import NVEmbedVectorizer
-from skembed.sts import SimilarityRegressor
+from skembed.estimators.sts import SimilarityRegressor
 
 SETS = {"stsb": "dev", "sickr": "trial"}
 SIZES = (20, 50, 200, 1000, None)

@@ -21,7 +21,8 @@ from _results import Figure, finish
 from sklearn.metrics import log_loss
 
 from skembed import NVEmbedVectorizer
-from skembed.classification import EmbeddingClassifier, ZeroShotClassifier
+from skembed.estimators.classification import EmbeddingClassifier
+from skembed.estimators.zero_shot import ZeroShotClassifier
 
 SETS = ("ag_news", "banking77", "hwu64", "tweet_emotion")
 AG_NEWS = {

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from skembed import datasets, metrics
-    from skembed.cache import EmbeddingCache
-    from skembed.classification import EmbeddingClassifier, ZeroShotClassifier
-    from skembed.clustering import EmbeddingClusterer
-    from skembed.evaluation import evaluate
-    from skembed.examples import TrainingTask
+    from skembed.cache.embedding_cache import EmbeddingCache
+    from skembed.estimators.classification import EmbeddingClassifier
+    from skembed.estimators.clustering import EmbeddingClusterer
+    from skembed.estimators.quantization import EmbeddingQuantizer
+    from skembed.estimators.reranking import Reranker
+    from skembed.estimators.retrieval import Retriever
+    from skembed.estimators.sts import SimilarityRegressor
+    from skembed.estimators.zero_shot import ZeroShotClassifier
+    from skembed.evaluation.harness import evaluate
     from skembed.exceptions import (
         CacheError,
         CausalLeakError,
@@ -25,16 +29,13 @@ if TYPE_CHECKING:
         TrainingError,
         TruncationWarning,
     )
-    from skembed.mining import MinedNegatives, mine_hard_negatives
     from skembed.mteb import MTEBEncoder
     from skembed.parallel import EmbeddingMapper
-    from skembed.plotting import EmbeddingMapDisplay
-    from skembed.quantization import EmbeddingQuantizer
-    from skembed.reranking import Reranker
-    from skembed.retrieval import Retriever
-    from skembed.streaming import open_embeddings
-    from skembed.sts import SimilarityRegressor
-    from skembed.trainer import ContrastiveTrainer
+    from skembed.plotting.display import EmbeddingMapDisplay
+    from skembed.streaming.stream import open_embeddings
+    from skembed.training.examples import TrainingTask
+    from skembed.training.mining import MinedNegatives, mine_hard_negatives
+    from skembed.training.trainer import ContrastiveTrainer
     from skembed.vectorizer import NVEmbedVectorizer
 
 __version__ = "0.1.0"
@@ -76,32 +77,32 @@ _HOMES = {
     "CacheError": "skembed.exceptions",
     "CausalLeakError": "skembed.exceptions",
     "CheckpointError": "skembed.exceptions",
-    "ContrastiveTrainer": "skembed.trainer",
-    "EmbeddingCache": "skembed.cache",
-    "EmbeddingClassifier": "skembed.classification",
-    "EmbeddingClusterer": "skembed.clustering",
-    "EmbeddingMapDisplay": "skembed.plotting",
+    "ContrastiveTrainer": "skembed.training.trainer",
+    "EmbeddingCache": "skembed.cache.embedding_cache",
+    "EmbeddingClassifier": "skembed.estimators.classification",
+    "EmbeddingClusterer": "skembed.estimators.clustering",
+    "EmbeddingMapDisplay": "skembed.plotting.display",
     "EmbeddingMapper": "skembed.parallel",
-    "EmbeddingQuantizer": "skembed.quantization",
+    "EmbeddingQuantizer": "skembed.estimators.quantization",
     "FreshPoolingWarning": "skembed.exceptions",
     "MTEBEncoder": "skembed.mteb",
-    "MinedNegatives": "skembed.mining",
+    "MinedNegatives": "skembed.training.mining",
     "ModelNotFoundError": "skembed.exceptions",
     "NVEmbedVectorizer": "skembed.vectorizer",
-    "Reranker": "skembed.reranking",
-    "Retriever": "skembed.retrieval",
-    "SimilarityRegressor": "skembed.sts",
+    "Reranker": "skembed.estimators.reranking",
+    "Retriever": "skembed.estimators.retrieval",
+    "SimilarityRegressor": "skembed.estimators.sts",
     "SkembedError": "skembed.exceptions",
     "SkembedWarning": "skembed.exceptions",
     "TrainingError": "skembed.exceptions",
-    "TrainingTask": "skembed.examples",
+    "TrainingTask": "skembed.training.examples",
     "TruncationWarning": "skembed.exceptions",
-    "ZeroShotClassifier": "skembed.classification",
+    "ZeroShotClassifier": "skembed.estimators.zero_shot",
     "datasets": "skembed.datasets",
-    "evaluate": "skembed.evaluation",
+    "evaluate": "skembed.evaluation.harness",
     "metrics": "skembed.metrics",
-    "mine_hard_negatives": "skembed.mining",
-    "open_embeddings": "skembed.streaming",
+    "mine_hard_negatives": "skembed.training.mining",
+    "open_embeddings": "skembed.streaming.stream",
 }
 
 

@@ -1,7 +1,7 @@
-"""Texts, pairs and labels as users hand them in, checked into plain lists and arrays.
+"""Texts, pairs and labels, read from any supported container and checked.
 
-`check_texts` turns any supported container into lists of ``str``. Texts are never quoted in an
-error: they may be long, or private.
+`check_texts` turns any supported container into plain lists of ``str``. Texts themselves are never
+quoted in an error: they may be long, or private.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from skembed._validation import _describe_type, check_choice
+from skembed._validation import check_choice, describe_type
 
 __all__ = [
     "MISSING_POLICIES",
     "TextColumns",
     "check_labels",
     "check_texts",
+    "clean_column",
     "count_columns",
+    "extract_columns",
+    "is_instance_of",
+    "is_missing",
     "kind_of",
     "name_some",
     "read_labels",
@@ -94,12 +98,12 @@ def check_texts(X: Any, *, owner: str, missing: str = "error", name: str = "X") 
     """
     check_choice(missing, name="missing", owner=owner, allowed=MISSING_POLICIES)
     subject = f"The `{name}` parameter of `{owner}`"
-    columns = _extract_columns(X, subject=subject)
+    columns = extract_columns(X, subject=subject)
     if len(columns) == 1 and columns[0] and isinstance(columns[0][0], (list, tuple)):
         columns = _split_pairs(columns[0], subject=subject, name=name)
     suffixes = [""] if len(columns) == 1 else ["[0]", "[1]"]
     masks = [
-        _clean_column(column, subject=subject, name=name, suffix=suffix)
+        clean_column(column, subject=subject, name=name, suffix=suffix)
         for column, suffix in zip(columns, suffixes, strict=True)
     ]
     if missing == "error":
@@ -143,7 +147,7 @@ def replace_surrogates(text: str) -> str:
     return text
 
 
-def _extract_columns(X: Any, *, subject: str) -> list[list[Any]]:
+def extract_columns(X: Any, *, subject: str) -> list[list[Any]]:
     """Return the columns of any supported container as fresh lists; items unchecked."""
     if isinstance(X, str):
         raise TypeError(
@@ -153,19 +157,19 @@ def _extract_columns(X: Any, *, subject: str) -> list[list[Any]]:
         return [list(X)]
     if isinstance(X, np.ndarray):
         return _extract_array(X, subject=subject)
-    if _is_instance_of(X, "pandas", "DataFrame"):
+    if is_instance_of(X, "pandas", "DataFrame"):
         _check_width(X.shape[1], subject=subject)
         return [X.iloc[:, j].tolist() for j in range(X.shape[1])]
-    if _is_instance_of(X, "polars", "DataFrame"):
+    if is_instance_of(X, "polars", "DataFrame"):
         _check_width(X.shape[1], subject=subject)
         return [X.to_series(j).to_list() for j in range(X.shape[1])]
-    if _is_instance_of(X, "pandas", "Series") or _is_instance_of(X, "pandas", "Index"):
+    if is_instance_of(X, "pandas", "Series") or is_instance_of(X, "pandas", "Index"):
         return [X.tolist()]
-    if _is_instance_of(X, "polars", "Series"):
+    if is_instance_of(X, "polars", "Series"):
         return [X.to_list()]
     raise TypeError(
         f"{subject} must be a list, array or column of texts; "
-        f"got {_describe_type(X)}. {_next_step(X)}"
+        f"got {describe_type(X)}. {_next_step(X)}"
     )
 
 
@@ -198,7 +202,7 @@ def _split_pairs(rows: list[Any], *, subject: str, name: str) -> list[list[Any]]
         if not isinstance(row, (list, tuple)):
             raise TypeError(
                 f"{subject} must hold either texts or pairs of texts; {name}[0] is "
-                f"{_describe_type(rows[0])}, but {name}[{position}] is {_describe_type(row)}. "
+                f"{describe_type(rows[0])}, but {name}[{position}] is {describe_type(row)}. "
                 "Make every row a pair, or none."
             )
         if len(row) != 2:
@@ -210,7 +214,7 @@ def _split_pairs(rows: list[Any], *, subject: str, name: str) -> list[list[Any]]
     return [[row[0] for row in rows], [row[1] for row in rows]]
 
 
-def _clean_column(
+def clean_column(
     column: list[Any], *, subject: str, name: str, suffix: str
 ) -> npt.NDArray[np.bool_]:
     """Make every item of `column` a clean str, in place; return the mask of missing ones, (n,)."""
@@ -222,13 +226,13 @@ def _clean_column(
                 continue
             if isinstance(item, str):  # numpy.str_, for one
                 column[position] = str.__str__(item)
-            elif _is_missing(item):
+            elif is_missing(item):
                 column[position] = ""
                 mask[position] = True
             else:
                 raise TypeError(
                     f"{subject} must hold texts (str); "
-                    f"{name}[{position}]{suffix} is {_describe_type(item)}. {_item_step(item)}"
+                    f"{name}[{position}]{suffix} is {describe_type(item)}. {_item_step(item)}"
                 )
     if not all(map(str.isascii, column)):
         for position, text in enumerate(column):
@@ -269,14 +273,14 @@ def _check_width(n_columns: int, *, subject: str) -> None:
         )
 
 
-def _is_instance_of(value: Any, module: str, class_name: str) -> bool:
+def is_instance_of(value: Any, module: str, class_name: str) -> bool:
     """Tell whether `value` is of a class of `module`, without importing that module."""
     # An object of the class can only exist once something has imported its module.
     cls = getattr(sys.modules.get(module), class_name, None)
     return isinstance(cls, type) and isinstance(value, cls)
 
 
-def _is_missing(item: Any) -> bool:
+def is_missing(item: Any) -> bool:
     """Tell whether `item` stands for a missing text: None, NaN, NaT, pandas' NA."""
     if item is None or item is np.ma.masked:
         return True
@@ -297,7 +301,7 @@ def _next_step(X: Any) -> str:
         return "Pass the raw texts, not a sparse matrix of features."
     if isinstance(X, Set):
         return "It has no order; pass sorted(X)."
-    if _is_instance_of(X, "polars", "LazyFrame"):
+    if is_instance_of(X, "polars", "LazyFrame"):
         return "Collect it first: X.collect()."
     if isinstance(X, (Iterator, Iterable)):
         return "Make it a list first: list(X)."
@@ -351,7 +355,7 @@ def check_labels(X: Any, y: Any, *, owner: str) -> npt.NDArray[Any]:
 def refuse_missing_labels(labels: npt.NDArray[Any], *, owner: str) -> None:
     """Raise ValueError for None and NaN among labels, TypeError for labels of several types."""
     if labels.dtype.kind == "O":
-        absent = [i for i, label in enumerate(labels) if _is_missing(label)]
+        absent = [i for i, label in enumerate(labels) if is_missing(label)]
         kinds = {isinstance(label, str) for label in labels}
         if not absent and len(kinds) > 1:
             raise TypeError(

@@ -1,9 +1,11 @@
-"""Check parameters, with one sentence shape for every error.
+"""Parameters held to their type and range, with one sentence for every error.
 
-Each ``check_*`` function holds one parameter to its type and range and returns it as a built-in
-Python value. All messages read "The `top_k` parameter of `Retriever` must be an int in [1, 42];
-got 0.", followed by the next step.
+The ``check_*`` functions hold one parameter each to its type and range and return it as a built-in
+Python value. All messages read "The `top_k` parameter of `Retriever` must be an int in [1, 42]; got
+0.", followed by the next step.
 """
+
+from __future__ import annotations
 
 import difflib
 import importlib
@@ -21,6 +23,8 @@ __all__ = [
     "check_int",
     "check_real",
     "check_string",
+    "describe_type",
+    "describe_value",
     "import_optional",
 ]
 
@@ -28,7 +32,7 @@ _T = TypeVar("_T")
 _Inclusive = Literal["both", "left", "right", "neither"]
 
 
-def _describe_type(value: Any) -> str:
+def describe_type(value: Any) -> str:
     """Return the type of `value` with its article, such as "an int"."""
     if value is None:
         return "None"
@@ -37,13 +41,13 @@ def _describe_type(value: Any) -> str:
     return f"{article} {type_name}"
 
 
-def _describe_value(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """Return a short form of a parameter's value, or its type where that would be long."""
     if isinstance(value, str):
         return repr(str(value)) if len(value) <= 60 else f"a str of {len(value)} characters"
     if value is None or isinstance(value, (bool, np.bool_, int, float, np.number)):
         return str(value)
-    return _describe_type(value)
+    return describe_type(value)
 
 
 def _describe_interval(low: float | None, high: float | None, inclusive: _Inclusive) -> str:
@@ -84,7 +88,7 @@ def check_choice(value: Any, *, name: str, owner: str, allowed: Sequence[_T]) ->
             return option
     message = (
         f"The `{name}` parameter of `{owner}` must be one of "
-        f"{', '.join(map(repr, allowed))}; got {_describe_value(value)}."
+        f"{', '.join(map(repr, allowed))}; got {describe_value(value)}."
     )
     if not same_type:
         raise TypeError(message)
@@ -105,6 +109,8 @@ def check_int(
     high: int | None = ...,
     allow_none: Literal[False] = ...,
 ) -> int: ...
+
+
 @overload
 def check_int(
     value: Any,
@@ -115,6 +121,8 @@ def check_int(
     high: int | None = ...,
     allow_none: bool,
 ) -> int | None: ...
+
+
 def check_int(
     value: Any,
     *,
@@ -156,6 +164,8 @@ def check_real(
     inclusive: _Inclusive = ...,
     allow_none: Literal[False] = ...,
 ) -> float: ...
+
+
 @overload
 def check_real(
     value: Any,
@@ -167,6 +177,8 @@ def check_real(
     inclusive: _Inclusive = ...,
     allow_none: bool,
 ) -> float | None: ...
+
+
 def check_real(
     value: Any,
     *,
@@ -214,10 +226,14 @@ def check_string(
     allow_empty: bool = ...,
     allow_none: Literal[False] = ...,
 ) -> str: ...
+
+
 @overload
 def check_string(
     value: Any, *, name: str, owner: str, allow_empty: bool = ..., allow_none: bool
 ) -> str | None: ...
+
+
 def check_string(
     value: Any, *, name: str, owner: str, allow_empty: bool = False, allow_none: bool = False
 ) -> str | None:
@@ -242,7 +258,7 @@ def check_string(
 
 def _parameter_message(value: Any, *, name: str, owner: str, expected: str) -> str:
     """Return the one sentence that all parameter errors share."""
-    return f"The `{name}` parameter of `{owner}` must be {expected}; got {_describe_value(value)}."
+    return f"The `{name}` parameter of `{owner}` must be {expected}; got {describe_value(value)}."
 
 
 def import_optional(module: str, *, extra: str, purpose: str) -> ModuleType:

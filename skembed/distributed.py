@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Processes", "join_processes"]
+__all__ = ["BUCKET_ELEMENTS", "LAUNCH_VARIABLES", "Processes", "active_processes", "join_processes"]
 
 BUCKET_ELEMENTS = 1 << 24  # of gradients summed in one call: 64 MiB
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -1,9 +1,4 @@
-"""The seam between tasks and encoders: texts go in, checked vectors come out.
-
-An encoder is anything that embeds a list of texts: a transformer, an object with ``encode`` (and
-``encode_query`` and ``encode_document``, if queries and documents differ), or a callable. Only what
-has ``transform`` is ever cloned or fitted; all others are used as they are.
-"""
+"""The one way from any encoder to vectors: `embed`."""
 
 from __future__ import annotations
 

@@ -17,6 +17,8 @@ below exist where code outside would react in its own way::
         +-- FreshPoolingWarning                       pooling weights start untrained
 """
 
+from __future__ import annotations
+
 __all__ = [
     "CacheError",
     "CausalLeakError",

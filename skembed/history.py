@@ -9,6 +9,8 @@ import numpy as np
 
 from skembed._validation import import_optional
 
+__all__ = ["STEP_COLUMNS", "TrainingHistory"]
+
 STEP_COLUMNS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "examples_per_s")
 
 

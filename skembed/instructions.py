@@ -27,6 +27,8 @@ References
 arXiv 2405.17428, sections 3 and 4.2 (NV-Embed); arXiv 2401.00368 (E5-Mistral).
 """
 
+from __future__ import annotations
+
 import difflib
 import importlib.resources
 import json
@@ -41,11 +43,12 @@ from skembed._validation import check_choice, check_string
 
 __all__ = [
     "INSTRUCTIONS",
-    "TASK_TYPES",
     "Instruction",
+    "TASK_TYPES",
     "build_prefix",
     "check_template",
     "format_instruction",
+    "is_task_name",
     "list_instructions",
     "resolve_instruction",
 ]

@@ -16,7 +16,7 @@ from skembed.embedding import Vectors, embed
 from skembed.instructions import INSTRUCTIONS, resolve_instruction
 from skembed.vectorizer import NVEmbedVectorizer
 
-__all__ = ["MTEBEncoder", "find_task"]
+__all__ = ["MTEBEncoder", "OWNER", "find_task"]
 
 OWNER = "MTEBEncoder"
 # What mteb passes to any encoder; batches are sized by their tokens here.

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from skembed._inputs import _is_instance_of
+from skembed._inputs import is_instance_of
 from skembed._validation import check_choice, check_string, import_optional
-from skembed.registry import registry
+from skembed.inference.registry import registry
 from skembed.vectorizer import NVEmbedVectorizer
 
-__all__ = ["EmbeddingMapper"]
+__all__ = ["EmbeddingMapper", "METHODS", "OWNER"]
 
 OWNER = "EmbeddingMapper"
 METHODS = ("transform", "encode_query", "encode_document")
@@ -116,10 +116,10 @@ class EmbeddingMapper:
         if isinstance(batch, Mapping):
             self._check_columns(list(batch))
             return {**batch, self.output_column: self.embed(batch[self.column])}
-        if _is_instance_of(batch, "pandas", "DataFrame"):
+        if is_instance_of(batch, "pandas", "DataFrame"):
             self._check_columns(list(batch.columns))
             return self._extend_frame(batch)
-        if _is_instance_of(batch, "pyarrow", "Table"):
+        if is_instance_of(batch, "pyarrow", "Table"):
             self._check_columns(batch.column_names)
             return self._extend_table(batch)
         raise TypeError(

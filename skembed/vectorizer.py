@@ -14,17 +14,14 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
 from skembed._inputs import TextColumns, check_texts, count_columns
-from skembed._saving import read_settings, save_vectorizer
 from skembed._validation import check_bool, check_choice
-from skembed.adapters import Adapter
-from skembed.cache import resolve_cache
-from skembed.checkpoint import pack_folder
-from skembed.contrastive import check_run, fit_adapter
-from skembed.encoder import Encoder, warn_truncated
-from skembed.examples import Examples, TrainingTask, check_examples, read_task
+from skembed.adapters.adapter import Adapter
+from skembed.cache.embedding_cache import resolve_cache
 from skembed.exceptions import SkembedWarning
-from skembed.registry import Lease
-from skembed.resolution import (
+from skembed.inference.encoder import Encoder, warn_truncated
+from skembed.inference.registry import Lease
+from skembed.inference.saving import read_settings, save_vectorizer
+from skembed.inference.settings import (
     OWNER,
     Parameters,
     Settings,
@@ -34,11 +31,16 @@ from skembed.resolution import (
     find_source,
     load_resolved,
 )
-from skembed.streaming import ROWS_PER_SHARD, StreamReport, write_embeddings
-from skembed.trainer import ContrastiveTrainer, check_trainer
+from skembed.model.sources import pack_folder
+from skembed.streaming.stream import ROWS_PER_SHARD, StreamReport, write_embeddings
+from skembed.training.examples import Examples, TrainingTask, check_examples, read_task
+from skembed.training.fit import check_run, fit_adapter
+from skembed.training.trainer import ContrastiveTrainer, check_trainer
 
 if TYPE_CHECKING:
-    from skembed.cache import EmbeddingCache
+    from skembed.cache.embedding_cache import EmbeddingCache
+
+__all__ = ["NVEmbedVectorizer"]
 
 
 class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):

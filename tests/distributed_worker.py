@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from skembed import ContrastiveTrainer, NVEmbedVectorizer, training
+from skembed import ContrastiveTrainer, NVEmbedVectorizer
 from skembed.distributed import active_processes, join_processes
-from skembed.training_state import STATE_FILE
+from skembed.training import loop as training
+from skembed.training.state import STATE_FILE
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "nvembed-tiny"
 WORDS = ["card stolen lost blocked pin chip", "account open new savings branch form"]

@@ -49,7 +49,7 @@ class CountingMapper(EmbeddingMapper):
 
     def __call__(self, batch: Any) -> Any:
         """Embed, then add two columns to a dict."""
-        from skembed.registry import registry
+        from skembed.inference.registry import registry
 
         found = super().__call__(batch)
         n = len(found["id"])
@@ -60,7 +60,7 @@ def count_loads() -> tuple[int, int, int]:
     """Of this process: its number, its loads, torch's threads."""
     import torch
 
-    from skembed.registry import registry
+    from skembed.inference.registry import registry
 
     return os.getpid(), registry.n_loads, torch.get_num_threads()
 

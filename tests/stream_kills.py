@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from skembed import NVEmbedVectorizer
-from skembed._shards import make_target
-from skembed.encoder import Encoder
-from skembed.engine import EmbedReport
+from skembed.inference.encoder import Encoder
+from skembed.inference.engine import EmbedReport
+from skembed.streaming.targets import make_target
 
 
 def make_texts(n_rows: int) -> Iterator[str]:

@@ -35,11 +35,9 @@ from sklearn.pipeline import make_pipeline
 from torch import Tensor, nn
 from transformers import AutoModel, MistralConfig
 
-from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer, checkpoint
-from skembed.adapters import Adapter, _expected_shapes, find_targets, start_lora
-from skembed.checkpoint import ModelSource, fingerprint_weights, read_config, resolve_source
-from skembed.exceptions import CheckpointError, ModelNotFoundError
-from skembed.lora import (
+from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer
+from skembed.adapters.adapter import Adapter
+from skembed.adapters.lora import (
     DropoutMasks,
     LoraLinear,
     LoraSettings,
@@ -47,9 +45,20 @@ from skembed.lora import (
     insert_lora,
     share_weights,
 )
-from skembed.model import NVEmbedConfig, NVEmbedModel
-from skembed.registry import LoadedModel, ModelKey, registry
-from skembed.tokenization import PackedBatch, pack_texts
+from skembed.adapters.targets import expected_shapes, find_targets, start_lora
+from skembed.exceptions import CheckpointError, ModelNotFoundError
+from skembed.inference.registry import registry
+from skembed.model import sources as checkpoint
+from skembed.model.config import NVEmbedConfig
+from skembed.model.loaded import LoadedModel, ModelKey
+from skembed.model.network import NVEmbedModel
+from skembed.model.sources import (
+    ModelSource,
+    fingerprint_weights,
+    read_config,
+    resolve_source,
+)
+from skembed.model.tokenization import PackedBatch, pack_texts
 
 GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
 TOLERANCE = 1e-5
@@ -147,7 +156,7 @@ def random_lora(config: NVEmbedConfig, settings: LoraSettings, seed: int = 0) ->
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator) * 0.2
-        for name, shape in _expected_shapes(config, settings).items()
+        for name, shape in expected_shapes(config, settings).items()
     }
 
 
@@ -338,7 +347,7 @@ def test_targets_are_pefts(targets: str | tuple[str, ...]) -> None:
         if "lora_" in name
     }
     assert expected
-    assert _expected_shapes(config, settings) == expected
+    assert expected_shapes(config, settings) == expected
     assert find_targets(config, settings) == sorted({n.rsplit(".", 2)[0] for n in expected})
     fresh = start_lora(config, settings, np.random.SeedSequence(0))
     assert {name: tuple(tensor.shape) for name, tensor in fresh.items()} == expected

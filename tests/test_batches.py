@@ -14,11 +14,17 @@ import numpy as np
 import pytest
 
 from skembed import ContrastiveTrainer
-from skembed.batches import POSITIVES_PER_EPOCH, Batch, BatchPlan, TaskSampler, TextTable
-from skembed.checkpoint import read_json
-from skembed.contrastive import _mine_task
-from skembed.examples import Examples, check_examples
-from skembed.tokenization import TextTokenizer
+from skembed.model.sources import read_json
+from skembed.model.tokenization import TextTokenizer
+from skembed.training.batches import (
+    POSITIVES_PER_EPOCH,
+    Batch,
+    BatchPlan,
+    TaskSampler,
+    TextTable,
+)
+from skembed.training.examples import Examples, check_examples
+from skembed.training.fit import _mine_task
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "nvembed-tiny"
 QUERY, DOCUMENT = "Instruct: find\nQuery: ", ""

@@ -19,9 +19,11 @@ import pytest
 from conftest import ROOT
 from sklearn.base import BaseEstimator, clone
 
-from skembed import _cache_file, _cache_layout, _cache_memory
-from skembed import cache as cache_module
-from skembed.cache import EmbeddingCache, resolve_cache
+from skembed.cache import embedding_cache as cache_module
+from skembed.cache import file_store as _cache_file
+from skembed.cache import sqlite_layout as _cache_layout
+from skembed.cache import stores as _cache_memory
+from skembed.cache.embedding_cache import EmbeddingCache, resolve_cache
 from skembed.exceptions import CacheError
 
 DIM = 16
@@ -483,7 +485,7 @@ def test_threads_under_eviction(make_cache: MemoryOrFile) -> None:
 
 OPENER = """
 import sys
-from skembed.cache import EmbeddingCache
+from skembed.cache.embedding_cache import EmbeddingCache
 caches = [EmbeddingCache(f"{sys.argv[1]}-{i}") for i in range(40)]
 print("ready", flush=True)
 sys.stdin.readline()
@@ -507,7 +509,7 @@ def test_processes_race_to_make_the_file(path: Path) -> None:
 WRITER = """
 import sys
 import numpy as np
-from skembed.cache import EmbeddingCache
+from skembed.cache.embedding_cache import EmbeddingCache
 path, name, n_calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
 cache = EmbeddingCache(path)
 for call in range(n_calls):
@@ -571,7 +573,7 @@ def test_killed_writer_loses_no_committed_row(path: Path) -> None:
 FORK = """
 import os, sys, threading
 import numpy as np
-from skembed.cache import EmbeddingCache, resolve_cache
+from skembed.cache.embedding_cache import EmbeddingCache, resolve_cache
 cache = EmbeddingCache(sys.argv[1], max_bytes=10_000_000)
 memory = resolve_cache("memory")
 out = np.zeros((1, 16), dtype=np.float32)

@@ -26,10 +26,12 @@ from test_cache import (
     start_python,
 )
 
-from skembed import NVEmbedVectorizer, _cache_memory
-from skembed import cache as cache_module
-from skembed._cache_layout import DTYPES, estimate_row_bytes, find_storable
-from skembed.cache import EmbeddingCache, resolve_cache
+from skembed import NVEmbedVectorizer
+from skembed.cache import embedding_cache as cache_module
+from skembed.cache import stores as _cache_memory
+from skembed.cache.embedding_cache import EmbeddingCache, resolve_cache
+from skembed.cache.sqlite_layout import estimate_row_bytes
+from skembed.cache.stores import DTYPES, find_storable
 from skembed.exceptions import CacheError
 
 Vectors = npt.NDArray[np.float32]
@@ -309,7 +311,7 @@ def test_digests_that_begin_alike_are_told_apart(
 CUT = """
 import os, sys
 import numpy as np
-from skembed.cache import EmbeddingCache
+from skembed.cache.embedding_cache import EmbeddingCache
 from skembed.exceptions import CacheError
 cache = EmbeddingCache(sys.argv[1])
 texts = [str(i) for i in range(2000)]
@@ -334,7 +336,7 @@ def test_file_cut_off_while_open_is_an_error(path: Path) -> None:
 KILLED = """
 import sys
 import numpy as np
-from skembed.cache import EmbeddingCache
+from skembed.cache.embedding_cache import EmbeddingCache
 path, name = sys.argv[1], int(sys.argv[2])
 cache = EmbeddingCache(path)
 print("ready", flush=True)

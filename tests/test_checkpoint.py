@@ -22,22 +22,20 @@ from test_model import token_states
 from torch import Tensor
 from transformers import AutoModel, MistralConfig, MistralForCausalLM, MistralModel
 
-from skembed import NVEmbedVectorizer, checkpoint
-from skembed.checkpoint import (
+from skembed import NVEmbedVectorizer
+from skembed.exceptions import CheckpointError, FreshPoolingWarning, ModelNotFoundError
+from skembed.model.checkpoint import iterate_tensors, load_model, save_checkpoint
+from skembed.model.loaded import load_tokenizer
+from skembed.model.network import NVEmbedModel, checkpoint, sources
+from skembed.model.pooling import LatentAttention, MultiLayerPooling
+from skembed.model.sources import (
     PINNED_REVISIONS,
     fingerprint_weights,
-    iterate_tensors,
-    load_model,
     read_config,
     resolve_source,
-    save_checkpoint,
     unpack_folder,
 )
-from skembed.exceptions import CheckpointError, FreshPoolingWarning, ModelNotFoundError
-from skembed.model import NVEmbedModel
-from skembed.pooling import LatentAttention, MultiLayerPooling
-from skembed.registry import load_tokenizer
-from skembed.tokenization import PackedBatch, pack_texts
+from skembed.model.tokenization import PackedBatch, pack_texts
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "nvembed-tiny"
 TEXTS = ["a text", "another and longer text, with a comma", "", "a third of them"]
@@ -74,7 +72,7 @@ def mistral_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
     language_model.model.save_pretrained(folders["MistralModel"])
     language_model.save_pretrained(folders["MistralForCausalLM"])
     language_model.save_pretrained(folders["shards"], max_shard_size="40KB")
-    assert (folders["shards"] / checkpoint.INDEX_FILE).is_file()
+    assert (folders["shards"] / sources.INDEX_FILE).is_file()
     for path in folders.values():
         shutil.copy(GOLDEN / "tokenizer.json", path)
     return folders
@@ -107,22 +105,22 @@ def embed(folder: Path, **parameters: Any) -> np.ndarray:
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     """Change the tensors of a single-file folder."""
-    tensors = load_file(folder / checkpoint.WEIGHTS_FILE)
+    tensors = load_file(folder / sources.WEIGHTS_FILE)
     change(tensors)
-    save_file(tensors, folder / checkpoint.WEIGHTS_FILE)
+    save_file(tensors, folder / sources.WEIGHTS_FILE)
 
 
 def rewrite_config(folder: Path, **changes: Any) -> None:
     """Change fields of config.json."""
-    path = folder / checkpoint.CONFIG_FILE
+    path = folder / sources.CONFIG_FILE
     values = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**values, **changes}), encoding="utf-8")
 
 
 def shard(folder: Path, n_shards: int = 3) -> None:
     """Spread a single file over shards with an index, as NV-Embed's repositories do."""
-    tensors = load_file(folder / checkpoint.WEIGHTS_FILE)
-    (folder / checkpoint.WEIGHTS_FILE).unlink()
+    tensors = load_file(folder / sources.WEIGHTS_FILE)
+    (folder / sources.WEIGHTS_FILE).unlink()
     weight_map = {}
     for k in range(n_shards):
         name = f"model-{k + 1:05d}-of-{n_shards:05d}.safetensors"
@@ -130,7 +128,7 @@ def shard(folder: Path, n_shards: int = 3) -> None:
         save_file(part, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(part, name))
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (folder / checkpoint.INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+    (folder / sources.INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
 
 
 # Layouts and types
@@ -144,7 +142,7 @@ def test_stored_and_target_types(folder: Path, sharded: bool, stored: str, targe
         tensors.update({name: value.to(DTYPES[stored]) for name, value in tensors.items()})
 
     rewrite(folder, cast)
-    tensors = load_file(folder / checkpoint.WEIGHTS_FILE)
+    tensors = load_file(folder / sources.WEIGHTS_FILE)
     if sharded:
         shard(folder)
     model = load(folder, dtype=target)
@@ -333,7 +331,7 @@ def test_saved_weights_keep_their_type(folder: Path, tmp_path: Path) -> None:
 
     rewrite(folder, cast)
     save(folder, tmp_path / "saved")
-    stored = load_file(tmp_path / "saved" / checkpoint.WEIGHTS_FILE)
+    stored = load_file(tmp_path / "saved" / sources.WEIGHTS_FILE)
     assert {value.dtype for value in stored.values()} == {torch.float16}
 
 
@@ -456,7 +454,7 @@ def test_pickle_with_weights_opens_without_the_model(folder: Path) -> None:
 
 
 def test_unpacked_files_are_shared_by_content(folder: Path) -> None:
-    files = checkpoint.pack_folder(resolve_source(folder))
+    files = sources.pack_folder(resolve_source(folder))
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     one, same = unpack_folder(files), unpack_folder(dict(reversed(files.items())))
     assert one == same
@@ -521,7 +519,7 @@ def test_quantised_weights(folder: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 5, 400, 200_000])
 def test_truncated_weights(folder: Path, size: int) -> None:
-    os.truncate(folder / checkpoint.WEIGHTS_FILE, size)
+    os.truncate(folder / sources.WEIGHTS_FILE, size)
     with pytest.raises(CheckpointError, match="is truncated or not a safetensors file"):
         load(folder)
 
@@ -536,13 +534,13 @@ def test_missing_shard(folder: Path) -> None:
 @pytest.mark.parametrize("content", ["not json", "[]", "{}", '{"weight_map": ["a"]}'])
 def test_damaged_index(folder: Path, content: str) -> None:
     shard(folder)
-    (folder / checkpoint.INDEX_FILE).write_text(content)
+    (folder / sources.INDEX_FILE).write_text(content)
     with pytest.raises(CheckpointError, match="is not a safetensors index"):
         load(folder)
 
 
 def test_pickled_weights_only(folder: Path) -> None:
-    (folder / checkpoint.WEIGHTS_FILE).unlink()
+    (folder / sources.WEIGHTS_FILE).unlink()
     with pytest.raises(CheckpointError, match="holds neither"):
         load(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02.")
@@ -555,9 +553,9 @@ def test_pickled_weights_only(folder: Path) -> None:
     [("{", "cannot be read as JSON"), ("[1]", "must hold a JSON object"), (None, "must hold a")],
 )
 def test_damaged_config(folder: Path, content: str | None, message: str) -> None:
-    (folder / checkpoint.CONFIG_FILE).unlink()
+    (folder / sources.CONFIG_FILE).unlink()
     if content is not None:
-        (folder / checkpoint.CONFIG_FILE).write_text(content)
+        (folder / sources.CONFIG_FILE).write_text(content)
     with pytest.raises(CheckpointError, match=message):
         load(folder)
 
@@ -607,7 +605,7 @@ def test_fingerprint_follows_the_content(folder: Path, tmp_path: Path) -> None:
     assert len(first) == 32
     moved = tmp_path / "under another name"
     shutil.copytree(folder, moved)
-    os.utime(moved / checkpoint.WEIGHTS_FILE, (1, 1))
+    os.utime(moved / sources.WEIGHTS_FILE, (1, 1))
     (moved / "README.md").write_text("not part of it")
     assert fingerprint(moved) == first == fingerprint(GOLDEN)
 
@@ -640,9 +638,9 @@ def test_fingerprint_of_large_files_is_sampled(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sparse file of 64 MB: samples every 16 KiB, and the time of the last change."""
-    weights = folder / checkpoint.WEIGHTS_FILE
+    weights = folder / sources.WEIGHTS_FILE
     os.truncate(weights, 64 * 1024**2)
-    monkeypatch.setattr(checkpoint, "WHOLE_HASH_BYTES", 1024**2)
+    monkeypatch.setattr(sources, "WHOLE_HASH_BYTES", 1024**2)
     reads = []
 
     class CountingHash:
@@ -651,7 +649,7 @@ def test_fingerprint_of_large_files_is_sampled(
 
     os.utime(weights, ns=(10**18, 10**18))
     first = fingerprint(folder)
-    checkpoint._hash_file(weights, CountingHash())  # type: ignore[arg-type]
+    sources._hash_file(weights, CountingHash())  # type: ignore[arg-type]
     assert sum(reads) < 20 * 1024**2
     assert fingerprint(folder) == first
 
@@ -691,7 +689,7 @@ def test_fingerprint_of_a_folder_without_tokenizer(folder: Path) -> None:
 
 def test_bundled_model() -> None:
     source = resolve_source("skembed-mini")
-    assert (source.folder / checkpoint.WEIGHTS_FILE).is_file()
+    assert (source.folder / sources.WEIGHTS_FILE).is_file()
     assert source.revision is None
 
 

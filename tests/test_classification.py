@@ -25,8 +25,9 @@ from sklearn.svm import LinearSVC
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from skembed import NVEmbedVectorizer
-from skembed._text_estimator import make_vectorizer, trains_on_labels
-from skembed.classification import DEFAULT_C, EmbeddingClassifier, ZeroShotClassifier
+from skembed.estimators.base import make_vectorizer, trains_on_labels
+from skembed.estimators.classification import DEFAULT_C, EmbeddingClassifier
+from skembed.estimators.zero_shot import ZeroShotClassifier
 
 WORDS = {
     "card": "card stolen lost blocked plastic pin".split(),

@@ -19,7 +19,8 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from skembed.clustering import EmbeddingClusterer, compute_class_tfidf
+from skembed.estimators.cluster_names import compute_class_tfidf
+from skembed.estimators.clustering import EmbeddingClusterer
 from skembed.exceptions import SkembedWarning
 
 WORDS = {
@@ -128,7 +129,7 @@ def test_given_numbers_are_tried() -> None:
 
 
 def test_many_texts_choose_on_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skembed.clustering.MAX_SILHOUETTE_ROWS", 40)
+    monkeypatch.setattr("skembed.estimators.clustering.MAX_SILHOUETTE_ROWS", 40)
     found = make_clusterer(n_clusters=[3, 4, 5]).fit(VECTORS)
     assert found.n_clusters_ == 4
     assert len(found.labels_) == 80

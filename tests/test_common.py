@@ -32,11 +32,11 @@ from sklearn.utils import estimator_checks
 from sklearn.utils.validation import check_is_fitted
 
 from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer
-from skembed import cache as cache_module
+from skembed.cache import embedding_cache as cache_module
 from skembed.exceptions import ModelNotFoundError, SkembedWarning, TruncationWarning
-from skembed.model import NVEmbedModel
-from skembed.registry import registry
-from skembed.tokenization import PackedBatch
+from skembed.inference.registry import registry
+from skembed.model.network import NVEmbedModel
+from skembed.model.tokenization import PackedBatch
 
 DIM = 48
 GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
@@ -761,7 +761,7 @@ def loads_of_workers() -> dict[int, int]:
         import os
         import time
 
-        from skembed.registry import registry
+        from skembed.inference.registry import registry
 
         time.sleep(0.1)  # long enough for every worker to take a task
         return os.getpid(), registry.n_loads

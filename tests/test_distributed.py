@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from skembed.distributed import Processes, active_processes, join_processes
-from skembed.training_state import STATE_FILE
+from skembed.training.state import STATE_FILE
 
 SIZE = 2
 Found = dict[str, Any]

@@ -32,9 +32,10 @@ from skembed import (
     mine_hard_negatives,
 )
 from skembed.embedding import check_pair_columns, check_text_column, embed, embed_pairs
-from skembed.evaluation import ClassificationTask, RetrievalTask, STSTask, evaluate
+from skembed.evaluation.harness import evaluate
+from skembed.evaluation.tasks import ClassificationTask, RetrievalTask, STSTask
 from skembed.mteb import MTEBEncoder
-from skembed.plotting import EmbeddingMapDisplay
+from skembed.plotting.display import EmbeddingMapDisplay
 
 WORDS = {"card": "card bank stolen lost", "food": "bread soup cheese apple"}
 TEXTS = [f"{a} {b} {i}" for words in WORDS.values() for i, a in enumerate(words.split())

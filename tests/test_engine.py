@@ -20,12 +20,20 @@ import numpy as np
 import pytest
 import torch
 
-from skembed import EmbeddingCache, NVEmbedVectorizer, _memory, engine
-from skembed._memory import release_free_memory
-from skembed.engine import EmbedReport, EmbedRequest, cache_namespace, embed_texts, find_distinct
-from skembed.model import NVEmbedModel
-from skembed.registry import ModelKey
-from skembed.tokenization import EncodedTexts, PackedBatch, round_up
+from skembed import EmbeddingCache, NVEmbedVectorizer
+from skembed.inference import engine
+from skembed.inference import workers as _memory
+from skembed.inference.engine import (
+    EmbedReport,
+    EmbedRequest,
+    cache_namespace,
+    embed_texts,
+    find_distinct,
+)
+from skembed.inference.workers import release_free_memory
+from skembed.model.loaded import ModelKey
+from skembed.model.network import NVEmbedModel
+from skembed.model.tokenization import EncodedTexts, PackedBatch, round_up
 
 DIM = 3
 NO_ROOM = [

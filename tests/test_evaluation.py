@@ -17,24 +17,26 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 
-from skembed import EmbeddingCache, NVEmbedVectorizer, _protocols
-from skembed._task_data import read_task
-from skembed.evaluation import (
-    ClassificationTask,
-    ClusteringTask,
-    EvaluationError,
-    EvaluationResult,
-    RerankingTask,
-    RetrievalTask,
-    STSTask,
+from skembed import EmbeddingCache, NVEmbedVectorizer
+from skembed.evaluation import protocols as _protocols
+from skembed.evaluation.harness import evaluate
+from skembed.evaluation.results import EvaluationError, EvaluationResult
+from skembed.evaluation.scorers import (
     clustering_scorer,
-    evaluate,
     reranking_scorer,
     retrieval_scorer,
     sts_scorer,
 )
+from skembed.evaluation.task_data import read_task
+from skembed.evaluation.tasks import (
+    ClassificationTask,
+    ClusteringTask,
+    RerankingTask,
+    RetrievalTask,
+    STSTask,
+)
 from skembed.exceptions import SkembedWarning
-from skembed.metrics import ndcg_at_k
+from skembed.metrics.ranking import ndcg_at_k
 
 pd = pytest.importorskip("pandas")
 pl = pytest.importorskip("polars")

@@ -14,7 +14,8 @@ import pytest
 from conftest import ROOT
 
 from skembed import ContrastiveTrainer
-from skembed.examples import TrainingTask, check_examples, read_task, split_validation
+from skembed.training.examples import TrainingTask, check_examples, read_task
+from skembed.training.validation import split_validation
 
 SECRET = "the patient's name"
 TEXTS = ["lost card", "stolen card", "open account", "new account"]
@@ -375,7 +376,7 @@ def test_fingerprint_is_of_the_data_not_the_container():
 
 def test_fingerprint_is_the_same_in_another_process():
     code = (
-        "from skembed.examples import check_examples;"
+        "from skembed.training.example_input import check_examples;"
         f"print(check_examples({TEXTS!r}, {LABELS!r}).fingerprint())"
     )
     result = subprocess.run(

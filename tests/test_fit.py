@@ -20,21 +20,17 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import estimator_checks
 from sklearn.utils.validation import check_is_fitted
 
-from skembed import (
-    ContrastiveTrainer,
-    EmbeddingCache,
-    NVEmbedVectorizer,
-    contrastive,
-    resolution,
-    training,
-)
-from skembed.batches import BatchPlan
-from skembed.examples import TrainingTask
+from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer
 from skembed.exceptions import SkembedWarning, TruncationWarning
+from skembed.inference import settings as resolution
+from skembed.inference.registry import registry
 from skembed.instructions import resolve_instruction
-from skembed.model import NVEmbedModel
-from skembed.registry import registry
-from skembed.tokenization import PackedBatch, TextTokenizer
+from skembed.model.network import NVEmbedModel
+from skembed.model.tokenization import PackedBatch, TextTokenizer
+from skembed.training import fit as contrastive
+from skembed.training import loop as training
+from skembed.training.batches import BatchPlan
+from skembed.training.examples import TrainingTask
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "nvembed-tiny"
 DIM = 48

@@ -9,11 +9,11 @@ from test_parity import make_tiny_model
 from torch import nn
 from torch.nn import functional as F
 
-from skembed import fused
-from skembed.fused import fused_linear, pack_weights, run_backbone
-from skembed.lora import LoraLinear, LoraSettings, insert_lora
-from skembed.model import NVEmbedModel
-from skembed.tokenization import PackedBatch, pack_texts
+from skembed.adapters.lora import LoraLinear, LoraSettings, insert_lora
+from skembed.model import cpu_forward as fused
+from skembed.model.cpu_forward import fused_linear, pack_weights, run_backbone
+from skembed.model.network import NVEmbedModel
+from skembed.model.tokenization import PackedBatch, pack_texts
 
 STEPS: list[dict[str, Any]] = [
     {},
@@ -96,7 +96,7 @@ def test_who_runs_the_pass(fuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused pass without gradients, transformers' own with them; or these tests see nothing."""
     calls = []
     monkeypatch.setattr(
-        "skembed.model.run_backbone",
+        "skembed.model.cpu_forward.run_backbone",
         lambda *args, **kwargs: calls.append(1) or run_backbone(*args, **kwargs),
     )
     model, batch = make_tiny_model(), make_batch(5, 4)

@@ -19,8 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer
-from skembed import registry as registry_module
-from skembed._quantized_layers import (
+from skembed.adapters.adapter import Adapter
+from skembed.adapters.lora import LoraLinear, LoraSettings
+from skembed.inference import devices
+from skembed.inference.devices import name_dtype, resolve_dtype
+from skembed.inference.registry import registry
+from skembed.model.loaded import LoadedModel, ModelKey
+from skembed.model.quantized import (
     Int8Embedding,
     Int8Linear,
     Nf4Linear,
@@ -28,9 +33,6 @@ from skembed._quantized_layers import (
     make_quantizer,
     quantize_rows,
 )
-from skembed.adapters import Adapter
-from skembed.lora import LoraLinear, LoraSettings
-from skembed.registry import LoadedModel, ModelKey, name_dtype, registry, resolve_dtype
 
 CPU = torch.device("cpu")
 TEXTS = ["a card was stolen", "open an account", "a fee for a transfer", "lost my card", "the sun"]
@@ -50,7 +52,7 @@ every_format_class = pytest.mark.parametrize(
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without bfloat16: activations stay in float32, and small differences are seen."""
-    monkeypatch.setattr(registry_module, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: False)
 
 
 def make_vectorizer(folder: Path | str, dtype: str, **parameters: Any) -> NVEmbedVectorizer:
@@ -319,7 +321,7 @@ def test_gradients_are_those_of_the_weight_it_reads(kind: Any) -> None:
 def test_type_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(registry_module, "cpu_has_bfloat16", lambda native=native: native)
+        monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda native=native: native)
         assert resolve_dtype("int8", CPU) == resolve_dtype("nf4", CPU) == dtype
     assert resolve_dtype("int8", torch.device("mps")) == torch.float32
     for capability, dtype in (((8, 6), torch.bfloat16), ((7, 5), torch.float16)):

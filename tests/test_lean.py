@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skembed.lean import (
+from skembed.model.cpu_kernels import (
     GatedSiluFunction,
     ProductAttention,
     RMSNormFunction,

@@ -14,13 +14,15 @@ from test_adapters import load_base, random_lora
 from torch import Tensor
 from torch.nn import functional as F
 
-from skembed import ContrastiveTrainer, training
-from skembed.adapters import Adapter, read_pooling
-from skembed.batches import Batch, TextTable
-from skembed.checkpoint import ModelSource
-from skembed.lora import LoraSettings
-from skembed.losses import backward_in_chunks, cosent, info_nce
-from skembed.training import _Learner, batch_loss
+from skembed import ContrastiveTrainer
+from skembed.adapters.adapter import Adapter
+from skembed.adapters.lora import LoraSettings
+from skembed.model.checkpoint import read_pooling
+from skembed.model.sources import ModelSource
+from skembed.training import loop as training
+from skembed.training.batches import Batch, TextTable
+from skembed.training.loop import _Learner
+from skembed.training.losses import backward_in_chunks, batch_loss, cosent, info_nce
 
 TOLERANCE = 1e-5
 TEMPERATURE = 0.5  # of the model's losses: gradients of the order of 1

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from fake_vectorizer import FakeVectorizer
 
+from skembed.inference.registry import registry
 from skembed.parallel import EmbeddingMapper
-from skembed.registry import registry
 
 pd = pytest.importorskip("pandas")
 

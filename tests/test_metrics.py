@@ -12,7 +12,7 @@ from scipy import stats
 from sklearn import metrics as reference
 
 from skembed import metrics
-from skembed.metrics import K_VALUES, RANKING_METRICS
+from skembed.metrics.ranking import K_VALUES, RANKING_METRICS
 
 hypothesis = pytest.importorskip("hypothesis")
 pytrec_eval = pytest.importorskip("pytrec_eval")

@@ -19,9 +19,11 @@ from sklearn.exceptions import NotFittedError
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
 
-from skembed import EmbeddingCache, NVEmbedVectorizer, mining
+from skembed import EmbeddingCache, NVEmbedVectorizer
 from skembed.exceptions import SkembedWarning
-from skembed.mining import MinedNegatives, mine_hard_negatives, select_negatives
+from skembed.search.negatives import select_negatives
+from skembed.training.loop import mining
+from skembed.training.mining import MinedNegatives, mine_hard_negatives
 
 FLOAT32 = {"device": "cpu", "dtype": "float32"}
 

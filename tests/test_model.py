@@ -15,11 +15,13 @@ from test_pooling import randomize
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from skembed import model as model_module
 from skembed.exceptions import CheckpointError
-from skembed.model import ATTENTION_NAME, ATTENTION_PATHS, NVEmbedConfig, NVEmbedModel
-from skembed.pooling import FoldedLatentAttention, LatentAttention, MultiLayerPooling
-from skembed.tokenization import PackedBatch, pack_texts
+from skembed.model import attention as model_module
+from skembed.model.attention import ATTENTION_NAME, ATTENTION_PATHS
+from skembed.model.config import NVEmbedConfig
+from skembed.model.network import NVEmbedModel
+from skembed.model.pooling import FoldedLatentAttention, LatentAttention, MultiLayerPooling
+from skembed.model.tokenization import PackedBatch, pack_texts
 
 # What NV-Embed's config.json says, the fields that are read and some that are not.
 TEXT_7B: dict[str, Any] = {

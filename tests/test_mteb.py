@@ -14,13 +14,13 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
 
 from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer, metrics
-from skembed.evaluation import (
+from skembed.evaluation.harness import evaluate
+from skembed.evaluation.tasks import (
     ClassificationTask,
     ClusteringTask,
     RerankingTask,
     RetrievalTask,
     STSTask,
-    evaluate,
 )
 from skembed.instructions import INSTRUCTIONS
 from skembed.mteb import MTEBEncoder, find_task

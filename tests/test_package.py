@@ -1,4 +1,4 @@
-"""The package as a whole: exports, layers, lazy imports, optional packages, docstrings."""
+"""The package as a whole: exports, lazy imports, optional packages, docstrings."""
 
 import ast
 import importlib
@@ -17,91 +17,11 @@ from types import ModuleType
 import pytest
 from conftest import ROOT, NetworkBlockedError
 from numpydoc.validate import validate
+from test_house import may_import_torch
 
 import skembed
 
 PACKAGE = ROOT / "skembed"
-
-# A module imports only from modules of lower levels; levels 0 to 4 never import torch.
-LEVELS = {
-    "skembed._validation": 0,
-    "skembed.exceptions": 0,
-    "skembed._cache_layout": 1,
-    "skembed._evaluation_tasks": 1,
-    "skembed._files": 1,
-    "skembed._inputs": 1,
-    "skembed._map_layout": 1,
-    "skembed._memory": 1,
-    "skembed._cache_file": 2,
-    "skembed._cache_memory": 2,
-    "skembed._corpus": 2,
-    "skembed._evaluation_result": 2,
-    "skembed._index_file": 2,
-    "skembed._map_groups": 2,
-    "skembed._stream_manifest": 2,
-    "skembed._stream_source": 2,
-    "skembed.datasets": 2,
-    "skembed.history": 2,
-    "skembed.instructions": 2,
-    "skembed.similarity": 2,
-    "skembed.trainer": 2,
-    "skembed._quantization": 3,
-    "skembed._ranking": 3,
-    "skembed._shards": 3,
-    "skembed._task_input": 3,
-    "skembed.cache": 3,
-    "skembed.embedding": 3,
-    "skembed.examples": 3,
-    "skembed._map_projection": 4,
-    "skembed._mining_task": 4,
-    "skembed._model_mark": 4,
-    "skembed._stored_vectors": 4,
-    "skembed._task_data": 4,
-    "skembed.metrics": 4,
-    "skembed.quantization": 4,
-    "skembed._map_drawing": 5,
-    "skembed._scorers": 5,
-    "skembed.mining": 5,
-    "skembed._protocols": 6,
-    "skembed.distributed": 6,
-    "skembed.lean": 6,
-    "skembed.losses": 6,
-    "skembed.plotting": 6,
-    "skembed.tokenization": 6,
-    "skembed.fused": 7,
-    "skembed.pooling": 8,
-    "skembed._device_search": 9,
-    "skembed._hnsw": 9,
-    "skembed._quantized_layers": 9,
-    "skembed.batches": 9,
-    "skembed.evaluation": 9,
-    "skembed.model": 9,
-    "skembed._document_index": 10,
-    "skembed.checkpoint": 10,
-    "skembed.lora": 10,
-    "skembed._workers": 11,
-    "skembed.registry": 11,
-    "skembed.adapters": 12,
-    "skembed.engine": 12,
-    "skembed.resolution": 13,
-    "skembed.training_state": 13,
-    "skembed.encoder": 14,
-    "skembed.training": 14,
-    "skembed._saving": 15,
-    "skembed.contrastive": 15,
-    "skembed.streaming": 15,
-    "skembed.vectorizer": 16,
-    "skembed._text_estimator": 17,
-    "skembed.mteb": 17,
-    "skembed.parallel": 17,
-    "skembed.classification": 18,
-    "skembed.clustering": 18,
-    "skembed.reranking": 18,
-    "skembed.sts": 18,
-    "skembed.retrieval": 19,
-}
-LAST_TORCH_FREE_LEVEL = 5
-MAX_LINES = 700
 
 # Import name -> distribution, for the packages that every installation has.
 REQUIRED = {
@@ -150,7 +70,6 @@ def module_name(path: Path) -> str:
 SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 MODULES = [name for name in SOURCES if name != "skembed"]
 every_source = pytest.mark.parametrize("name", SOURCES)
-every_module = pytest.mark.parametrize("name", MODULES)
 
 
 @cache
@@ -240,9 +159,9 @@ def test_import_loads_no_other_package() -> None:
     assert run_python(code) == ""
 
 
-def test_low_levels_load_no_torch() -> None:
-    low = [name for name in MODULES if LEVELS.get(name, 99) <= LAST_TORCH_FREE_LEVEL]
-    code = f"import sys, {', '.join(low)}; print({{'torch', 'transformers'}} & set(sys.modules))"
+def test_what_needs_no_torch_loads_none() -> None:
+    light = [name for name in MODULES if not may_import_torch(name.removeprefix("skembed."))]
+    code = f"import sys, {', '.join(light)}; print({{'torch', 'transformers'}} & set(sys.modules))"
     assert run_python(code) == "set()"
 
 
@@ -257,34 +176,7 @@ def test_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
 
-# Layers
-
-
-@every_module
-def test_module_has_a_level(name: str) -> None:
-    assert name in LEVELS, f"say in LEVELS what {name} may import"
-
-
-@every_module
-def test_imports_go_down(name: str) -> None:
-    level = LEVELS.get(name, -1)
-    for node, target in iter_imports(name):
-        where = f"{name}:{node.lineno} imports {target}"
-        assert not target.startswith("."), f"{where}: relative"
-        if target.split(".")[0] != "skembed":
-            continue
-        home = max(
-            (module for module in LEVELS if f"{target}.".startswith(f"{module}.")), default=""
-        )
-        assert home, f"{where}: not a module below it (the package itself is above all)"
-        assert LEVELS[home] < level, f"{where}: level {LEVELS[home]} from level {level}"
-
-
-@every_module
-def test_low_levels_name_no_torch(name: str) -> None:
-    if LEVELS.get(name, 99) <= LAST_TORCH_FREE_LEVEL:
-        roots = {target.split(".")[0] for _, target in iter_imports(name)}
-        assert not roots & {"torch", "transformers"}
+# Imports
 
 
 @every_source
@@ -319,11 +211,6 @@ def test_source_keeps_the_house_rules(name: str) -> None:
             assert not re.fullmatch(r"os\.environ\.(update|setdefault|pop)", function), where
         if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
             assert ast.unparse(node.value) != "os.environ", f"{where}: writes os.environ"
-
-
-@every_source
-def test_source_is_short(name: str) -> None:
-    assert len(SOURCES[name].read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
 # Packages

@@ -20,14 +20,23 @@ import torch
 from engines_worker import make_texts, make_vectorizer
 from sklearn.base import clone
 
-from skembed import ContrastiveTrainer, EmbeddingCache, _workers, engine
-from skembed import registry as registry_module
-from skembed._workers import name_process, run_ahead, run_tasks, share_cores, spread
+from skembed import ContrastiveTrainer, EmbeddingCache
 from skembed.exceptions import CheckpointError, ModelNotFoundError, SkembedWarning
-from skembed.model import NVEmbedModel
-from skembed.registry import registry, resolve_devices
-from skembed.resolution import ResolvedModel, load_in_worker
-from skembed.tokenization import PackedBatch
+from skembed.inference import engine
+from skembed.inference import registry as registry_module
+from skembed.inference import workers as _workers
+from skembed.inference.devices import resolve_devices
+from skembed.inference.registry import registry
+from skembed.inference.settings import ResolvedModel, load_in_worker
+from skembed.inference.workers import (
+    name_process,
+    run_ahead,
+    run_tasks,
+    share_cores,
+    spread,
+)
+from skembed.model.network import NVEmbedModel
+from skembed.model.tokenization import PackedBatch
 
 TOLERANCE = 1e-5  # stated for float32: the same text in any batch, order or subset
 TWO = ["cpu", "cpu"]

@@ -18,12 +18,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, MistralConfig
 
-import skembed.model as model_module
-from skembed import NVEmbedVectorizer, fused, registry
-from skembed.checkpoint import load_model, read_config, resolve_source
+from skembed import NVEmbedVectorizer
 from skembed.exceptions import CausalLeakError, TruncationWarning
-from skembed.model import NVEmbedConfig, NVEmbedModel
-from skembed.tokenization import TextTokenizer, pack_texts
+from skembed.inference import registry as registry_module
+from skembed.model import attention as attention_module
+from skembed.model import cpu_forward as fused
+from skembed.model import loaded as loaded_module
+from skembed.model.checkpoint import load_model
+from skembed.model.config import NVEmbedConfig
+from skembed.model.network import NVEmbedModel
+from skembed.model.sources import read_config, resolve_source
+from skembed.model.tokenization import TextTokenizer, pack_texts
 
 GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
 GOLDEN_VECTORS: dict[str, Any] = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))
@@ -66,7 +71,7 @@ def load(
     model.fuse = path != "stock"
     if folded:
         model.fold_pooling()
-    return model, registry.load_tokenizer(source.folder, config)
+    return model, loaded_module.load_tokenizer(source.folder, config)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -312,26 +317,26 @@ def test_a_leak_stops_the_load(
     message: str,
     dtype: str,
 ) -> None:
-    monkeypatch.setattr(registry, "_proven", set())
+    monkeypatch.setattr(loaded_module, "_proven", set())
     model = load(path=path, dtype=dtype)[0]
-    registry.prove_bidirectional(model, torch.device("cpu"))
-    monkeypatch.setattr(registry, "_proven", set())
+    loaded_module.prove_bidirectional(model, torch.device("cpu"))
+    monkeypatch.setattr(loaded_module, "_proven", set())
     if path == "grouped":
         monkeypatch.setattr(fused, "attend_to_buckets", as_fused(wrong))
     else:
-        monkeypatch.setattr(model_module, "_grouped" if path == "stock" else "_padded", wrong)
+        monkeypatch.setattr(attention_module, "_grouped" if path == "stock" else "_padded", wrong)
     with pytest.raises(CausalLeakError, match=message):
-        registry.prove_bidirectional(model, torch.device("cpu"))
-    assert not registry._proven  # a fault is found again at the next load
+        loaded_module.prove_bidirectional(model, torch.device("cpu"))
+    assert not loaded_module._proven  # a fault is found again at the next load
 
 
 def test_the_vectorizer_proves_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_proven", set())
+    monkeypatch.setattr(loaded_module, "_proven", set())
     # What another test still holds is loaded, and proven, already.
-    monkeypatch.setattr(registry.registry, "_models", weakref.WeakValueDictionary())
+    monkeypatch.setattr(registry_module.registry, "_models", weakref.WeakValueDictionary())
     vectorizer = NVEmbedVectorizer(GOLDEN, device="cpu", dtype="float32", cache=None)
     with monkeypatch.context() as patch:
-        patch.setattr(model_module, "_grouped", causal_attention)
+        patch.setattr(attention_module, "_grouped", causal_attention)
         with pytest.raises(CausalLeakError, match="is causal"):
             vectorizer.transform(TEXTS)
     assert vectorizer.transform(TEXTS).shape == (10, 48)  # usable after it

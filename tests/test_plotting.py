@@ -20,8 +20,13 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from skembed._map_drawing import MAX_LEGEND_ROWS, list_legend
-from skembed._map_groups import (
+from skembed.estimators.classification import EmbeddingClassifier
+from skembed.estimators.clustering import EmbeddingClusterer
+from skembed.estimators.zero_shot import ZeroShotClassifier
+from skembed.exceptions import SkembedWarning
+from skembed.plotting.display import EmbeddingMapDisplay
+from skembed.plotting.drawing import MAX_LEGEND_ROWS, list_legend
+from skembed.plotting.groups import (
     MARKERS,
     N_PLAIN_COLORS,
     NOISE_COLOR,
@@ -29,12 +34,8 @@ from skembed._map_groups import (
     read_groups,
     shorten_name,
 )
-from skembed._map_layout import choose_point_size, find_anchors, find_frame, place_boxes
-from skembed._map_projection import read_hover_texts
-from skembed.classification import EmbeddingClassifier, ZeroShotClassifier
-from skembed.clustering import EmbeddingClusterer
-from skembed.exceptions import SkembedWarning
-from skembed.plotting import EmbeddingMapDisplay
+from skembed.plotting.layout import choose_point_size, find_anchors, find_frame, place_boxes
+from skembed.plotting.projection import read_hover_texts
 
 pyplot = pytest.importorskip("matplotlib.pyplot", reason="needs matplotlib: skembed[plot]")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from skembed.pooling import (
+from skembed.model.pooling import (
     EosPooling,
     FoldedLatentAttention,
     LatentAttention,

@@ -16,10 +16,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from skembed import NVEmbedVectorizer
-from skembed._quantization import N_SPARE, Levels, Ranges
-from skembed._stored_vectors import StoredVectors
-from skembed.quantization import PRECISIONS, EmbeddingQuantizer
-from skembed.retrieval import Retriever
+from skembed.estimators.quantization import PRECISIONS, EmbeddingQuantizer
+from skembed.estimators.retrieval import Retriever
+from skembed.search.codes import Levels, Ranges
+from skembed.search.stored_vectors import StoredVectors
+from skembed.search.top_k import N_SPARE
 
 every_precision = pytest.mark.parametrize("precision", PRECISIONS)
 bytewise = pytest.mark.parametrize("precision", ["int8", "uint8"])

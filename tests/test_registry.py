@@ -24,24 +24,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skembed import NVEmbedVectorizer
-from skembed import model as model_module
-from skembed import registry as registry_module
-from skembed.checkpoint import ModelSource, fingerprint_weights, load_model, read_config
 from skembed.exceptions import CausalLeakError, CheckpointError
-from skembed.model import NVEmbedModel
-from skembed.registry import (
-    Lease,
-    LoadedModel,
-    ModelKey,
-    ModelRegistry,
+from skembed.inference import devices
+from skembed.inference import registry as registry_module
+from skembed.inference.devices import (
     choose_attention_path,
     cpu_has_bfloat16,
-    prove_bidirectional,
-    registry,
     resolve_device,
     resolve_dtype,
 )
-from skembed.tokenization import PackedBatch
+from skembed.inference.registry import Lease, ModelRegistry, registry
+from skembed.model import attention as model_module
+from skembed.model.checkpoint import load_model
+from skembed.model.loaded import LoadedModel, ModelKey, prove_bidirectional
+from skembed.model.network import NVEmbedModel, loaded
+from skembed.model.sources import ModelSource, fingerprint_weights, read_config
+from skembed.model.tokenization import PackedBatch
 
 CPU = torch.device("cpu")
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -87,7 +85,7 @@ def is_alive(reference: weakref.ref[LoadedModel]) -> bool:
 
 
 def test_one_load_under_threads(fresh_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, load, n_loads = ModelRegistry(), registry_module._load, []
+    own, load, n_loads = ModelRegistry(), loaded.load_registered, []
     barrier = threading.Barrier(8)
 
     def slow_load(*args: Any) -> LoadedModel:
@@ -95,7 +93,7 @@ def test_one_load_under_threads(fresh_dir: Path, monkeypatch: pytest.MonkeyPatch
         time.sleep(0.1)
         return load(*args)
 
-    monkeypatch.setattr(registry_module, "_load", slow_load)
+    monkeypatch.setattr(loaded, "load_registered", slow_load)
     arguments = make_key(fresh_dir)
 
     def get(_: int) -> LoadedModel:
@@ -117,7 +115,7 @@ def test_two_keys_load_side_by_side(fresh_dir: Path, monkeypatch: pytest.MonkeyP
         together.wait(timeout=20)
         return LoadedModel(key, config, None, None)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(registry_module, "_load", load)
+    monkeypatch.setattr(loaded, "load_registered", load)
     with ThreadPoolExecutor(2) as pool:
         keys = [key, replace(key, dtype="bfloat16")]
         models = list(pool.map(lambda key: own.get(key, source, config), keys))
@@ -199,7 +197,7 @@ def test_device_dtype_and_pooling_make_their_own_entry(
     def load(key: ModelKey, source: ModelSource, config: Any) -> LoadedModel:
         return LoadedModel(key, config, None, None)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(registry_module, "_load", load)
+    monkeypatch.setattr(loaded, "load_registered", load)
     own = ModelRegistry()
     changes = [
         {},
@@ -241,7 +239,7 @@ def test_worker_process_keeps_the_models_used_last(
     def load(key: ModelKey, source: ModelSource, config: Any) -> LoadedModel:
         return LoadedModel(key, config, None, None)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(registry_module, "_load", load)
+    monkeypatch.setattr(loaded, "load_registered", load)
     own = ModelRegistry()
     key, source, config = make_key(fresh_dir)
     own.get(key, source, config)
@@ -272,7 +270,7 @@ def test_loaded_model_tells_its_size(fresh_dir: Path) -> None:
 def nothing_proven(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     """A process in which no attention path has been checked yet."""
     proven: set[Any] = set()
-    monkeypatch.setattr(registry_module, "_proven", proven)
+    monkeypatch.setattr(loaded, "_proven", proven)
     return proven
 
 
@@ -361,7 +359,7 @@ def test_each_path_is_proven_once_and_at_loading(
     def no_more(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("proven already")
 
-    monkeypatch.setattr(registry_module, "_first_positions", no_more)
+    monkeypatch.setattr(loaded, "_first_positions", no_more)
     own.get(*make_key(fresh_dir))
     with pytest.raises(AssertionError, match="proven already"):
         own.get(*make_key(fresh_dir, attention_path="padded"))
@@ -418,7 +416,7 @@ def test_resolve_device_refuses_absent_devices(machine: Callable[..., None]) -> 
 
 def test_resolve_dtype(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(registry_module, "cpu_has_bfloat16", lambda native=native: native)
+        monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda native=native: native)
         assert resolve_dtype("auto", CPU) == dtype
         assert resolve_dtype("auto", torch.device("mps")) == torch.float32
     cuda = torch.device("cuda", 0)

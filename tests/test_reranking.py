@@ -17,8 +17,9 @@ from sklearn.model_selection import GroupKFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from skembed import ContrastiveTrainer, NVEmbedVectorizer, reranking
-from skembed.reranking import Reranker, _make_rows
+from skembed import ContrastiveTrainer, NVEmbedVectorizer
+from skembed.estimators import reranking
+from skembed.estimators.reranking import Reranker, _make_rows
 
 DIM = 48
 GOLDEN = Path(__file__).parent / "golden" / "nvembed-tiny"

@@ -22,11 +22,14 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from skembed import NVEmbedVectorizer, _document_index, _index_file, _quantization
-from skembed._device_search import top_k_rows_on_device
-from skembed._stored_vectors import STORAGE_KINDS, StoredVectors
-from skembed.retrieval import Retriever
-from skembed.similarity import top_k_rows
+from skembed import NVEmbedVectorizer
+from skembed.estimators.retrieval import Retriever
+from skembed.search import index as _document_index
+from skembed.search import index_file as _index_file
+from skembed.search import top_k as _quantization
+from skembed.search.gpu import top_k_rows_on_device
+from skembed.search.stored_vectors import STORAGE_KINDS, StoredVectors
+from skembed.search.top_k import top_k_rows
 
 N, M, DIM = 13, 400, 24
 GOLDEN = Path(__file__).parent / "golden" / "nvembed-tiny"

@@ -21,11 +21,12 @@ from conftest import ROOT
 from sklearn.base import clone
 
 import skembed
-from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer, resolution
-from skembed.encoder import Encoder
+from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer
 from skembed.exceptions import ModelNotFoundError, SkembedWarning, TruncationWarning
-from skembed.registry import LEASE_SETTINGS
-from skembed.resolution import Settings
+from skembed.inference import settings as resolution
+from skembed.inference.encoder import Encoder
+from skembed.inference.registry import LEASE_SETTINGS
+from skembed.inference.settings import Settings
 
 GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from skembed import similarity
+from skembed.search import top_k as similarity
+from skembed.search.top_k import top_k_blocks, top_k_rows
 from skembed.similarity import (
     TopK,
     check_index_pairs,
@@ -17,8 +18,6 @@ from skembed.similarity import (
     normalize_rows,
     paired_cosine,
     paired_dot,
-    top_k_blocks,
-    top_k_rows,
 )
 
 N, M, DIM = 23, 41, 4

@@ -20,10 +20,12 @@ from conftest import ROOT
 from stream_kills import make_texts, make_up
 
 import skembed
-from skembed import EmbeddingCache, NVEmbedVectorizer, SkembedWarning, _shards, streaming
+from skembed import EmbeddingCache, NVEmbedVectorizer, SkembedWarning
 from skembed._files import hold_lock
-from skembed.encoder import Encoder
-from skembed.streaming import StreamReport, open_embeddings
+from skembed.inference.encoder import Encoder
+from skembed.streaming import stream as streaming
+from skembed.streaming import targets as _shards
+from skembed.streaming.stream import StreamReport, open_embeddings
 
 pa = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install skembed[stream]")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -891,7 +893,9 @@ def test_token_budget_of_the_first_shard_holds_for_all(
 ) -> None:
     """On a GPU, "auto" follows the memory that is free at the moment."""
     budgets = iter([300, 200, 100, 90])
-    monkeypatch.setattr("skembed.engine.default_batch_tokens", lambda loaded: next(budgets))
+    monkeypatch.setattr(
+        "skembed.inference.engine.default_batch_tokens", lambda loaded: next(budgets)
+    )
     embed, seen = Encoder.embed, []
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:

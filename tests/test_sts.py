@@ -19,10 +19,11 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import estimator_checks_generator, parametrize_with_checks
 
-from skembed import ContrastiveTrainer, NVEmbedVectorizer, sts
+from skembed import ContrastiveTrainer, NVEmbedVectorizer
+from skembed.estimators import sts
+from skembed.estimators.sts import SimilarityRegressor
 from skembed.exceptions import SkembedWarning
 from skembed.similarity import paired_cosine
-from skembed.sts import SimilarityRegressor
 
 WORDS = np.array("card account fee bank open lost new old cheap fast slow red green".split())
 

@@ -10,9 +10,9 @@ import torch
 from conftest import ROOT
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from skembed.checkpoint import resolve_source
 from skembed.exceptions import CheckpointError
-from skembed.tokenization import TextTokenizer, iterate_batches, pack_texts, round_up
+from skembed.model.sources import resolve_source
+from skembed.model.tokenization import TextTokenizer, iterate_batches, pack_texts, round_up
 
 GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
 TEXTS: list[str] = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))["texts"]

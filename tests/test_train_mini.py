@@ -23,8 +23,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, average_precision_score, ndcg_score, v_measure_score
 from torch.nn import functional as F
 
-from skembed.model import NVEmbedModel
-from skembed.tokenization import PackedBatch, pack_texts
+from skembed.model.network import NVEmbedModel
+from skembed.model.tokenization import PackedBatch, pack_texts
 
 RECIPE = ROOT / "examples" / "train_mini"
 WORDS = ("cat", "dog", "tax", "loan", "rain", "snow", "bread", "salt")

@@ -26,13 +26,17 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from sklearn.metrics import pairwise_distances_argmin
 
-from skembed import ContrastiveTrainer, NVEmbedVectorizer, adapters, contrastive, training
-from skembed.contrastive import _validation
-from skembed.examples import TrainingTask, check_examples, split_validation
+from skembed import ContrastiveTrainer, NVEmbedVectorizer
+from skembed.adapters import peft_files as adapters
 from skembed.exceptions import CheckpointError, SkembedWarning, TrainingError
 from skembed.history import STEP_COLUMNS, TrainingHistory
-from skembed.registry import registry
-from skembed.training_state import STATE_FILE
+from skembed.inference.registry import registry
+from skembed.training import validation as contrastive
+from skembed.training import validation as validation_module
+from skembed.training.examples import TrainingTask, check_examples
+from skembed.training.loop import loop
+from skembed.training.state import STATE_FILE
+from skembed.training.validation import split_validation, validation
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "nvembed-tiny"
 PARTIAL = f".{STATE_FILE}.partial"
@@ -104,13 +108,13 @@ def timeless(history: TrainingHistory) -> dict[str, Any]:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps whose gradients were taken."""
     taken: list[int] = []
-    accumulate = training._Learner.accumulate
+    accumulate = loop._Learner.accumulate
 
     def counting(self: Any, batch: Any, step: int) -> Any:
         taken.append(step)
         return accumulate(self, batch, step)
 
-    monkeypatch.setattr(training._Learner, "accumulate", counting)
+    monkeypatch.setattr(loop._Learner, "accumulate", counting)
     return taken
 
 
@@ -261,7 +265,7 @@ def test_history_is_drawn(early_stopping: bool) -> None:
 def test_progress_shows_loss_and_speed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "PROGRESS_DELAY_S", 600.0)  # however slow this machine is
+    monkeypatch.setattr(loop, "PROGRESS_DELAY_S", 600.0)  # however slow this machine is
     make(verbose=True).fit(PAIRS)
     shown = capsys.readouterr().err
     assert "training" in shown
@@ -285,7 +289,7 @@ def test_accuracy_is_that_of_the_nearest_centroid(rng: np.random.Generator) -> N
     train, held = split_validation(examples, 0.3, 0)
     vectors = random_units(len(texts), rng)
     rows = np.arange(len(texts))
-    check = _validation(examples, train, held, rows, rows, 0)
+    check = validation(examples, train, held, rows, rows, 0)
     # On unit centroids, the nearest one is that of the highest cosine.
     unit = np.stack([vectors[train][examples.labels[train] == k].mean(0) for k in range(3)])
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
@@ -302,7 +306,7 @@ def test_correlation_is_scipys(rng: np.random.Generator) -> None:
     train, held = split_validation(examples, 0.5, 0)
     n = len(examples.texts)
     vectors = random_units(2 * n, rng)
-    check = _validation(examples, train, held, np.arange(n), n + np.arange(n), 0)
+    check = validation(examples, train, held, np.arange(n), n + np.arange(n), 0)
     left = vectors[examples.columns[held, 0]]
     right = vectors[n + examples.columns[held, 1]]
     expected = spearmanr((left * right).sum(1), scores[held]).statistic
@@ -321,7 +325,7 @@ def test_reciprocal_rank_by_hand(n_candidates: int, rng: np.random.Generator) ->
     train, held = split_validation(examples, 0.4, 0)
     n = len(examples.texts)
     vectors = random_units(2 * n, rng)
-    check = _validation(examples, train, held, np.arange(n), n + np.arange(n), 0)
+    check = validation(examples, train, held, np.arange(n), n + np.arange(n), 0)
     known: dict[int, set[int]] = {t: set() for t in range(n)}
     for a, p, _ in examples.columns.tolist():
         known[a].add(p)
@@ -343,7 +347,7 @@ def test_reciprocal_rank_needs_no_matrix_of_all_cosines(rng: np.random.Generator
     train, held = split_validation(examples, 0.5, 0)
     vectors = random_units(len(examples.texts), rng, dim=4)
     rows = np.arange(len(examples.texts))
-    check = _validation(examples, train, held, rows, rows, 0)
+    check = validation(examples, train, held, rows, rows, 0)
     tracemalloc.start()
     check.score(lambda wanted: vectors[wanted])
     peak = tracemalloc.get_traced_memory()[1]
@@ -408,7 +412,7 @@ def test_the_held_out_part_is_never_trained_on(kind: str, monkeypatch: pytest.Mo
     unseen = {examples.texts[i] for i in examples.columns[held].ravel()}
     unseen -= {examples.texts[i] for i in np.delete(examples.columns, held, axis=0).ravel()}
     seen: set[int] = set()
-    build = training.BatchPlan.build
+    build = loop.BatchPlan.build
 
     def recording(self: Any, step: int, listed: Any) -> Any:
         batch = build(self, step, listed)
@@ -421,7 +425,7 @@ def test_the_held_out_part_is_never_trained_on(kind: str, monkeypatch: pytest.Mo
                     seen.add(text)
         return batch
 
-    monkeypatch.setattr(training.BatchPlan, "build", recording)
+    monkeypatch.setattr(loop.BatchPlan, "build", recording)
     make(validation_fraction=0.4, max_steps=None, batch_size=4).fit(X, y)
     assert unseen
     assert not seen & unseen
@@ -436,8 +440,8 @@ def fake_scores(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
     left = iter(scores)
     original = contrastive._validation
 
-    def scripted(*args: Any) -> training.Validation:
-        return training.Validation(original(*args).metric, lambda embed: next(left))
+    def scripted(*args: Any) -> validation_module.Validation:
+        return validation_module.Validation(original(*args).metric, lambda embed: next(left))
 
     monkeypatch.setattr(contrastive, "_validation", scripted)
 
@@ -457,7 +461,7 @@ def test_the_best_adapter_is_kept(
 ) -> None:
     parameters = {"max_steps": 6, "validation_fraction": 0.3, "epochs": 6}
     states = {}
-    write = training.Checkpoints.write
+    write = loop.Checkpoints.write
 
     def keeping(self: Any, tensors: Any, values: Any) -> None:
         for name, tensor in tensors.items():
@@ -467,7 +471,7 @@ def test_the_best_adapter_is_kept(
                 )
         write(self, tensors, values)
 
-    monkeypatch.setattr(training.Checkpoints, "write", keeping)
+    monkeypatch.setattr(loop.Checkpoints, "write", keeping)
     make(**parameters, checkpoint_dir=tmp_path / "all", checkpoint_steps=1).fit(TEXTS, LABELS)
     fake_scores(monkeypatch, scores)
     emb = make(**parameters, early_stopping=True, patience=2).fit(TEXTS, LABELS)
@@ -600,14 +604,14 @@ def test_a_rare_class_or_score_does_not_end_a_run(kind: str) -> None:
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Press Ctrl-C when the bar has reached a step."""
 
-    class Interrupted(training.tqdm):  # type: ignore[misc, name-defined]
+    class Interrupted(loop.tqdm):  # type: ignore[misc, name-defined]
         def update(self, n: float = 1) -> Any:
             self.passed = getattr(self, "passed", 0) + 1
             if self.passed == step:
                 raise KeyboardInterrupt
             return super().update(n)
 
-    monkeypatch.setattr(training, "tqdm", Interrupted)
+    monkeypatch.setattr(loop, "tqdm", Interrupted)
 
 
 def test_an_interrupted_run_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,7 +626,7 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -
     assert np.isfinite(emb.transform(TEXTS)).all()
     # It is the adapter of step 3: three steps of the whole schedule, by another way.
     monkeypatch.setattr(
-        training,
+        loop,
         "compute_learning_rate",
         lambda trainer, step, n_steps: float(whole.history_["learning_rate"][step]),
     )
@@ -648,7 +652,7 @@ def test_interrupted_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> N
     def accumulate(*args: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._Learner, "accumulate", accumulate)
+    monkeypatch.setattr(loop._Learner, "accumulate", accumulate)
     with pytest.warns(SkembedWarning, match="interrupted after 0 steps"):
         emb = make().fit(TEXTS, LABELS)
     frozen = make().set_params(trainer=None).fit(TEXTS).transform(TEXTS)
@@ -883,20 +887,20 @@ def test_half_a_file_of_a_killed_write_is_passed_over(before: bool, run: Path) -
 
 def test_a_state_every_so_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[int, bool]] = []
-    write = training.Checkpoints.write
+    write = loop.Checkpoints.write
 
     def recording(self: Any, tensors: Any, values: Any) -> None:
         written.append((values["step"], values["done"]))
         write(self, tensors, values)
 
-    monkeypatch.setattr(training.Checkpoints, "write", recording)
+    monkeypatch.setattr(loop.Checkpoints, "write", recording)
     make(checkpoint_dir=tmp_path / "a", checkpoint_steps=3, max_steps=7, epochs=9).fit(PAIRS)
     assert written == [(3, False), (6, False), (7, True)]
     written.clear()
     make(checkpoint_dir=tmp_path / "b").fit(PAIRS)
     assert written == [(2, True)], "by the clock, and this one was short"
     written.clear()
-    monkeypatch.setattr("skembed.training_state.INTERVAL_S", 0.0)
+    monkeypatch.setattr("skembed.training.state.INTERVAL_S", 0.0)
     make(checkpoint_dir=tmp_path / "c").fit(PAIRS)
     assert written == [(1, False), (2, False), (2, True)]
 

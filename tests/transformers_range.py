@@ -70,9 +70,10 @@ def check_release() -> dict[str, Any]:
     import torch
     import transformers
 
-    from skembed import registry as module
-    from skembed.checkpoint import load_model, read_config, resolve_source
-    from skembed.tokenization import pack_texts
+    from skembed.model import loaded as module
+    from skembed.model.checkpoint import load_model
+    from skembed.model.sources import read_config, resolve_source
+    from skembed.model.tokenization import pack_texts
 
     golden = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))
     source = resolve_source(GOLDEN)
@@ -110,7 +111,8 @@ def check_rotary(form: str) -> float:
     """Relative error of the rotary frequencies for a base given in one of the two forms."""
     import torch
 
-    from skembed.model import NVEmbedConfig, NVEmbedModel
+    from skembed.model.config import NVEmbedConfig
+    from skembed.model.network import NVEmbedModel
 
     base, width = 1234.5, 8
     values = json.loads((GOLDEN / "config.json").read_text(encoding="utf-8"))

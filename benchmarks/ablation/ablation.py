@@ -51,16 +51,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from skembed.lean import plan_buckets
-from skembed.losses import info_nce
-from skembed.model import NVEmbedConfig, NVEmbedModel
-from skembed.tokenization import (
+from skembed.model.config import NVEmbedConfig
+from skembed.model.cpu_kernels import plan_buckets
+from skembed.model.network import NVEmbedModel
+from skembed.model.tokenization import (
     PackedBatch,
     TextTokenizer,
     iterate_batches,
     pack_texts,
     round_up,
 )
+from skembed.training.losses import info_nce
 
 CAUSAL = "skembed-causal"
 

@@ -13,9 +13,9 @@ import corpus
 import numpy as np
 
 from skembed import NVEmbedVectorizer, mine_hard_negatives
-from skembed.checkpoint import resolve_source
 from skembed.instructions import format_instruction, resolve_instruction
-from skembed.tokenization import TextTokenizer
+from skembed.model.sources import resolve_source
+from skembed.model.tokenization import TextTokenizer
 
 TEMPLATE = "Instruct: {instruction}\nQuery: "
 PASSAGES = "NQ"  # names known to skembed.instructions stand for their task text

@@ -35,7 +35,8 @@ from recipe import Recipe, parse_folders, refine_paths, work_paths
 from safetensors.torch import load_file
 
 from skembed import ContrastiveTrainer, NVEmbedVectorizer, TrainingTask
-from skembed.checkpoint import read_config, resolve_source, save_checkpoint
+from skembed.model.checkpoint import save_checkpoint
+from skembed.model.sources import read_config, resolve_source
 
 SHARES = (0.0, 0.25, 0.5, 1.0)  # of a stage's change
 RETRIEVAL_FILES = """

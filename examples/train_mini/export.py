@@ -13,7 +13,7 @@ import torch
 from prepare import build_config
 from recipe import Recipe, parse_folders, refine_paths, work_paths
 
-from skembed.checkpoint import save_checkpoint
+from skembed.model.checkpoint import save_checkpoint
 
 
 def export(paths: dict[str, Path], out: Path, recipe: Recipe) -> None:

@@ -36,8 +36,8 @@ from teacher import EPS, HEADS, PackedTeacher
 from torch import Tensor
 from torch.nn import functional as F
 
-from skembed.model import NVEmbedModel
-from skembed.tokenization import PackedBatch
+from skembed.model.network import NVEmbedModel
+from skembed.model.tokenization import PackedBatch
 
 SILU_SCALE = 1.702
 

@@ -8,7 +8,7 @@ import torch
 from recipe import Recipe
 from torch import Tensor, nn
 
-from skembed.model import NVEmbedModel
+from skembed.model.network import NVEmbedModel
 
 
 class MasterAdamW:

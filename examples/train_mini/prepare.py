@@ -20,8 +20,9 @@ from recipe import Recipe, parse_folders, work_paths, write_whole
 from teacher import PackedTeacher
 from tokenizers import Tokenizer
 
-from skembed.model import NVEmbedConfig, NVEmbedModel
-from skembed.tokenization import PackedBatch, TextTokenizer, pack_texts
+from skembed.model.config import NVEmbedConfig
+from skembed.model.network import NVEmbedModel
+from skembed.model.tokenization import PackedBatch, TextTokenizer, pack_texts
 
 
 def build_config(recipe: Recipe) -> NVEmbedConfig:

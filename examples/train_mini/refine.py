@@ -20,7 +20,7 @@ from prepare import load_tokenizer, read_texts
 from recipe import Recipe, parse_folders, refine_paths, work_paths
 from train import Distillation, Texts
 
-from skembed.tokenization import TextTokenizer
+from skembed.model.tokenization import TextTokenizer
 
 
 def collect_related(data: Path, recipe: Recipe, words: int) -> dict[str, list[str]]:

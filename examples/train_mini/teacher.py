@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from skembed.lean import ProductAttention
-from skembed.tokenization import PackedBatch
+from skembed.model.cpu_kernels import ProductAttention
+from skembed.model.tokenization import PackedBatch
 
 HEADS = 12
 LAYERS = 6

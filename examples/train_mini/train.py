@@ -25,9 +25,14 @@ from teacher import PackedTeacher
 from torch import Tensor
 from torch.nn import functional as F
 
-from skembed.model import NVEmbedModel
-from skembed.pooling import segment_mean
-from skembed.tokenization import PackedBatch, TextTokenizer, iterate_batches, pack_texts
+from skembed.model.network import NVEmbedModel
+from skembed.model.pooling import segment_mean
+from skembed.model.tokenization import (
+    PackedBatch,
+    TextTokenizer,
+    iterate_batches,
+    pack_texts,
+)
 
 LOG_EVERY_S = 60.0
 SCORE_EVERY = 15  # entries of the log: the scores cost as much as two minutes of training

@@ -1,0 +1,290 @@
+"""An adapter: what one estimator learned, bound to a backbone that several estimators share.
+
+An `Adapter` holds the LoRA matrices and, where it was trained, the pooling layer. It never touches
+the model in the registry. `Adapter.bind` builds a *view* of that model: a module tree of its own
+whose parameters are the registered model's own tensors, with `LoraLinear` in the place of the
+adapted layers. So any number of adapters run on one copy of the base weights, also at once in
+several threads; a view goes with its adapter, and the base is never written to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from skembed._files import write_json
+from skembed.adapters.lora import LoraLinear, LoraSettings, insert_lora, share_weights
+from skembed.adapters.peft_files import (
+    HEADER_KEY,
+    PEFT_PREFIX,
+    check_keys,
+    model_layer,
+    read_header,
+    read_settings,
+)
+from skembed.adapters.targets import expected_shapes
+from skembed.exceptions import CheckpointError
+from skembed.model.checkpoint import (
+    BACKBONE_PREFIX,
+    POOLING_PREFIX,
+    read_tensors,
+    write_tensors,
+)
+from skembed.model.config import NVEmbedConfig
+from skembed.model.cpu_forward import pack_weights
+from skembed.model.loaded import LoadedModel
+from skembed.model.network import load_pooling, pooling_shapes
+from skembed.model.pooling import FoldedLatentAttention, LatentAttention
+from skembed.model.sources import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    CONTENT_DIGITS,
+    POOLING_FILE,
+    read_json,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Adapter", "merge_adapter"]
+
+
+@dataclass(eq=False)
+class Adapter:
+    """What one estimator learned; small, picklable, on the CPU.
+
+    Attributes
+    ----------
+    settings : LoraSettings
+        Sizes, under peft's names.
+    lora : dict of str to Tensor
+        ``<layer>.lora_A.weight`` (r, in) and ``<layer>.lora_B.weight`` (out, r), float32, layer
+        names as in `MistralModel`.
+    pooling : dict of str to Tensor
+        Weights of the pooling layer where it was trained, else empty.
+    base_fingerprint : str
+        The model it was trained on.
+    """
+
+    settings: LoraSettings
+    lora: dict[str, Tensor]
+    pooling: dict[str, Tensor]
+    base_fingerprint: str
+    _views: list[LoadedModel] = field(default_factory=list, repr=False)
+    _lock: Any = field(default_factory=threading.Lock, repr=False)
+    _fits: NVEmbedConfig | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Sizes and weights; no view, no base weights."""
+        state = {"settings": self.settings, "base_fingerprint": self.base_fingerprint}
+        for name in ("lora", "pooling"):
+            state[name] = {key: value.numpy() for key, value in getattr(self, name).items()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; arrays become tensors again."""
+        self.settings, self.base_fingerprint = state["settings"], state["base_fingerprint"]
+        for name in ("lora", "pooling"):
+            # Copied: joblib's maps are read-only, and torch's own alignment gives equal bits.
+            tensors = {key: torch.tensor(value) for key, value in state[name].items()}
+            setattr(self, name, tensors)
+        self._views, self._lock, self._fits = [], threading.Lock(), None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of what vectors depend on: base model, scale, weights; 32 hexadecimal digits."""
+        digest = hashlib.blake2b(digest_size=16)
+        scale = [self.settings.r, float(self.settings.lora_alpha)]
+        digest.update(json.dumps([self.base_fingerprint[:CONTENT_DIGITS], *scale]).encode())
+        for group in (self.lora, self.pooling):
+            for name in sorted(group):
+                digest.update(name.encode())
+                digest.update(group[name].contiguous().numpy().data)
+        return digest.hexdigest()
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the adapted layers, sorted."""
+        return sorted({name.rsplit(".", 2)[0] for name in self.lora})
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the weights."""
+        return sum(tensor.nbytes for tensor in (*self.lora.values(), *self.pooling.values()))
+
+    def bind(self, base: LoadedModel) -> LoadedModel:
+        """A view of the base model with this adapter in it, made once; safe under threads.
+
+        Raises
+        ------
+        CheckpointError
+            When the adapter belongs to another model.
+        """
+        return self.bind_all([base])[0]
+
+    def bind_all(self, bases: Sequence[LoadedModel]) -> list[LoadedModel]:
+        """A view, as `bind` gives it, of each of several copies of the base model.
+
+        Raises
+        ------
+        CheckpointError
+            As `bind`.
+        """
+        for base in bases:
+            self.check_base(base.key.fingerprint)
+        with self._lock:
+            made = {id(view.base): view for view in self._views}
+            for base in bases:
+                if id(base) not in made:
+                    made[id(base)] = self._build_view(base)
+            views = [made[id(base)] for base in bases]
+            self._views = list(dict.fromkeys(views))  # and no longer those of other devices
+            return views
+
+    def check_base(self, fingerprint: str) -> None:
+        """Refuse a base model that the adapter was not trained on."""
+        if fingerprint[:CONTENT_DIGITS] != self.base_fingerprint[:CONTENT_DIGITS]:
+            raise CheckpointError(
+                "The adapter was trained on another model: weights, config.json or tokenizer of "
+                f"the base differ (fingerprint {self.base_fingerprint[:8]}..., got "
+                f"{fingerprint[:8]}...). Pass the model it was trained on as `model`, or train "
+                "again."
+            )
+
+    def check_pooling(self, config: NVEmbedConfig) -> None:
+        """Refuse a model with another pooling than the one that was trained."""
+        found = {name: tuple(tensor.shape) for name, tensor in self.pooling.items()}
+        if not found or self._fits == config:  # once: at each use it would take a millisecond
+            return
+        if found != pooling_shapes(config):
+            raise CheckpointError(
+                "The adapter brings a trained pooling layer that is not of the kind "
+                f"{config.pooling!r}. Leave the `pooling` parameter of `NVEmbedVectorizer` as it "
+                "was in training, or train again."
+            )
+        self._fits = config
+
+    def _build_view(self, base: LoadedModel) -> LoadedModel:
+        """The base's module tree, its tensors shared, the adapted layers and pooling replaced."""
+        model = share_weights(base.model)
+        insert_lora(model, self.settings, self._on(base.device, self.lora))
+        for module in model.modules():
+            if isinstance(module, LoraLinear):
+                module.freeze()
+        if self.pooling:
+            pooling = load_pooling(base.config, self._on(base.device, self.pooling))
+            if isinstance(pooling, LatentAttention):
+                pooling = FoldedLatentAttention(pooling)
+            model.latent_attention_model = pooling.to(base.key.compute_dtype)
+            pack_weights(model.latent_attention_model)
+        model.eval().requires_grad_(False)
+        key = replace(base.key, fingerprint=f"{base.key.fingerprint}+{self.fingerprint}")
+        return LoadedModel(key, base.config, model, base.tokenizer, base)
+
+    @staticmethod
+    def _on(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on a device."""
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    # Files
+
+    def save(
+        self,
+        folder: Path,
+        *,
+        base_name: str,
+        base_revision: str | None,
+        pooling_kind: str | None = None,
+    ) -> None:
+        """Write peft's two files, and the pooling's beside them; the configuration last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
+        lora = {PEFT_PREFIX + name: tensor for name, tensor in self.lora.items()}
+        header = {
+            "base_fingerprint": self.base_fingerprint,
+            "pooling": pooling_kind,
+            "trained_pooling": bool(self.pooling),
+        }
+        write_tensors(folder / ADAPTER_WEIGHTS_FILE, lora, {HEADER_KEY: json.dumps(header)})
+        if self.pooling:
+            pooling = {POOLING_PREFIX + name: tensor for name, tensor in self.pooling.items()}
+            write_tensors(folder / POOLING_FILE, pooling)
+        else:
+            (folder / POOLING_FILE).unlink(missing_ok=True)
+        write_json(folder / ADAPTER_CONFIG_FILE, self._peft_config(base_name, base_revision))
+
+    def _peft_config(self, base_name: str, base_revision: str | None) -> dict[str, Any]:
+        """The adapter_config.json that peft reads."""
+        settings = self.settings
+        targets = settings.target_modules
+        return {
+            "peft_type": "LORA",
+            "task_type": "FEATURE_EXTRACTION",
+            "base_model_name_or_path": base_name,
+            "revision": base_revision,
+            "inference_mode": True,
+            "r": settings.r,
+            "lora_alpha": settings.lora_alpha,
+            "lora_dropout": settings.lora_dropout,
+            "target_modules": targets if isinstance(targets, str) else list(targets),
+            "bias": "none",
+        }
+
+    @classmethod
+    def load(cls, folder: Path, config: NVEmbedConfig, base_fingerprint: str) -> Adapter:
+        """Read what `save`, or peft on the same backbone, wrote.
+
+        Raises
+        ------
+        CheckpointError
+            When a key is missing, foreign or misshapen, when the adapter was trained on another
+            model, or when it uses what this module does not compute.
+        """
+        values = read_json(folder / ADAPTER_CONFIG_FILE)
+        settings = read_settings(values, folder)
+        header = read_header(folder / ADAPTER_WEIGHTS_FILE)
+        lora = {
+            model_layer(name): tensor
+            for name, tensor in read_tensors(folder / ADAPTER_WEIGHTS_FILE).items()
+        }
+        check_keys(lora, expected_shapes(config, settings), folder / ADAPTER_WEIGHTS_FILE)
+        pooling = {}
+        # Without its file a trained pooling must not fall back to the base model's in silence.
+        if header.get("trained_pooling") or (folder / POOLING_FILE).is_file():
+            stored = read_tensors(folder / POOLING_FILE)
+            pooling = {n.removeprefix(POOLING_PREFIX): t for n, t in stored.items()}
+            check_keys(pooling, pooling_shapes(config), folder / POOLING_FILE)
+        trained_on = header.get("base_fingerprint", base_fingerprint)
+        adapter = cls(settings, lora, pooling, trained_on)
+        adapter.check_base(base_fingerprint)
+        return adapter
+
+
+def merge_adapter(
+    adapter: Adapter, tensors: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors with the update added and the pooling replaced.
+
+    Computed in float32 and rounded once to the type each tensor is stored in.
+    """
+    layers = set(adapter.targets)
+    for name, tensor in tensors:
+        layer = name.removeprefix(BACKBONE_PREFIX).removesuffix(".weight")
+        pooled = adapter.pooling.get(name.removeprefix(POOLING_PREFIX))
+        if name.startswith(BACKBONE_PREFIX) and layer in layers:
+            a, b = (adapter.lora[f"{layer}.lora_{kind}.weight"] for kind in "AB")
+            merged = tensor.float() + adapter.settings.scaling * (b @ a)
+            yield name, merged.to(tensor.dtype)
+        elif name.startswith(POOLING_PREFIX) and pooled is not None:
+            yield name, pooled.to(tensor.dtype)
+        else:
+            yield name, tensor

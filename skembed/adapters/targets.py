@@ -1,0 +1,89 @@
+"""The layers that LoRA adapts, as peft names them, and their fresh weights."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skembed._validation import import_optional
+from skembed.adapters.lora import LoraSettings
+from skembed.model.config import NVEmbedConfig
+from skembed.model.network import backbone_on_meta
+
+__all__ = ["ALL_LINEAR", "expected_shapes", "find_targets", "start_lora"]
+
+ALL_LINEAR = "all-linear"
+
+
+def start_lora(
+    config: NVEmbedConfig, settings: LoraSettings, seed: np.random.SeedSequence
+) -> dict[str, Tensor]:
+    """Fresh matrices: A uniform in ±1/sqrt(in) as in peft, B zero, so that nothing changes yet.
+
+    Raises
+    ------
+    ImportError
+        When peft is not installed.
+    ValueError
+        When `target_modules` names no linear layer of the backbone.
+    """
+    backbone = backbone_on_meta(config)
+    generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint32)[0]))
+    lora = {}
+    for layer in find_targets(config, settings):
+        base: Any = backbone.get_submodule(layer)
+        bound = base.in_features**-0.5
+        a = torch.empty(settings.r, base.in_features).uniform_(-bound, bound, generator=generator)
+        lora[f"{layer}.lora_A.weight"] = a
+        lora[f"{layer}.lora_B.weight"] = torch.zeros(base.out_features, settings.r)
+    return lora
+
+
+def find_targets(config: NVEmbedConfig, settings: LoraSettings) -> list[str]:
+    """Names of the layers that peft adapts under `target_modules`, sorted."""
+    peft = import_optional("peft", extra="train", purpose="training adapters")
+    backbone = backbone_on_meta(config)
+    targets = settings.target_modules
+    lora_config = peft.LoraConfig(
+        r=1, target_modules=targets if isinstance(targets, str) else list(targets)
+    )
+    names = {name for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear)}
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
+    refusal = (
+        "The `target_modules` parameter of `ContrastiveTrainer` must name linear layers of the "
+        f"backbone, of {kinds}, or be 'all-linear'; got {targets!r}"
+    )
+    try:
+        with torch.device("meta"):
+            peft.inject_adapter_in_model(lora_config, backbone)
+    except (ValueError, re.error) as error:
+        raise ValueError(f"{refusal}, which peft refuses: {error}") from error
+    found = [name for name, layer in backbone.named_modules() if hasattr(layer, "lora_A")]
+    # peft passes over a name that matches nothing, and adapts embeddings, too.
+    bad = sorted(set(found) - names)
+    if not isinstance(targets, str):
+        bad += [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
+    if bad:
+        raise ValueError(f"{refusal}, of which {bad[0]!r} is none.")
+    return sorted(found)
+
+
+def expected_shapes(config: NVEmbedConfig, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
+    """The matrices an adapter must have, by peft's rule of names (which a test holds to peft)."""
+    targets = settings.target_modules
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in backbone_on_meta(config).named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        if isinstance(targets, str):
+            wanted = targets.lower() == ALL_LINEAR or re.fullmatch(targets, name) is not None
+        else:
+            wanted = any(name == target or name.endswith(f".{target}") for target in targets)
+        if wanted:
+            shapes[f"{name}.lora_A.weight"] = (settings.r, layer.in_features)
+            shapes[f"{name}.lora_B.weight"] = (layer.out_features, settings.r)
+    return shapes

@@ -1,0 +1,367 @@
+"""Tables of the embedding cache's file, and what a transaction does with them.
+
+A vector lies in a block of a few rows. An index of integers, the first eight bytes of each digest,
+tells its block; the block holds the whole digests, which decide. The caller has begun a
+transaction; errors of SQLite pass through.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from skembed.cache.stores import COPY_ROWS, KEY_BYTES
+
+__all__ = [
+    "PAGE_BYTES",
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "TABLES",
+    "count_block_rows",
+    "count_rows",
+    "delete_all",
+    "estimate_row_bytes",
+    "evict",
+    "fetch_rows",
+    "insert_rows",
+    "touch",
+    "used_bytes",
+]
+
+PAGE_BYTES = 4096
+SCHEMA_VERSION = 2
+# Vectors append in order; only `entries` is written all over, so it holds two integers a row.
+# Uses change `uses` alone, whose pages are few.
+SCHEMA = (
+    "CREATE TABLE entries (key INTEGER PRIMARY KEY, slot INTEGER NOT NULL)",
+    "CREATE TABLE blocks (id INTEGER PRIMARY KEY, row_bytes INTEGER NOT NULL,"
+    " digests BLOB NOT NULL, vectors BLOB NOT NULL)",
+    "CREATE TABLE uses (block INTEGER PRIMARY KEY, tick INTEGER NOT NULL)",
+    "CREATE TABLE state (tick INTEGER NOT NULL, dtype TEXT NOT NULL)",
+)
+TABLES = {"entries", "blocks", "uses", "state"}
+_SLOTS = 16  # slot = _SLOTS * block + place in the block
+# Rows that share a block are read together: a larger one would cost more than it saves.
+_BLOCK_BYTES = 12_288
+_ENTRY_BYTES = 28  # one row of `entries`, in pages that are on average 70 % full
+_USE_BYTES = 10
+# Few distinct statements, so that each is compiled once.
+_SELECT_SIZES = (1, 8, 32, 64, 128, 256, 512)
+# Blocks read by one statement: their copies stay in the processor's cache, and off the heap's end.
+_READ_BYTES = 5 << 18
+_FEW_ROWS = 4
+
+_Integers = npt.NDArray[np.int64]
+
+
+# Reading
+
+
+def fetch_rows(
+    connection: sqlite3.Connection,
+    digests: _Integers,
+    out: npt.NDArray[np.float32],
+    dtype: np.dtype[Any],
+) -> tuple[npt.NDArray[np.bool_], _Integers]:
+    """Copy the vectors of `digests` (n, 2) into `out` (n, dim).
+
+    Returns which rows were found (n,), and the blocks they were in.
+    """
+    if len(digests) <= _FEW_ROWS:
+        return _fetch_few(connection, digests, out, dtype)
+    mask = np.zeros(len(digests), dtype=np.bool_)
+    slots = _find_slots(connection, digests[:, 0])  # (n,)
+    rows = np.flatnonzero(slots >= 0)
+    rows = rows[np.argsort(slots[rows], kind="stable")]  # in the order of the file
+    wanted, places = np.divmod(slots[rows], _SLOTS)
+    blocks, first = np.unique(wanted, return_index=True)
+    first = np.append(first, len(rows))
+    row_bytes = out.shape[1] * dtype.itemsize
+    n_blocks = _count_blocks_read(row_bytes)
+    for start in range(0, len(blocks), n_blocks):
+        stop = min(start + n_blocks, len(blocks))
+        part = slice(first[start], first[stop])
+        digests_read, vectors, begin = _read_blocks(
+            connection, blocks[start:stop], out.shape[1], dtype
+        )
+        source = begin[np.searchsorted(blocks[start:stop], wanted[part])] + places[part]
+        target = rows[part]
+        # A block of another width begins far below zero.
+        inside = (source >= 0) & (source < len(digests_read))
+        source, target = source[inside], target[inside]
+        same = (digests_read[source] == digests[target]).all(axis=1)
+        if not same.all():
+            source, target = source[same], target[same]
+        # Converted first: an assignment that converts takes twice as long.
+        out[target] = vectors[source].astype(np.float32, copy=False)
+        mask[target] = True
+    return mask, blocks
+
+
+def _fetch_few(
+    connection: sqlite3.Connection,
+    digests: _Integers,
+    out: npt.NDArray[np.float32],
+    dtype: np.dtype[Any],
+) -> tuple[npt.NDArray[np.bool_], _Integers]:
+    """Do the work of `fetch_rows` row by row: for a single one, in half the time."""
+    sql = (
+        "SELECT e.slot, b.row_bytes, b.digests, b.vectors FROM entries e CROSS JOIN blocks b"
+        f" ON b.id = e.slot / {_SLOTS} WHERE e.key = ?"
+    )
+    mask = np.zeros(len(digests), dtype=np.bool_)
+    used: list[int] = []
+    row_bytes = out.shape[1] * dtype.itemsize
+    for position, digest in enumerate(digests):
+        row = connection.execute(sql, (int(digest[0]),)).fetchone()
+        if row is None:
+            continue
+        block, place = divmod(row[0], _SLOTS)
+        used.append(block)
+        same = row[2][place * KEY_BYTES : (place + 1) * KEY_BYTES] == digest.tobytes()
+        if row[1] == row_bytes and same and len(row[3]) >= (place + 1) * row_bytes:
+            out[position] = np.frombuffer(row[3], dtype, out.shape[1], place * row_bytes)
+            mask[position] = True
+    return mask, np.array(used, dtype=np.int64)
+
+
+def _find_slots(connection: sqlite3.Connection, keys: _Integers) -> _Integers:
+    """Return the slot of each key (n,), -1 where there is none."""
+    distinct, inverse = np.unique(keys, return_inverse=True)
+    slots = np.full(len(distinct), -1, dtype=np.int64)
+    found = _select(connection, "SELECT key, slot FROM entries WHERE key IN ({})", distinct)
+    pairs = np.fromiter(chain.from_iterable(found), dtype=np.int64).reshape(-1, 2)
+    slots[np.searchsorted(distinct, pairs[:, 0])] = pairs[:, 1]
+    result: _Integers = slots[inverse]
+    return result
+
+
+def _read_blocks(
+    connection: sqlite3.Connection, blocks: _Integers, dim: int, dtype: np.dtype[Any]
+) -> tuple[_Integers, npt.NDArray[Any], _Integers]:
+    """Return digests (n_rows, 2) and vectors (n_rows, dim), and where each block begins.
+
+    A block that is not there, or holds vectors of another width, begins far below zero.
+    """
+    row_bytes = dim * dtype.itemsize
+    sql = "SELECT id, row_bytes, digests, vectors FROM blocks WHERE id IN ({})"
+    read = [
+        row
+        for row in _select(connection, sql, blocks)
+        if row[1] == row_bytes and len(row[2]) * row_bytes == len(row[3]) * KEY_BYTES
+    ]
+    digests = np.frombuffer(b"".join([row[2] for row in read]), dtype="<i8").reshape(-1, 2)
+    vectors = np.frombuffer(b"".join([row[3] for row in read]), dtype=dtype)
+    sizes = np.array([len(row[2]) // KEY_BYTES for row in read], dtype=np.int64)
+    ids = np.array([row[0] for row in read], dtype=np.int64)
+    begin = np.full(len(blocks), -2 * _SLOTS, dtype=np.int64)
+    begin[np.searchsorted(blocks, ids)] = np.cumsum(sizes) - sizes
+    return digests, vectors.reshape(len(digests), dim), begin
+
+
+def _count_blocks_read(row_bytes: int) -> int:
+    """Return the number of blocks that one statement reads."""
+    block_bytes = max(1, row_bytes * count_block_rows(row_bytes))
+    return max(size for size in _SELECT_SIZES if size == 1 or size * block_bytes <= _READ_BYTES)
+
+
+def _select(connection: sqlite3.Connection, sql: str, keys: _Integers) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of `sql`, whose ``{}`` stands for the keys, in any order."""
+    largest = _SELECT_SIZES[-1]
+    values: list[int] = keys.tolist()
+    for start in range(0, len(values), largest):
+        batch: list[int | None] = list(values[start : start + largest])
+        size = next(size for size in _SELECT_SIZES if size >= len(batch))
+        batch += [None] * (size - len(batch))  # NULL is never IN anything
+        yield from connection.execute(sql.format(",".join("?" * size)), batch)
+
+
+# Writing
+
+
+def insert_rows(
+    connection: sqlite3.Connection,
+    digests: _Integers,
+    vectors: npt.NDArray[np.float32],
+    positions: _Integers,
+    dtype: np.dtype[Any],
+) -> None:
+    """Write row ``positions[i]`` of `vectors` under ``digests[i]``, in blocks after all others."""
+    # Of two digests with the same first half, which chance does not bring, the last stays.
+    _, last = np.unique(digests[::-1, 0], return_index=True)
+    if len(last) < len(digests):
+        kept = np.sort(len(digests) - 1 - last)
+        digests, positions = digests[kept], positions[kept]
+    n_rows = len(digests)
+    size = count_block_rows(vectors.shape[1] * dtype.itemsize)
+    (block,) = connection.execute("SELECT coalesce(max(id), 0) + 1 FROM blocks").fetchone()
+    number, place = np.divmod(np.arange(n_rows), size)
+    slots = (block + number) * _SLOTS + place
+    connection.executemany(
+        "INSERT INTO blocks VALUES (?, ?, ?, ?)",
+        _iter_blocks(digests, vectors, positions, dtype, block, size),
+    )
+    (tick,) = connection.execute("SELECT tick FROM state").fetchone()
+    n_blocks = -(-n_rows // size)
+    connection.executemany(
+        "INSERT INTO uses VALUES (?, ?)", ((block + i, tick) for i in range(n_blocks))
+    )
+    _enter(connection, digests[:, 0], slots, block)
+
+
+def _iter_blocks(
+    digests: _Integers,
+    vectors: npt.NDArray[np.float32],
+    positions: _Integers,
+    dtype: np.dtype[Any],
+    block: int,
+    size: int,
+) -> Iterator[tuple[int, int, bytes, bytes]]:
+    """Yield the rows of `blocks`, the first one with the id `block`."""
+    row_bytes = vectors.shape[1] * dtype.itemsize
+    step = COPY_ROWS // size * size
+    for start in range(0, len(digests), step):
+        part = vectors[positions[start : start + step]].astype(dtype, copy=False)
+        for first in range(0, len(part), size):
+            rows = digests[start + first : start + first + size]
+            yield block, row_bytes, rows.tobytes(), part[first : first + size].tobytes()
+            block += 1
+
+
+def _enter(connection: sqlite3.Connection, keys: _Integers, slots: _Integers, block: int) -> None:
+    """Point the index to new slots, and drop the blocks that nothing points to any more."""
+    order = np.argsort(keys)  # rows that share a page are written one after the other
+    keys, slots = keys[order], slots[order]
+    pairs = list(zip(keys.tolist(), slots.tolist(), strict=True))
+    added = connection.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?)", pairs).rowcount
+    if added == len(pairs):
+        return
+    old = _find_slots(connection, keys)
+    known = old < block * _SLOTS
+    changes = zip(slots[known].tolist(), keys[known].tolist(), strict=True)
+    connection.executemany("UPDATE entries SET slot = ? WHERE key = ?", changes)
+    _drop_dead(connection, np.unique(old[known] // _SLOTS))
+
+
+def _drop_dead(connection: sqlite3.Connection, blocks: _Integers) -> None:
+    """Delete those of `blocks` that hold no row of the index."""
+    dead = []
+    for ids, keys in _iter_keys(connection, blocks):
+        alive = ids[_find_slots(connection, keys) // _SLOTS == ids]
+        dead.append(np.setdiff1d(ids, alive))
+    for ids in dead:
+        _delete_blocks(connection, ids)
+
+
+def _iter_keys(
+    connection: sqlite3.Connection, blocks: _Integers
+) -> Iterator[tuple[_Integers, _Integers]]:
+    """Yield block (n,) and key (n,) of all rows in `blocks`, some hundred blocks at a time."""
+    largest = _SELECT_SIZES[-1]
+    sql = "SELECT id, digests FROM blocks WHERE id IN ({})"
+    for start in range(0, len(blocks), largest):
+        found = list(_select(connection, sql, blocks[start : start + largest]))
+        sizes = [len(row[1]) // KEY_BYTES for row in found]
+        ids = np.repeat(np.array([row[0] for row in found], dtype=np.int64), sizes)
+        digests = np.frombuffer(b"".join([row[1] for row in found]), dtype="<i8")
+        yield ids, digests[::2]
+
+
+def _delete_blocks(connection: sqlite3.Connection, blocks: _Integers) -> None:
+    """Delete blocks and when they were used, not what points to them."""
+    ids = [(block,) for block in blocks.tolist()]
+    connection.executemany("DELETE FROM blocks WHERE id = ?", ids)
+    connection.executemany("DELETE FROM uses WHERE block = ?", ids)
+
+
+def touch(connection: sqlite3.Connection, blocks: Sequence[int]) -> None:
+    """Mark blocks used since the last ``store`` as younger than all that it wrote."""
+    # `store` leaves an even tick behind, uses get the odd one after it.
+    (tick,) = connection.execute("SELECT tick + 1 FROM state").fetchone()
+    connection.executemany(
+        "UPDATE uses SET tick = ?1 WHERE block = ?2 AND tick < ?1",
+        [(tick, block) for block in sorted(blocks)],
+    )
+
+
+def evict(connection: sqlite3.Connection, target_bytes: int) -> None:
+    """Delete the least recently used blocks until at most `target_bytes` are in use."""
+    while (used := used_bytes(connection)) > target_bytes:
+        (n_blocks,) = connection.execute("SELECT count(*) FROM uses").fetchone()
+        if not n_blocks:
+            return
+        share = min(1.0, (used - max(target_bytes, 0)) / used)
+        doomed = connection.execute(
+            "SELECT block FROM uses ORDER BY tick, block LIMIT ?",
+            (max(1, int(n_blocks * share)),),
+        )
+        blocks = np.array([block for (block,) in doomed], dtype=np.int64)
+        blocks.sort()
+        for ids, keys in _iter_keys(connection, blocks):
+            order = np.argsort(keys)
+            first = ids[order] * _SLOTS
+            pairs = zip(keys[order].tolist(), first.tolist(), strict=True)
+            connection.executemany(  # a key may by now point to another block
+                f"DELETE FROM entries WHERE key = ?1 AND slot >= ?2 AND slot < ?2 + {_SLOTS}",
+                pairs,
+            )
+        _delete_blocks(connection, blocks)
+
+
+def delete_all(connection: sqlite3.Connection) -> None:
+    """Delete every row."""
+    for table in ("entries", "blocks", "uses"):
+        connection.execute(f"DELETE FROM {table}")
+
+
+# Sizes
+
+
+def count_rows(connection: sqlite3.Connection) -> int:
+    """Return the number of rows."""
+    (n_rows,) = connection.execute("SELECT count(*) FROM entries").fetchone()
+    return int(n_rows)
+
+
+def used_bytes(connection: sqlite3.Connection) -> int:
+    """Return the bytes of all pages that are not free."""
+    (n_pages,) = connection.execute("PRAGMA page_count").fetchone()
+    (n_free,) = connection.execute("PRAGMA freelist_count").fetchone()
+    return (int(n_pages) - int(n_free)) * PAGE_BYTES
+
+
+@lru_cache(maxsize=64)
+def count_block_rows(row_bytes: int) -> int:
+    """Return how many rows share a block: the fewest that leave little of its pages empty."""
+    largest = max(1, min(_SLOTS, _BLOCK_BYTES // max(1, row_bytes)))
+    costs = [_estimate_block_bytes(n, row_bytes) / n for n in range(1, largest + 1)]
+    return next(n for n, cost in enumerate(costs, start=1) if cost <= 1.03 * min(costs))
+
+
+def estimate_row_bytes(row_bytes: int) -> int:
+    """Return what a row takes in the file, its part of a full block and of the index."""
+    n_rows = count_block_rows(row_bytes)
+    block_bytes = _estimate_block_bytes(n_rows, row_bytes) + _USE_BYTES
+    return -int(-block_bytes // n_rows) + _ENTRY_BYTES
+
+
+def _estimate_block_bytes(n_rows: int, row_bytes: int) -> float:
+    """Return what a block takes in the file, by SQLite's rules for long rows.
+
+    References: https://www.sqlite.org/fileformat2.html, section 1.6.
+    """
+    payload = n_rows * (row_bytes + KEY_BYTES) + 11  # with the record's header
+    smallest, largest, per_page = 489, PAGE_BYTES - 35, PAGE_BYTES - 4
+    local = payload
+    if payload > largest:
+        local = smallest + (payload - smallest) % per_page
+        local = local if local <= largest else smallest
+    n_overflow = -(-(payload - local) // per_page)
+    n_on_page = max(1, (PAGE_BYTES - 8) // (local + 11))
+    return n_overflow * PAGE_BYTES + PAGE_BYTES / n_on_page

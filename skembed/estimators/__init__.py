@@ -1,0 +1,1 @@
+"""Estimators for classification, clustering, STS, retrieval and reranking."""

@@ -1,0 +1,181 @@
+"""What the task estimators share: texts through a vectorizer of their own, or embeddings.
+
+An estimator with a ``vectorizer`` parameter takes `TextEstimatorMixin` and gets its vectors from
+two methods: `_fit_vectors` in ``fit`` and `_embed_vectors` afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+from sklearn.base import clone
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from skembed.embedding import (
+    Vectors,
+    check_text_column,
+    check_vectorizer,
+    embed,
+    is_transformer,
+)
+from skembed.vectorizer import NVEmbedVectorizer
+
+__all__ = [
+    "TextEstimatorMixin",
+    "check_embeddings",
+    "fit_vectorizer",
+    "make_vectorizer",
+    "trains_on_labels",
+]
+
+
+class TextEstimatorMixin:
+    """Mixin of estimators that take texts through `vectorizer`, or embeddings without one.
+
+    Put it first among the bases. `_fit_vectors` sets ``embedding_dim_`` and, on texts,
+    ``vectorizer_`` (a fitted clone); on embeddings, scikit-learn's ``n_features_in_`` and
+    ``feature_names_in_``.
+    """
+
+    vectorizer: Any
+    vectorizer_: Any
+    embedding_dim_: int
+
+    def _fit_vectors(self, X: Any, y: Any = None, *, side: str = "query") -> Vectors:
+        """Fit a clone of the vectorizer and return the vectors of X, (n, dim)."""
+        owner = type(self).__name__
+        vectorizer = make_vectorizer(self.vectorizer, owner=owner)
+        if vectorizer is None:
+            vectors = check_embeddings(self, X, reset=True)
+        else:
+            texts = check_text_column(X, vectorizer=vectorizer, owner=owner)
+            fit_vectorizer(vectorizer, texts, y)
+            vectors = embed(vectorizer, texts, side, owner=owner)
+        self._set_vectorizer(vectorizer, vectors.shape[1])
+        return vectors
+
+    def _embed_vectors(
+        self, X: Any, *, side: str = "query", name: str = "X", min_rows: int = 1
+    ) -> Vectors:
+        """Return the vectors of X as the fitted vectorizer sees it, (n, dim)."""
+        check_is_fitted(self)
+        owner = type(self).__name__
+        vectorizer = getattr(self, "vectorizer_", None)
+        if vectorizer is None:
+            return check_embeddings(self, X, name=name, min_rows=min_rows)
+        options = {"vectorizer": vectorizer, "owner": owner, "name": name, "min_rows": min_rows}
+        texts = check_text_column(X, **options)
+        return embed(vectorizer, texts, side, owner=owner, dim=self.embedding_dim_)
+
+    def _set_vectorizer(self, vectorizer: Any, dim: int) -> None:
+        """Keep what `fit` learned of the input, and nothing of an earlier `fit` on the other."""
+        stale = ("n_features_in_", "feature_names_in_") if vectorizer is not None else ()
+        for name in (*stale, "vectorizer_"):
+            if name in vars(self):
+                delattr(self, name)
+        if vectorizer is not None:
+            self.vectorizer_ = vectorizer
+        self.embedding_dim_ = dim
+
+    def __sklearn_clone__(self) -> Any:
+        """Clone all parameters, but hand on a vectorizer that is used as it is."""
+        vectorizer = self.vectorizer
+        if vectorizer is None or isinstance(vectorizer, str) or is_transformer(vectorizer):
+            return super().__sklearn_clone__()  # type: ignore[misc]
+        bare = copy.copy(self)
+        bare.vectorizer = None
+        return clone(bare).set_params(vectorizer=vectorizer)
+
+    def __sklearn_tags__(self) -> Any:
+        """Texts with a vectorizer, a two-dimensional array without."""
+        tags = super().__sklearn_tags__()  # type: ignore[misc]
+        tags.input_tags.string = self.vectorizer is not None
+        tags.input_tags.two_d_array = self.vectorizer is None
+        return tags
+
+
+# Vectorizers
+
+
+def make_vectorizer(vectorizer: Any, *, owner: str) -> Any:
+    """Return a vectorizer that `fit` may change: a clone, a frozen named model, or None for None.
+
+    A str or path names a model of `NVEmbedVectorizer`, which stays frozen. What has no
+    ``transform``, such as a SentenceTransformer, comes back as it is: its own ``fit`` is another.
+    Raises TypeError for what cannot embed.
+
+    >>> from skembed.estimators.base import make_vectorizer
+    >>> make_vectorizer("skembed-mini", owner="EmbeddingClassifier")
+    NVEmbedVectorizer(trainer=None)
+    """
+    if vectorizer is None:
+        return None
+    if isinstance(vectorizer, (str, os.PathLike)):
+        return NVEmbedVectorizer(vectorizer, trainer=None)
+    subject = f"The `vectorizer` parameter of `{owner}`"
+    check_vectorizer(vectorizer, subject=subject, others="None, the name of a model, ")
+    return clone(vectorizer, safe=False) if is_transformer(vectorizer) else vectorizer
+
+
+def trains_on_labels(vectorizer: Any) -> bool:
+    """Tell whether `fit` of a vectorizer may learn from labels, pairs or scores.
+
+    >>> from skembed.estimators.base import trains_on_labels
+    >>> trains_on_labels(NVEmbedVectorizer(trainer=None))
+    False
+    """
+    return is_transformer(vectorizer) and getattr(vectorizer, "trainer", None) is not None
+
+
+def fit_vectorizer(vectorizer: Any, texts: Sequence[str | None], y: Any = None) -> None:
+    """Fit a transformer in place, where it has `fit`; a frozen model checks its parameters."""
+    if is_transformer(vectorizer) and hasattr(vectorizer, "fit"):
+        vectorizer.fit(texts, y)
+
+
+# Input
+
+
+def check_embeddings(
+    estimator: Any, X: Any, *, reset: bool = False, name: str = "X", min_rows: int = 1
+) -> Vectors:
+    """Check given embeddings by scikit-learn's rules, float32 or float64, (n, dim).
+
+    With `reset` the width and column names are kept as ``n_features_in_`` and
+    ``feature_names_in_``, else they are compared. Raises TypeError for texts, ValueError for NaN,
+    infinity, fewer rows than `min_rows` and another width.
+    """
+    if _holds_text(X):
+        raise TypeError(
+            f"The `{name}` parameter of `{type(estimator).__name__}` must be an array of "
+            "embeddings, since `vectorizer` is None; got texts. Pass a vectorizer, such as "
+            "vectorizer='skembed-mini', or embed the texts first."
+        )
+    options = {"dtype": [np.float64, np.float32], "ensure_min_samples": min_rows}
+    return cast("Vectors", validate_data(estimator, X, reset=reset, **options))
+
+
+def _holds_text(X: Any) -> bool:
+    """Tell whether X looks like texts: a str, an array of str, or a first item that is one."""
+    kind = getattr(getattr(X, "dtype", None), "kind", None)
+    if isinstance(X, (str, bytes)) or kind in ("U", "T"):
+        return True
+    if hasattr(X, "to_numpy"):  # a frame or a column, of pandas or polars
+        X = X[:1].to_numpy()
+    first = X[0] if isinstance(X, (list, tuple, np.ndarray)) and len(X) else None
+    if isinstance(first, (list, tuple, np.ndarray)):
+        first = first[0] if np.ndim(first) and len(first) else None
+    return isinstance(first, str) and not _is_number(first)
+
+
+def _is_number(text: str) -> bool:
+    """Tell whether scikit-learn would read a str as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,234 @@
+"""`EmbeddingClassifier`: a scikit-learn classifier on embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator, ClassifierMixin, clone, is_clusterer, is_regressor
+from sklearn.linear_model import LogisticRegression
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_is_fitted, has_fit_parameter
+
+from skembed._inputs import check_labels, refuse_foreign_labels
+from skembed.estimators.base import TextEstimatorMixin
+from skembed.estimators.zero_shot import Labels
+
+__all__ = ["DEFAULT_C", "EmbeddingClassifier"]
+
+# Best or within 0.2 points of the best fixed C with 8 and 16 examples a class and with all, and of
+# clearly lower log loss than C=1 and 3: benchmarks/classification_heads.py.
+DEFAULT_C = 10.0
+
+
+def _head_has(method: str) -> Callable[[Any], bool]:
+    """Make the check of `available_if`: whether the head, fitted or not, has a method."""
+
+    def check(self: Any) -> bool:
+        head = getattr(self, "head_", self.head)
+        getattr(LogisticRegression if head is None else head, method)  # its error is the reason
+        return True
+
+    return check
+
+
+class EmbeddingClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
+    """Classify texts with a scikit-learn classifier on their embeddings.
+
+    Fitting costs one embedding of each text and the fit of the head.
+
+    Parameters
+    ----------
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
+        What embeds the texts; `fit` uses a clone. A name or path is a frozen model of
+        `NVEmbedVectorizer`; an instance trains if its `trainer` says so. An encoder (an object with
+        ``encode``, such as a SentenceTransformer, or a callable) is used as it is. None: X holds
+        embeddings, as in the last step of a Pipeline.
+    head : classifier, optional
+        Any scikit-learn classifier; `fit` uses a clone. None is
+        ``LogisticRegression(C=10, max_iter=1000)``.
+
+    Attributes
+    ----------
+    classes_ : ndarray, shape (n_classes,)
+        The labels, sorted.
+    head_ : classifier
+        The fitted head.
+    vectorizer_ : transformer
+        The fitted vectorizer; absent where ``vectorizer=None``.
+    embedding_dim_ : int
+        Width of the embeddings.
+    n_features_in_ : int
+        The same, where ``vectorizer=None``.
+    feature_names_in_ : ndarray of str, shape (n_features_in_,)
+        Column names, where embeddings came as a frame with names.
+
+    See Also
+    --------
+    ZeroShotClassifier : Needs no labelled texts.
+    NVEmbedVectorizer : Trains on labels with a `trainer`.
+
+    Notes
+    -----
+    The default head was chosen on the train parts of six sets, with 8 and 16 examples a class and
+    with all (`benchmarks/classification_heads.py`).
+
+    `predict_proba` is the head's own. Logistic regression fits probabilities, but with few
+    examples and this regularisation they are too low for the predicted class: they are not
+    calibrated. Where they matter, pass ``head=CalibratedClassifierCV(...)``.
+
+    To search over ``head__C`` or ``vectorizer__instruction``, pass instances: None and names have
+    no parameters.
+
+    Examples
+    --------
+    >>> from skembed import EmbeddingClassifier
+    >>> texts = ["my card was stolen", "card lost", "open an account", "a new account please"]
+    >>> clf = EmbeddingClassifier().fit(texts, ["card", "card", "account", "account"])
+    >>> clf.predict(["I lost my card"])
+    array(['card'], dtype='<U7')
+    """
+
+    def __init__(self, vectorizer: Any = "skembed-mini", *, head: Any = None) -> None:
+        self.vectorizer = vectorizer
+        self.head = head
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> EmbeddingClassifier:
+        """Embed the texts and fit the head.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts; embeddings of shape (n_texts, dim) where ``vectorizer=None``.
+        y : array-like, shape (n_texts,)
+            Their labels; an indicator matrix of shape (n_texts, n_labels) where the head takes
+            several labels a text.
+        sample_weight : array-like of float, shape (n_texts,), optional
+            Weights, where the head takes them.
+
+        Returns
+        -------
+        EmbeddingClassifier
+            This estimator.
+
+        Raises
+        ------
+        TypeError
+            When X is not texts (or embeddings), the head is no classifier, or takes no weights.
+        ValueError
+            When labels are missing, of one class only, or not as many as texts; or embeddings
+            are not finite.
+        """
+        head = _make_head(self.head)
+        labels = check_labels(X, y, owner=type(self).__name__)
+        options = {}
+        if sample_weight is not None:
+            if not has_fit_parameter(head, "sample_weight"):
+                raise TypeError(
+                    "The `sample_weight` parameter of `EmbeddingClassifier.fit` must be None for "
+                    f"a head that takes no weights; {type(head).__name__} takes none."
+                )
+            options["sample_weight"] = sample_weight
+        vectors = self._fit_vectors(X, labels)
+        self.head_ = head.fit(vectors, labels, **options)
+        self.classes_ = self.head_.classes_
+        return self
+
+    def predict(self, X: Any) -> Labels:
+        """Predict the label of each text.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts, or embeddings; as `fit` got them.
+
+        Returns
+        -------
+        ndarray, shape (n_texts,)
+            One of `classes_` a text, in input order.
+        """
+        vectors = self._embed_vectors(X)
+        return np.asarray(self.head_.predict(vectors))
+
+    @available_if(_head_has("predict_proba"))
+    def predict_proba(self, X: Any) -> npt.NDArray[Any]:
+        """Probability of each label, as the head gives it; not calibrated (see Notes).
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts, or embeddings; as `fit` got them.
+
+        Returns
+        -------
+        ndarray of float, shape (n_texts, n_classes)
+            Columns in the order of `classes_`; rows sum to 1.
+        """
+        vectors = self._embed_vectors(X)
+        return np.asarray(self.head_.predict_proba(vectors))
+
+    @available_if(_head_has("decision_function"))
+    def decision_function(self, X: Any) -> npt.NDArray[Any]:
+        """Score of each label, as the head gives it.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts, or embeddings; as `fit` got them.
+
+        Returns
+        -------
+        ndarray of float, shape (n_texts, n_classes), or (n_texts,) for two classes
+            Higher is more likely; of two classes, positive is ``classes_[1]``.
+        """
+        vectors = self._embed_vectors(X)
+        return np.asarray(self.head_.decision_function(vectors))
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Accuracy of the predictions.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts, or embeddings; as `fit` got them.
+        y : array-like, shape (n_texts,)
+            Their labels. A label that `fit` did not see counts as an error.
+        sample_weight : array-like of float, shape (n_texts,), optional
+            Weights of the texts.
+
+        Returns
+        -------
+        float
+            Share of right predictions, in [0, 1].
+
+        Raises
+        ------
+        ValueError
+            When `fit` saw none of the labels.
+        """
+        check_is_fitted(self)
+        refuse_foreign_labels(y, self.classes_, owner=type(self).__name__)
+        return float(super().score(X, y, sample_weight))
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Fitted once there is a head."""
+        return hasattr(self, "head_")
+
+
+# Checking
+
+
+def _make_head(head: Any) -> Any:
+    """Return a fresh head; TypeError for what is no classifier."""
+    if head is None:
+        return LogisticRegression(C=DEFAULT_C, max_iter=1000)
+    usable = all(callable(getattr(head, name, None)) for name in ("fit", "predict"))
+    if isinstance(head, type) or not usable or is_regressor(head) or is_clusterer(head):
+        got = f"the class {head.__name__}" if isinstance(head, type) else type(head).__name__
+        raise TypeError(
+            "The `head` parameter of `EmbeddingClassifier` must be a classifier of scikit-learn's "
+            f"kind, such as LogisticRegression(), or None; got {got}."
+        )
+    return clone(head)

@@ -1,0 +1,523 @@
+"""`EmbeddingClusterer`: clusters of texts, with names, and the cluster of a new text."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator, ClusterMixin, clone
+from sklearn.cluster import HDBSCAN, AgglomerativeClustering, KMeans, MiniBatchKMeans
+from sklearn.metrics import pairwise_distances_argmin_min, silhouette_score, v_measure_score
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+
+from skembed._validation import check_choice, check_int, check_real, import_optional
+from skembed.embedding import Vectors, check_text_column
+from skembed.estimators.base import TextEstimatorMixin
+from skembed.estimators.cluster_names import Ints, find_terms, pick_representatives
+from skembed.exceptions import SkembedWarning
+
+__all__ = [
+    "CLUSTERERS",
+    "EmbeddingClusterer",
+    "MAX_AUTO_CLUSTERS",
+    "MAX_SILHOUETTE_ROWS",
+    "N_NAME_TERMS",
+    "REDUCERS",
+]
+
+CLUSTERERS = ("kmeans", "minibatch_kmeans", "agglomerative", "hdbscan")
+REDUCERS = ("umap",)
+
+# Silhouettes are taken of this many texts at most: their cost grows with the square.
+MAX_SILHOUETTE_ROWS = 4000
+MAX_AUTO_CLUSTERS = 64
+N_NAME_TERMS = 3
+
+
+class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
+    r"""Cluster texts by their embeddings, and say what each cluster is about.
+
+    One call embeds the texts, finds the clusters (choosing their number if asked), and names them
+    by their terms. Texts that a density method leaves out are -1 and belong to no cluster.
+
+    Parameters
+    ----------
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
+        What embeds the texts; `fit` uses a clone. A name or path is a frozen model of
+        `NVEmbedVectorizer`. An encoder (an object with ``encode``, such as a SentenceTransformer,
+        or a callable) is used as it is. None: X holds embeddings, as in the last step of a
+        Pipeline.
+    clusterer : str or clusterer, default="kmeans"
+        "kmeans", "minibatch_kmeans" (faster from some ten thousand texts), "agglomerative" (Ward;
+        memory grows with the square of the texts), "hdbscan" (finds the number itself and leaves
+        noise out; best with ``reducer="umap"``), or a scikit-learn clusterer.
+    n_clusters : int, "auto" or sequence of int, optional
+        How many clusters; "auto" tries a range of up to 64 and takes the best silhouette, a
+        sequence tries these. None is "auto" for a name, and leaves an instance as it is. Density
+        methods take None only.
+    reducer : "umap", transformer or None, default=None
+        What reduces the embeddings before they are clustered. "umap" is UMAP to 5 dimensions by
+        cosine, as the extra ``plot`` installs it.
+    min_cluster_size : int, default=10
+        Smallest cluster of "hdbscan", in texts.
+    noise_quantile : float, default=0.9
+        After a fit that left noise: `predict` calls a text noise when it is farther from the
+        nearest centre than this share of that cluster's own texts.
+    n_terms : int, default=10
+        Length of `top_terms_`.
+    n_representatives : int, default=3
+        Length of `representative_texts_`.
+    term_vectorizer : CountVectorizer, optional
+        What counts terms; `fit` uses a clone. None is ``CountVectorizer(stop_words="english")``.
+    random_state : int, RandomState instance or None, default=None
+        Seed of clusterer, reducer, and the texts that silhouettes are taken of.
+
+    Attributes
+    ----------
+    labels_ : ndarray of int64, shape (n_texts,)
+        Cluster of each text, from 0; -1 is noise.
+    n_clusters_ : int
+        Number of clusters, noise apart.
+    cluster_centers_ : ndarray of float, shape (n_clusters_, dim)
+        In the space of the embeddings: the clusterer's own where it has them and nothing was
+        reduced, else the means of the clusters.
+    top_terms_ : dict of int to list of str
+        The terms that set each cluster apart, best first. Absent where `fit` saw no texts.
+    cluster_names_ : dict of int to str
+        The first three of them.
+    representative_indices_ : dict of int to list of int
+        The rows nearest to each centre, nearest first, no text twice.
+    representative_texts_ : dict of int to list of str
+        Their texts. Absent where `fit` saw no texts.
+    silhouettes_ : dict of int to float
+        Number of clusters tried -> mean silhouette; empty where the number was given.
+    noise_radii_ : ndarray of float, shape (n_clusters_,)
+        Distance from each centre beyond which `predict` finds noise; infinite without noise.
+    clusterer_ : clusterer
+        The fitted clusterer; its labels may be numbered otherwise.
+    reducer_ : transformer or None
+        The fitted reducer.
+    vectorizer_ : transformer
+        The fitted vectorizer; absent where ``vectorizer=None``.
+    embedding_dim_ : int
+        Width of the embeddings.
+    n_features_in_ : int
+        The same, where ``vectorizer=None``.
+    feature_names_in_ : ndarray of str, shape (n_features_in_,)
+        Column names, where embeddings came as a frame with names.
+
+    See Also
+    --------
+    EmbeddingClassifier : Where there are labels.
+
+    Notes
+    -----
+    Terms are weighed by class-based TF-IDF: with :math:`f_{t,c}` the count of term t in cluster c,
+    :math:`f_t` its count in all clusters and A the mean number of terms in a cluster,
+
+    .. math:: W_{t,c} = f_{t,c} \log (1 + A / f_t).
+
+    Noise is in none of the counts.
+
+    Distances are Euclidean, which orders unit vectors as cosine does. Embeddings that are handed
+    in are not scaled.
+
+    `predict` takes the nearest centre, so after "agglomerative" and "hdbscan", or with a reducer,
+    it may differ from `labels_` on the very same texts.
+
+    References
+    ----------
+    M. Grootendorst, BERTopic, arXiv 2203.05794, section 3.3 (class-based TF-IDF).
+
+    P. J. Rousseeuw, Silhouettes, Journal of Computational and Applied Mathematics 20, 1987.
+
+    Examples
+    --------
+    >>> from skembed import EmbeddingClusterer
+    >>> texts = ["my card was stolen", "card lost", "the stolen card", "open an account"]
+    >>> texts += ["a new account please", "which account to open"]
+    >>> found = EmbeddingClusterer(n_clusters=2, random_state=0).fit(texts)
+    >>> sorted(found.cluster_names_.values())
+    ['account, open, new', 'card, stolen, lost']
+    >>> found.cluster_names_[found.predict(["another account"])[0]]
+    'account, open, new'
+    """
+
+    def __init__(
+        self,
+        vectorizer: Any = "skembed-mini",
+        *,
+        clusterer: Any = "kmeans",
+        n_clusters: int | str | Sequence[int] | None = None,
+        reducer: Any = None,
+        min_cluster_size: int = 10,
+        noise_quantile: float = 0.9,
+        n_terms: int = 10,
+        n_representatives: int = 3,
+        term_vectorizer: Any = None,
+        random_state: Any = None,
+    ) -> None:
+        self.vectorizer = vectorizer
+        self.clusterer = clusterer
+        self.n_clusters = n_clusters
+        self.reducer = reducer
+        self.min_cluster_size = min_cluster_size
+        self.noise_quantile = noise_quantile
+        self.n_terms = n_terms
+        self.n_representatives = n_representatives
+        self.term_vectorizer = term_vectorizer
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None, *, texts: Any = None) -> EmbeddingClusterer:
+        """Embed the texts, find the clusters and name them.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts; embeddings of shape (n_texts, dim) where ``vectorizer=None``.
+        y : array-like, optional
+            Ignored; here for scikit-learn.
+        texts : list, tuple, ndarray, Series or one-column frame of str, optional
+            With embeddings: the texts behind them, for `top_terms_` and `representative_texts_`.
+
+        Returns
+        -------
+        EmbeddingClusterer
+            This estimator.
+
+        Raises
+        ------
+        TypeError
+            When X is not texts (or embeddings), or a parameter is of the wrong type.
+        ValueError
+            When more clusters are asked for than there are texts, a parameter is out of range,
+            or embeddings are not finite.
+        ImportError
+            When UMAP is asked for and not installed.
+        """
+        owner = type(self).__name__
+        self._check_parameters(owner)
+        words = self._read_texts(X, texts, owner=owner)
+        vectors = self._fit_vectors(X)
+        rng = check_random_state(self.random_state)
+        seed = int(rng.randint(2**31 - 1))
+        reducer = _make_reducer(self.reducer, len(vectors), seed=seed, owner=owner)
+        space = vectors if reducer is None else np.asarray(reducer.fit_transform(vectors))
+        clusterer, found, silhouettes = self._find_clusters(space, seed=seed)
+        self.labels_ = _number_labels(found)
+        self.n_clusters_ = int(self.labels_.max(initial=-1)) + 1
+        if not self.n_clusters_:
+            warnings.warn(
+                f"All {len(vectors)} texts are noise. Lower `min_cluster_size`, or set "
+                "reducer='umap'. Silence this with warnings.filterwarnings('ignore', "
+                "category=skembed.SkembedWarning).",
+                SkembedWarning,
+                stacklevel=2,
+            )
+        self.clusterer_, self.reducer_, self.silhouettes_ = clusterer, reducer, silhouettes
+        own = getattr(clusterer, "cluster_centers_", None) if reducer is None else None
+        self.cluster_centers_ = _compute_centers(vectors, self.labels_, self.n_clusters_, own)
+        self._describe(vectors, words)
+        return self
+
+    def predict(self, X: Any) -> Ints:
+        """Place new texts into the clusters.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts, or embeddings; as `fit` got them.
+
+        Returns
+        -------
+        ndarray of int64, shape (n_texts,)
+            The cluster of the nearest centre; -1 where `fit` left noise and the text is beyond
+            the cluster's radius in `noise_radii_`.
+        """
+        vectors = self._embed_vectors(X)
+        if not self.n_clusters_:
+            return np.full(len(vectors), -1, dtype=np.int64)
+        nearest, distances = _find_nearest(vectors, self.cluster_centers_)
+        nearest[distances > self.noise_radii_[nearest]] = -1
+        return nearest
+
+    def score(self, X: Any, y: Any) -> float:
+        """V-measure of the predicted clusters against true labels.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts, or embeddings; as `fit` got them.
+        y : array-like, shape (n_texts,)
+            True labels; any values.
+
+        Returns
+        -------
+        float
+            In [0, 1]; noise counts as one more cluster.
+
+        Raises
+        ------
+        ValueError
+            When there are no labels, or not as many as texts.
+        """
+        check_is_fitted(self)
+        if y is None:
+            raise ValueError(
+                f"{type(self).__name__}.score requires y to be passed, but the target y is None."
+            )
+        check_consistent_length(X, y)
+        return float(v_measure_score(column_or_1d(y), self.predict(X)))
+
+    def plot_silhouettes(self, ax: Any = None) -> Any:
+        """Draw the mean silhouette by number of clusters, the chosen one marked.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, optional
+            Where to draw; None makes a figure.
+
+        Returns
+        -------
+        matplotlib Axes
+            With a line for `silhouettes_`.
+
+        Raises
+        ------
+        ValueError
+            When `fit` was given the number of clusters, so that there is nothing to draw.
+        ImportError
+            When matplotlib is not installed.
+        """
+        check_is_fitted(self)
+        if not self.silhouettes_:
+            raise ValueError(
+                "There are no silhouettes to draw: the number of clusters was not searched. Fit "
+                "with n_clusters='auto'."
+            )
+        purpose = "`EmbeddingClusterer.plot_silhouettes`"
+        pyplot = import_optional("matplotlib.pyplot", extra="plot", purpose=purpose)
+        axes = pyplot.subplots()[1] if ax is None else ax
+        counts, values = list(self.silhouettes_), list(self.silhouettes_.values())
+        axes.plot(counts, values, marker="o")
+        axes.axvline(counts[int(np.argmax(values))], linestyle="--", color="0.5")
+        axes.set(xlabel="number of clusters", ylabel="mean silhouette")
+        return axes
+
+    def _check_parameters(self, owner: str) -> None:
+        """Check what does not depend on X."""
+        check_int(self.min_cluster_size, name="min_cluster_size", owner=owner, low=2)
+        for name in ("n_terms", "n_representatives"):
+            check_int(getattr(self, name), name=name, owner=owner, low=1)
+        name = "noise_quantile"
+        check_real(self.noise_quantile, name=name, owner=owner, low=0, high=1, inclusive="right")
+        if isinstance(self.clusterer, str):
+            check_choice(self.clusterer, name="clusterer", owner=owner, allowed=CLUSTERERS)
+        elif isinstance(self.clusterer, type) or not hasattr(self.clusterer, "fit"):
+            raise TypeError(
+                f"The `clusterer` parameter of `{owner}` must be one of "
+                f"{', '.join(map(repr, CLUSTERERS))}, or a scikit-learn clusterer; got an object "
+                f"of type {type(self.clusterer).__name__}."
+            )
+
+    def _read_texts(self, X: Any, texts: Any, *, owner: str) -> list[str] | None:
+        """Return the texts that name the clusters; None where there are none."""
+        if self.vectorizer is not None and texts is not None:
+            raise ValueError(
+                f"The `texts` parameter of `{owner}.fit` must be None, since X holds the texts."
+            )
+        if self.vectorizer is None and texts is None:
+            return None
+        given, name = (X, "X") if texts is None else (texts, "texts")
+        found = check_text_column(given, vectorizer=self.vectorizer, owner=owner, name=name)
+        if texts is not None:
+            check_consistent_length(X, found)
+        return [text or "" for text in found]
+
+    def _find_clusters(self, space: Vectors, *, seed: int) -> tuple[Any, Ints, dict[int, float]]:
+        """Fit the clusterer, with the best number of clusters; its labels and the silhouettes."""
+        counts = self._list_counts(len(space))
+        count, silhouettes = counts[0], {}
+        if len(counts) > 1:
+            sample = space
+            if len(space) > MAX_SILHOUETTE_ROWS:
+                rng = np.random.default_rng(seed)
+                sample = space[rng.choice(len(space), MAX_SILHOUETTE_ROWS, replace=False)]
+            for k in counts:
+                labels = _fit_labels(self._make_clusterer(k, seed), sample)
+                silhouettes[int(k or 0)] = _compute_silhouette(sample, labels)
+            count = max(silhouettes, key=lambda k: silhouettes[k])
+        clusterer = self._make_clusterer(count, seed)
+        return clusterer, _fit_labels(clusterer, space), silhouettes
+
+    def _list_counts(self, n: int) -> list[int | None]:
+        """Return the numbers of clusters to try; [None] leaves it to the clusterer."""
+        owner, asked = type(self).__name__, self.n_clusters
+        subject = f"The `n_clusters` parameter of `{owner}`"
+        named = isinstance(self.clusterer, str)
+        takes = self.clusterer != "hdbscan" if named else _has_param(self.clusterer, "n_clusters")
+        if not takes:
+            if named and n < self.min_cluster_size:
+                raise ValueError(
+                    f"The `min_cluster_size` parameter of `{owner}` must be at most the number of "
+                    f"texts, {n}; got {self.min_cluster_size}."
+                )
+            if asked is not None:
+                name = self.clusterer if named else type(self.clusterer).__name__
+                raise ValueError(
+                    f"{subject} must be None for {name}, which finds the number itself; "
+                    f"got {asked!r}."
+                )
+            return [None]
+        if asked is None and not named:
+            return [None]
+        if asked is None or isinstance(asked, str):
+            check_choice(asked or "auto", name="n_clusters", owner=owner, allowed=("auto",))
+            return _auto_counts(n, owner=owner)
+        if isinstance(asked, (Sequence, np.ndarray)):
+            if not len(asked):
+                raise ValueError(f"{subject} must hold at least one int; got none.")
+            found = sorted({check_int(k, name="n_clusters", owner=owner, low=2) for k in asked})
+        else:
+            found = [check_int(asked, name="n_clusters", owner=owner, low=1)]
+        if found[-1] > n:
+            raise ValueError(
+                f"{subject} must be at most the number of texts, {n}; got {found[-1]}."
+            )
+        return list(found)
+
+    def _make_clusterer(self, n_clusters: int | None, seed: int) -> Any:
+        """Return a fresh clusterer, its number of clusters and seed set."""
+        if self.clusterer == "hdbscan":
+            # `copy` is named since its default changes in scikit-learn 1.10.
+            return HDBSCAN(min_cluster_size=self.min_cluster_size, copy=True)
+        if isinstance(self.clusterer, str):
+            kinds: dict[str, Any] = {
+                "kmeans": KMeans(n_init="auto"),
+                "minibatch_kmeans": MiniBatchKMeans(n_init="auto"),
+                "agglomerative": AgglomerativeClustering(),
+            }
+            clusterer = kinds[self.clusterer]
+        else:
+            clusterer = clone(self.clusterer)
+        changes: dict[str, Any] = {} if n_clusters is None else {"n_clusters": n_clusters}
+        if _has_param(clusterer, "random_state") and (
+            isinstance(self.clusterer, str) or self.random_state is not None
+        ):
+            changes["random_state"] = seed
+        return clusterer.set_params(**changes) if changes else clusterer
+
+    def _describe(self, vectors: Vectors, texts: list[str] | None) -> None:
+        """Set noise radii, representatives and, with texts, terms and names."""
+        k, labels = self.n_clusters_, self.labels_
+        distances = np.linalg.norm(vectors - self.cluster_centers_[labels], axis=1) if k else None
+        self.noise_radii_ = np.full(k, np.inf)
+        if k and (labels == -1).any():
+            members = [distances[labels == c] for c in range(k)]  # type: ignore[index]
+            self.noise_radii_ = np.array([np.quantile(m, self.noise_quantile) for m in members])
+        self.representative_indices_ = {
+            c: pick_representatives(c, labels, distances, texts, self.n_representatives)
+            for c in range(k)
+        }
+        for name in ("top_terms_", "cluster_names_", "representative_texts_"):
+            self.__dict__.pop(name, None)
+        if texts is None:
+            return
+        self.representative_texts_ = {
+            c: [texts[row] for row in rows] for c, rows in self.representative_indices_.items()
+        }
+        self.top_terms_ = find_terms(texts, labels, k, self.term_vectorizer, self.n_terms)
+        self.cluster_names_ = {
+            c: ", ".join(terms[:N_NAME_TERMS]) or f"cluster {c}"
+            for c, terms in self.top_terms_.items()
+        }
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Fitted once there are labels."""
+        return hasattr(self, "noise_radii_")
+
+
+# Clusters
+
+
+def _has_param(estimator: Any, name: str) -> bool:
+    """Tell whether an estimator has a parameter."""
+    return hasattr(estimator, "get_params") and name in estimator.get_params(deep=False)
+
+
+def _auto_counts(n: int, *, owner: str) -> list[int | None]:
+    """Return about a dozen numbers of clusters, in equal ratios, from 2 up to 64 or n / 2."""
+    if n < 3:
+        raise ValueError(
+            f"`{owner}` must have at least 3 texts to choose the number of clusters; got "
+            f"n_samples={n}. Pass n_clusters."
+        )
+    highest = max(2, min(MAX_AUTO_CLUSTERS, n // 2))
+    found = np.unique(np.rint(np.geomspace(2, highest, 14)).astype(int))
+    # The silhouette of a single number says nothing, but one number is all that two texts allow.
+    return [int(count) for count in found] if len(found) > 1 else [2]
+
+
+def _make_reducer(reducer: Any, n: int, *, seed: int, owner: str) -> Any:
+    """Return a fresh reducer, or None."""
+    if reducer is None:
+        return None
+    if isinstance(reducer, str):
+        check_choice(reducer, name="reducer", owner=owner, allowed=REDUCERS)
+        umap = import_optional("umap", extra="plot", purpose=f"`{owner}` with reducer='umap'")
+        if n < 8:
+            raise ValueError(
+                f"`{owner}` must have at least 8 texts for reducer='umap'; got {n}. Set "
+                "reducer=None."
+            )
+        # With a seed UMAP runs on one thread, and warns where it is not asked to.
+        options = {"n_components": 5, "min_dist": 0.0, "metric": "cosine", "n_jobs": 1}
+        return umap.UMAP(n_neighbors=min(15, n - 1), random_state=seed, **options)
+    if isinstance(reducer, type) or not callable(getattr(reducer, "fit_transform", None)):
+        raise TypeError(
+            f"The `reducer` parameter of `{owner}` must be 'umap', a transformer with "
+            f"`fit_transform`, or None; got an object of type {type(reducer).__name__}."
+        )
+    return clone(reducer)
+
+
+def _fit_labels(clusterer: Any, space: Vectors) -> Ints:
+    """Fit a clusterer and return its labels, (n,)."""
+    clusterer.fit(space)
+    return np.asarray(clusterer.labels_, dtype=np.int64)
+
+
+def _number_labels(labels: Ints) -> Ints:
+    """Number the clusters 0, 1, ... in the order of their labels; all below 0 become -1."""
+    found = np.full(len(labels), -1, dtype=np.int64)
+    kept = labels >= 0
+    found[kept] = np.unique(labels[kept], return_inverse=True)[1]
+    return found
+
+
+def _compute_silhouette(space: Vectors, labels: Ints) -> float:
+    """Mean silhouette; -1 where it is not defined, the lowest there is."""
+    if not 2 <= len(np.unique(labels)) < len(labels):
+        return -1.0
+    return float(silhouette_score(space, labels))
+
+
+def _compute_centers(vectors: Vectors, labels: Ints, k: int, own: Any) -> Vectors:
+    """Return the clusterer's own centres where they fit, else the means, (k, dim)."""
+    if own is not None and np.shape(own) == (k, vectors.shape[1]):
+        return np.asarray(own)
+    kept = labels >= 0
+    centers = np.zeros((k, vectors.shape[1]), dtype=np.float64)
+    np.add.at(centers, labels[kept], vectors[kept])
+    centers /= np.bincount(labels[kept], minlength=k)[:, None]
+    return centers.astype(vectors.dtype)
+
+
+def _find_nearest(vectors: Vectors, centers: Vectors) -> tuple[Ints, npt.NDArray[Any]]:
+    """Return the nearest centre of each row and its distance, (n,) each."""
+    nearest, _ = pairwise_distances_argmin_min(vectors, centers.astype(vectors.dtype))
+    return nearest.astype(np.int64), np.linalg.norm(vectors - centers[nearest], axis=1)

@@ -1,0 +1,451 @@
+"""`Reranker`: the candidates of each query in order, and a score for each pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
+
+from skembed._validation import check_choice
+from skembed.embedding import check_pair_columns, check_text_column, embed, embed_pairs
+from skembed.estimators.base import (
+    TextEstimatorMixin,
+    check_embeddings,
+    fit_vectorizer,
+    make_vectorizer,
+    trains_on_labels,
+)
+from skembed.metrics.ranking import map_at_k
+from skembed.similarity import (
+    Floats,
+    Ints,
+    Ranking,
+    check_vectors,
+    paired_cosine,
+    paired_dot,
+)
+
+__all__ = ["OWNER", "Reranker"]
+
+OWNER = "Reranker"
+_N_NEGATIVES = 7  # where the trainer is "auto", as in ContrastiveTrainer
+_MAP_CUT = 1000  # as mteb; no list of candidates is longer
+
+
+class Reranker(TextEstimatorMixin, BaseEstimator):
+    """Sort lists of candidates by their similarity to the query.
+
+    Each query has candidates of its own, as many as you like: what a keyword search found, or a
+    `Retriever` with a smaller model. Without training it is as good as its vectorizer; `fit` on
+    judged pairs trains the vectorizer on them.
+
+    Parameters
+    ----------
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
+        What embeds texts: the name of a model, which stays frozen, or an object with
+        ``transform`` (and ``encode_query`` and ``encode_document``, if the sides differ), which
+        `fit` clones. It is trained where it has a `trainer` that is not None, such as
+        ``NVEmbedVectorizer()``. An encoder (an object with ``encode``, such as a
+        SentenceTransformer, or a callable) is used as it is. None takes embeddings in place of
+        texts.
+    similarity : {"cosine", "dot"}, default="cosine"
+        What a score is.
+
+    Attributes
+    ----------
+    vectorizer_ : object
+        The fitted vectorizer; absent where `vectorizer` is None.
+    trained_ : bool
+        Whether `fit` has trained it on judged pairs.
+    embedding_dim_ : int
+        Width of one embedding, where `fit` has seen pairs.
+    n_features_in_ : int
+        Width of the pairs of embeddings seen by `fit`; only where `vectorizer` is None.
+    feature_names_in_ : ndarray of str, shape (n_features_in_,)
+        Their names, when `fit` saw a frame of embeddings.
+
+    See Also
+    --------
+    Retriever : Find candidates in a corpus.
+
+    Notes
+    -----
+    Trains on rows (query, relevant document, negatives): one for each relevant pair, with as many
+    negatives as the trainer's `n_negatives`, drawn by its `random_state` from the documents of
+    the same query that are not relevant, then from those of other queries.
+
+    Examples
+    --------
+    >>> from skembed.estimators.reranking import Reranker
+    >>> reranker = Reranker().fit()
+    >>> candidates = [["The Sun is hot.", "Faust is a play by Goethe."], []]
+    >>> indices, scores = reranker.rank(["Who wrote Faust?", "What is a llama?"], candidates)
+    >>> [ranked.tolist() for ranked in indices]
+    [[1, 0], []]
+    """
+
+    def __init__(self, vectorizer: Any = "skembed-mini", *, similarity: str = "cosine") -> None:
+        self.vectorizer = vectorizer
+        self.similarity = similarity
+
+    def fit(self, X: Any = None, y: Any = None, *, groups: Any = None) -> Reranker:
+        """Train on judged pairs where there are some and the vectorizer has a trainer.
+
+        Parameters
+        ----------
+        X : sequence of (query, document), frame of two columns, or array-like of float, optional
+            Pairs of texts, or where `vectorizer` is None embeddings side by side, (n, 2 * dim).
+            None: the vectorizer is used as it is.
+        y : array-like of float, shape (n,), optional
+            Relevance of each document; above 0 is relevant.
+        groups : array-like, shape (n,), optional
+            The query that each row belongs to; None takes rows with the same query for one.
+
+        Returns
+        -------
+        Reranker
+            This estimator.
+
+        Raises
+        ------
+        TypeError, ValueError
+            When a parameter, a pair or `y` is not as it must be, or training is asked for and no
+            document is relevant.
+        ImportError, SkembedError
+            As `NVEmbedVectorizer.fit`, where that trains.
+        """
+        check_choice(self.similarity, name="similarity", owner=OWNER, allowed=("cosine", "dot"))
+        vectorizer = make_vectorizer(self.vectorizer, owner=OWNER)
+        if X is None:
+            return self._set_fitted(vectorizer, None, trained=False)
+        if vectorizer is None:
+            pairs = check_embeddings(self, X, reset=True)
+            dim = _half_width(pairs.shape[1])
+            if y is not None:
+                _check_relevance(y, len(pairs), owner=OWNER)
+            return self._set_fitted(None, dim, trained=False)
+        queries, documents = check_pair_columns(X, vectorizer=vectorizer, owner=OWNER, min_rows=1)
+        relevance = None if y is None else _check_relevance(y, len(queries), owner=OWNER)
+        trained = relevance is not None and trains_on_labels(vectorizer)
+        if relevance is not None and trained:
+            numbers = _number_groups(groups, queries, owner=OWNER, n=len(queries))
+            trainer = vectorizer.trainer
+            rows = _make_rows(
+                queries,
+                documents,
+                relevance > 0,
+                numbers,
+                n_negatives=getattr(trainer, "n_negatives", _N_NEGATIVES),
+                random_state=getattr(trainer, "random_state", None),
+            )
+            vectorizer.fit(list(rows))
+        else:
+            fit_vectorizer(vectorizer, [*queries, *documents])
+        dim = embed(vectorizer, queries[:1], "query", owner=OWNER).shape[1]
+        return self._set_fitted(vectorizer, dim, trained=trained)
+
+    def predict(self, X: Any) -> Floats:
+        """Return a score for each pair.
+
+        Parameters
+        ----------
+        X : sequence of (query, document), frame of two columns, or array-like of float
+            Pairs of texts, or where `vectorizer` is None embeddings side by side, (n, 2 * dim).
+
+        Returns
+        -------
+        ndarray of float32, shape (n,)
+            Higher for a document that suits its query better.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        TypeError, ValueError
+            When a pair is not as it must be.
+        """
+        check_is_fitted(self)
+        vectorizer = getattr(self, "vectorizer_", None)
+        if vectorizer is None:
+            first = not hasattr(self, "n_features_in_")  # after `fit` without pairs
+            pairs = check_embeddings(_Plain() if first else self, X, reset=first)
+            dim = _half_width(pairs.shape[1])
+            return self._score(pairs[:, :dim], pairs[:, -dim:])
+        columns = check_pair_columns(X, vectorizer=vectorizer, owner=OWNER)
+        return self._score(*embed_pairs(vectorizer, columns, owner=OWNER))
+
+    def rank(self, queries: Any, candidates: Sequence[Any]) -> Ranking:
+        """Sort the candidates of each query.
+
+        Parameters
+        ----------
+        queries : list, tuple, ndarray, Series or one-column frame of str, n_queries rows
+            The queries; embeddings of shape (n_queries, dim) where `vectorizer` is None.
+        candidates : sequence of n_queries
+            Of each query a list of documents, of any length, or an array of embeddings
+            (n_candidates, dim). An empty list gives an empty ranking.
+
+        Returns
+        -------
+        Ranking
+            `indices` and `scores`, each a list of n_queries arrays, the best first.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        TypeError, ValueError
+            When there is not one list for each query, or a text is not as it must be; the
+            position of the list is named.
+        """
+        check_is_fitted(self)
+        vectorizer = getattr(self, "vectorizer_", None)
+        if vectorizer is None:
+            found, parts = _check_vector_lists(queries, candidates)
+            flat = np.concatenate([*parts, found[:0]])
+            sizes = np.array([len(part) for part in parts], dtype=np.int64)
+        else:
+            options = {"vectorizer": vectorizer, "owner": f"{OWNER}.rank", "min_rows": 0}
+            texts = check_text_column(queries, name="queries", **options)
+            _check_lists(candidates, len(texts))
+            lists = [
+                check_text_column(part, name=f"candidates[{i}]", **options)
+                for i, part in enumerate(candidates)
+            ]
+            sizes = np.array([len(part) for part in lists], dtype=np.int64)
+            documents = [text for part in lists for text in part]
+            if not documents:
+                indices = [np.empty(0, dtype=np.int64) for _ in texts]
+                return Ranking(indices, [np.empty(0, dtype=np.float32) for _ in texts])
+            found, flat = embed_pairs(vectorizer, (texts, documents), owner=OWNER)
+        scores = self._score(found, flat, rows=np.repeat(np.arange(len(sizes)), sizes))
+        ranked = Ranking([], [])
+        for part in np.split(scores, np.cumsum(sizes)[:-1]) if len(sizes) else ():
+            order = np.argsort(-part, kind="stable")
+            ranked.indices.append(order)
+            ranked.scores.append(part[order])
+        return ranked
+
+    def score(self, X: Any, y: Any, *, groups: Any = None) -> float:
+        """Return the mean average precision over queries.
+
+        Parameters
+        ----------
+        X : sequence of (query, document), frame of two columns, or array-like of float
+            As `predict`.
+        y : array-like of float, shape (n,)
+            Relevance of each document; above 0 is relevant.
+        groups : array-like, shape (n,), optional
+            The query that each row belongs to; None takes rows with the same query for one.
+
+        Returns
+        -------
+        float
+            In [0, 1].
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        TypeError, ValueError
+            When a pair, `y` or `groups` is not as it must be.
+
+        Notes
+        -----
+        As mteb computes it (`skembed.metrics.map_at_k`): a query without a relevant document
+        counts, with 0. Of equal scores the later row goes first, as trec_eval would sort numbered
+        documents.
+        """
+        scores = self.predict(X)
+        relevance = _check_relevance(y, len(scores), owner=f"{OWNER}.score")
+        vectorizer = getattr(self, "vectorizer_", None)
+        keys: Sequence[Any] = ()
+        if groups is None and vectorizer is None:
+            keys = [row.tobytes() for row in _first_half(X)]
+        elif groups is None:
+            keys, _ = check_pair_columns(X, vectorizer=vectorizer, owner=OWNER)
+        numbers = _number_groups(groups, keys, owner=f"{OWNER}.score", n=len(scores))
+        judged: dict[int, dict[int, int]] = {}
+        run: dict[int, dict[int, float]] = {}
+        for row, (group, score, grade) in enumerate(
+            zip(numbers.tolist(), scores.tolist(), (relevance > 0).tolist(), strict=True)
+        ):
+            judged.setdefault(group, {})[row] = int(grade)
+            run.setdefault(group, {})[row] = score
+        return map_at_k(judged, run, k=_MAP_CUT)
+
+    # Parts
+
+    def _set_fitted(self, vectorizer: Any, dim: int | None, *, trained: bool) -> Reranker:
+        """Keep what `fit` has learned."""
+        if dim is None:
+            for name in ("n_features_in_", "feature_names_in_", "embedding_dim_"):
+                self.__dict__.pop(name, None)
+            self._set_vectorizer(vectorizer, 0)
+            del self.embedding_dim_
+        else:
+            self._set_vectorizer(vectorizer, dim)
+        self.trained_ = trained
+        return self
+
+    def _score(self, queries: Any, documents: Any, rows: Ints | None = None) -> Floats:
+        """Return the similarity of each document with its query, that of the row if given."""
+        queries = queries if rows is None else queries[rows]
+        compare = paired_cosine if self.similarity == "cosine" else paired_dot
+        return compare(queries, documents)
+
+
+class _Plain(BaseEstimator):
+    """Something for scikit-learn to check the width of an array on, once."""
+
+
+def _first_half(X: Any) -> npt.NDArray[Any]:
+    """Return the query side of pairs of embeddings, (n, dim)."""
+    array = np.asarray(X)
+    return np.ascontiguousarray(array[:, : array.shape[1] // 2])
+
+
+def _half_width(width: int) -> int:
+    """Return the width of one embedding of a pair."""
+    if width % 2:
+        raise ValueError(
+            f"The `X` parameter of `{OWNER}` must hold two embeddings a row, side by side, so an "
+            f"even number of columns; got n_features = {width}."
+        )
+    return width // 2
+
+
+def _check_relevance(y: Any, n: int, *, owner: str) -> npt.NDArray[np.float64]:
+    """Return relevance as float64, (n,)."""
+    subject = f"The `y` parameter of `{owner}`"
+    array = np.asarray(y)
+    try:
+        if array.dtype.kind not in "fiubO":
+            raise TypeError
+        found = array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{subject} must hold the relevance of each document as a number; "
+            f"got dtype {array.dtype}."
+        ) from error
+    if array.shape != (n,):
+        raise ValueError(f"{subject} must be of shape ({n},); got shape {array.shape}.")
+    if not np.isfinite(found).all():
+        row = int(np.argmin(np.isfinite(found)))
+        raise ValueError(f"{subject} must hold finite numbers; y[{row}] is {found[row]}.")
+    return found
+
+
+def _number_groups(groups: Any, keys: Sequence[Any], *, owner: str, n: int) -> Ints:
+    """Return a number for the group of each row, (n,); without groups, of each distinct key."""
+    if groups is not None:
+        keys = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+    if len(keys) != n:
+        raise ValueError(
+            f"The `groups` parameter of `{owner}` must name the query of each of {n} rows; "
+            f"got {len(keys)}."
+        )
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+
+def _check_vector_lists(
+    queries: Any, candidates: Any
+) -> tuple[npt.NDArray[Any], list[npt.NDArray[Any]]]:
+    """Return queries (n, dim), and of each its candidates, (n_candidates, dim)."""
+    owner = f"{OWNER}.rank"
+    found = check_embeddings(_Plain(), queries, reset=True, name="queries", min_rows=0)
+    _check_lists(candidates, len(found))
+    dim, lists = found.shape[1], []
+    for i, part in enumerate(candidates):
+        name = f"candidates[{i}]"
+        given = np.empty((0, dim)) if len(part) == 0 else part
+        vectors = check_vectors(given, name=name, owner=owner, dim=dim)
+        if not np.isfinite(vectors).all():
+            raise ValueError(f"The `{name}` parameter of `{owner}` must hold finite numbers.")
+        lists.append(vectors)
+    return found, lists
+
+
+def _check_lists(candidates: Any, n: int) -> None:
+    """Raise unless there is one list of candidates for each of n queries."""
+    subject = f"The `candidates` parameter of `{OWNER}.rank`"
+    if isinstance(candidates, (str, bytes)) or not hasattr(candidates, "__len__"):
+        raise TypeError(f"{subject} must be a list of lists; got {type(candidates).__name__}.")
+    if len(candidates) != n:
+        raise ValueError(
+            f"{subject} must hold a list for each of {n} queries; got {len(candidates)}."
+        )
+
+
+# Training
+
+
+def _make_rows(
+    queries: Sequence[str | None],
+    documents: Sequence[str | None],
+    relevant: npt.NDArray[np.bool_],
+    groups: Ints,
+    *,
+    n_negatives: int,
+    random_state: Any,
+) -> Iterator[tuple[str | None, ...]]:
+    """Yield (query, relevant document, negatives...) for each relevant pair, all of one length.
+
+    Raises ValueError where no pair is relevant. Without any negative, rows are pairs.
+    """
+    if not relevant.any():
+        raise ValueError(
+            f"The `y` parameter of `{OWNER}` must hold a relevance above 0, to train on; got none."
+        )
+    rng = np.random.default_rng(None if random_state is None else _draw_seed(random_state))
+    by_group = _list_negatives(queries, documents, relevant, groups)
+    spare = list(dict.fromkeys(documents))
+    width = n_negatives if any(len(own) for own, _ in by_group.values()) else 0
+    for row in np.flatnonzero(relevant).tolist():
+        own, known = by_group[int(groups[row])]
+        negatives = [own[i] for i in rng.permutation(len(own))[:width]]
+        # A query whose documents are all relevant, or few, gets those of other queries.
+        tried = rng.permutation(len(spare)) if len(negatives) < width else ()
+        for place in tried:
+            if len(negatives) == width:
+                break
+            if spare[place] not in known and spare[place] not in negatives:
+                negatives.append(spare[place])
+        while negatives and len(negatives) < width:
+            negatives.append(negatives[len(negatives) % len(own or negatives)])
+        if len(negatives) == width:
+            yield (queries[row], documents[row], *negatives)
+
+
+def _list_negatives(
+    queries: Sequence[str | None],
+    documents: Sequence[str | None],
+    relevant: npt.NDArray[np.bool_],
+    groups: Ints,
+) -> dict[int, tuple[list[str | None], set[str | None]]]:
+    """Return for each group its distinct negatives, and what is never one of them."""
+    known: dict[int, set[str | None]] = {}
+    for group, query, document, good in zip(
+        groups.tolist(), queries, documents, relevant.tolist(), strict=True
+    ):
+        own = known.setdefault(group, set())
+        own.add(query)
+        if good:
+            own.add(document)
+    negatives: dict[int, dict[str | None, None]] = {group: {} for group in known}
+    for group, document in zip(groups.tolist(), documents, strict=True):
+        if document not in known[group]:
+            negatives[group][document] = None
+    return {group: (list(negatives[group]), known[group]) for group in known}
+
+
+def _draw_seed(random_state: Any) -> int:
+    """Return a seed from an int or a RandomState."""
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(2**31))
+    return int(random_state)

@@ -1,0 +1,459 @@
+"""`Retriever`: the best documents of a corpus for each query, exactly or approximately."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, clone
+from sklearn.utils.validation import check_is_fitted
+
+from skembed._validation import check_choice, check_int, check_string
+from skembed.estimators.base import TextEstimatorMixin, make_vectorizer
+from skembed.estimators.saved_index import check_mark, mark_model
+from skembed.inference.devices import choose_search_device
+from skembed.metrics.qrels import (
+    Ids,
+    check_ids,
+    check_new_ids,
+    find_positions,
+    join_titles,
+    read_judgments,
+    search_to_run,
+)
+from skembed.metrics.ranking import ndcg_at_k
+from skembed.search.index import DocumentIndex, prepare_vectors
+from skembed.search.index_file import read_index, write_index
+from skembed.search.stored_vectors import STORAGE_KINDS
+from skembed.similarity import TopK
+
+__all__ = ["OWNER", "Retriever", "SAVED_PARAMETERS"]
+
+OWNER = "Retriever"
+SAVED_PARAMETERS = ("similarity", "storage", "rescore_storage", "rescore", "algorithm")
+_SCORED = 10  # of nDCG@10
+
+
+class Retriever(TextEstimatorMixin, BaseEstimator):
+    """Find the documents of a corpus that are most similar to each query.
+
+    The search is exact: it compares each query with every document, block by block, in bounded
+    memory. Documents can be stored in 2, 4 or 32 times less memory, and an approximate index can
+    go before the exact scores.
+
+    Parameters
+    ----------
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
+        What embeds texts: the name of a model, which stays frozen, or an object with
+        ``transform`` (and ``encode_query`` and ``encode_document``, if queries and documents
+        differ), which `fit` clones and fits. An encoder (an object with ``encode``, such as a
+        SentenceTransformer, or a callable) is used as it is. None takes embeddings in place of
+        texts.
+    similarity : {"cosine", "dot"}, default="cosine"
+        What a score is.
+    storage : {"float32", "float16", "int8", "binary"}, default="float32"
+        How the vectors are stored that every query is compared with: 4, 2, 1 or 1/8 bytes a
+        component.
+    rescore_storage : {"float32", "float16", "int8"}, optional
+        Keep a second, finer copy, from which the best candidates are scored again. In a loaded
+        index it stays on disk. None gives scores of the stored vectors.
+    rescore : int, default=4
+        Candidates for each result, where there is a second copy or an approximate index.
+    algorithm : {"exact", "hnsw"}, default="exact"
+        Compare with every document, or with those that a graph of near neighbours proposes
+        (needs usearch: ``pip install skembed[ann]``).
+    device : str, default="auto"
+        Where to search: "cpu", "cuda", "cuda:1"; "auto" takes a CUDA device if there is one. The
+        vectors stay in the memory of the host and pass through the device block by block.
+
+    Attributes
+    ----------
+    ids_ : ndarray of object (str) or int64, shape (n_documents,)
+        Ids of the documents in the order of `indices`.
+    embedding_dim_ : int
+        Width of an embedding.
+    vectorizer_ : object
+        The fitted vectorizer; absent where `vectorizer` is None.
+    n_features_in_ : int
+        Width of the embeddings seen by `fit`; only where `vectorizer` is None.
+    feature_names_in_ : ndarray of str, shape (n_features_in_,)
+        Their names, when `fit` saw a frame of embeddings.
+
+    See Also
+    --------
+    Reranker : Sort given candidates of each query.
+
+    Notes
+    -----
+    Documents are embedded with ``encode_document`` and queries with ``encode_query``, so that an
+    instruction stands in front of queries only, unless `document_instruction` asks for more.
+
+    Each score that is returned is computed from one query and one document alone: equal documents
+    have equal scores, and a query finds the same in any company. Equal scores are sorted as
+    trec_eval does: by descending id; str as text, int as numbers.
+
+    Beside the stored vectors a search on the CPU holds at most about 64 MiB (32 MiB where they are
+    stored as float32), and a few times what it returns. float32 embeddings of unit length (any
+    float32 under ``similarity="dot"``) are stored without a copy: leave such an array as it is
+    after `fit`.
+
+    Of "int8", each vector has 255 levels of its own. Of "binary", each component has two levels
+    of its own: the mean of what lies below, and above, its mean over the corpus of `fit`. Queries
+    are never quantised.
+
+    Examples
+    --------
+    >>> from skembed.estimators.retrieval import Retriever
+    >>> corpus = ["The llama is a camelid.", "Faust is a play by Goethe.", "The Sun is hot."]
+    >>> retriever = Retriever().fit(corpus, ids=["llama", "faust", "sun"])
+    >>> scores, indices = retriever.search(["Who wrote Faust?"], top_k=2)
+    >>> scores.shape, retriever.ids_[indices[0, 0]]
+    ((1, 2), 'faust')
+    """
+
+    def __init__(
+        self,
+        vectorizer: Any = "skembed-mini",
+        *,
+        similarity: str = "cosine",
+        storage: str = "float32",
+        rescore_storage: str | None = None,
+        rescore: int = 4,
+        algorithm: str = "exact",
+        device: str = "auto",
+    ) -> None:
+        self.vectorizer = vectorizer
+        self.similarity = similarity
+        self.storage = storage
+        self.rescore_storage = rescore_storage
+        self.rescore = rescore
+        self.algorithm = algorithm
+        self.device = device
+
+    def fit(self, X: Any, y: Any = None, *, ids: Any = None) -> Retriever:
+        """Embed and store a corpus.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or frame of str, or array-like of float, (n_documents, dim)
+            The documents. Two columns are title and text, joined by a space; of a frame with a
+            column "text", that one and "title" are taken. Embeddings where `vectorizer` is None.
+        y : None
+            Ignored.
+        ids : array-like of str or int, shape (n_documents,), optional
+            Ids of the documents, each once; None counts from 0.
+
+        Returns
+        -------
+        Retriever
+            This estimator.
+
+        Raises
+        ------
+        TypeError, ValueError
+            When a parameter, a document or an id is not as it must be, or there is no document.
+        ImportError
+            When `algorithm` is "hnsw" and usearch is not installed.
+        """
+        self._check_parameters()
+        choose_search_device(self.device, owner=OWNER)  # an error now, not at the first search
+        known = check_ids(ids, owner=OWNER)
+        documents = X if self.vectorizer is None else join_titles(X, owner=OWNER)
+        # On a copy, so that an error leaves an index that is there, and its model, as they were.
+        fresh = clone(self)
+        vectors = fresh._fit_vectors(documents, side="document")
+        if known is None:
+            known = np.arange(len(vectors), dtype=np.int64)
+        _check_count(known, len(vectors), owner=OWNER)
+        index = DocumentIndex.build(
+            known,
+            prepare_vectors(vectors, self.similarity, owner=OWNER),
+            storage=self.storage,
+            rescore_storage=self.rescore_storage,
+            hnsw=self.algorithm == "hnsw",
+        )
+        for name in ("vectorizer_", "n_features_in_", "feature_names_in_", "embedding_dim_"):
+            self.__dict__.pop(name, None)
+            if hasattr(fresh, name):
+                setattr(self, name, getattr(fresh, name))
+        self._index, self.ids_, self._ids_counted = index, index.ids, ids is None
+        return self
+
+    def search(self, queries: Any, top_k: int = 10) -> TopK:
+        """Find the best documents for each query.
+
+        Parameters
+        ----------
+        queries : list, tuple, ndarray, Series or one-column frame of str, n_queries rows
+            The queries; embeddings of shape (n_queries, dim) where `vectorizer` is None.
+        top_k : int, default=10
+            How many documents to find, at most as many as there are.
+
+        Returns
+        -------
+        TopK
+            `scores`, float32, and `indices`, int64, each of shape (n_queries, top_k), the best
+            first; ``ids_[indices]`` are the documents' ids.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        TypeError, ValueError
+            When `top_k` or a query is not as it must be, or no document is left.
+        """
+        check_is_fitted(self)
+        n = len(self.ids_)
+        if not n:
+            raise ValueError(f"This {OWNER} holds no documents. Call `add` or `fit` first.")
+        top_k = check_int(top_k, name="top_k", owner=OWNER, low=1, high=n)
+        rescore = check_int(self.rescore, name="rescore", owner=OWNER, low=1)
+        device = choose_search_device(self.device, owner=OWNER)
+        vectors = self._embed_vectors(queries, name="queries", min_rows=0)
+        vectors = prepare_vectors(vectors, self.similarity, owner=f"{OWNER}.search")
+        return self._index.search(vectors, top_k, rescore=rescore, device=device)
+
+    def add(self, documents: Any, *, ids: Any = None) -> Retriever:
+        """Add documents behind those that are there.
+
+        Costs a copy of the stored vectors, so add many at once. An error leaves the index as it
+        was.
+
+        Parameters
+        ----------
+        documents : list, tuple, ndarray, Series or frame of str, n_added rows
+            As in `fit`.
+        ids : array-like of str or int, shape (n_added,), optional
+            New ids, of the type of those that are there. None counts on, where `fit` counted.
+
+        Returns
+        -------
+        Retriever
+            This estimator.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        TypeError, ValueError
+            When a document is not as it must be, or an id is there already.
+        """
+        check_is_fitted(self)
+        owner = f"{OWNER}.add"
+        new = check_ids(ids, owner=owner)
+        if new is None and not self._ids_counted:
+            raise ValueError(
+                f"The `ids` parameter of `{owner}` must hold an id for each document, since those "
+                "that are there were given ids; got None."
+            )
+        if new is not None:
+            check_new_ids(new, self.ids_, owner=owner)
+        if getattr(self, "vectorizer_", None) is not None:
+            documents = join_titles(documents, owner=owner, name="documents")
+        vectors = self._embed_vectors(documents, side="document", name="documents")
+        vectors = prepare_vectors(vectors, self.similarity, owner=owner)
+        if new is None:
+            first = self._index.n_seen
+            new = np.arange(first, first + len(vectors), dtype=np.int64)
+        _check_count(new, len(vectors), owner=owner)
+        self._index.add(new, vectors)
+        self._ids_counted = self._ids_counted and ids is None
+        self.ids_ = self._index.ids
+        return self
+
+    def remove(self, ids: Any) -> Retriever:
+        """Remove documents; those behind them move up in `indices`.
+
+        Costs a copy of the stored vectors, so remove many at once. An error leaves the index as
+        it was.
+
+        Parameters
+        ----------
+        ids : array-like of str or int, shape (n_removed,)
+            Ids that are there.
+
+        Returns
+        -------
+        Retriever
+            This estimator.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        TypeError, ValueError
+            When an id is not there, or is given twice.
+        """
+        check_is_fitted(self)
+        owner = f"{OWNER}.remove"
+        gone = check_ids(ids, owner=owner)
+        if gone is None:
+            raise TypeError(f"The `ids` parameter of `{owner}` must be a list of ids; got None.")
+        self._index.remove(find_positions(gone, self.ids_, owner=owner))
+        self.ids_ = self._index.ids
+        return self
+
+    def score(self, X: Any, y: Any, *, query_ids: Any = None) -> float:
+        """Return nDCG@10, mean over queries.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_queries rows
+            The queries; embeddings where `vectorizer` is None.
+        y : sequence of n_queries, or mapping
+            Judgments of each query: ``{document_id: grade}``, or a list of the relevant ids, or
+            one id. With `query_ids`, a mapping of query ids to any of these.
+        query_ids : sequence of n_queries, optional
+            The key in `y` of each query.
+
+        Returns
+        -------
+        float
+            In [0, 1].
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        TypeError, ValueError
+            When a query has no judged document, or no judged document at all is in the corpus.
+
+        Notes
+        -----
+        As trec_eval computes it (`skembed.metrics.ndcg_at_k`): gains are linear, and judged
+        documents that are not in the corpus count for the best possible ranking. A query without
+        judgments is an error, since leaving it out would raise the mean: drop such queries.
+        """
+        check_is_fitted(self)
+        judged = read_judgments(y, query_ids, ids=self.ids_, owner=f"{OWNER}.score")
+        found = self.search(X, min(_SCORED, max(1, len(self.ids_))))
+        if len(found.scores) != len(judged):
+            raise ValueError(
+                f"The `y` parameter of `{OWNER}.score` must judge each of {len(found.scores)} "
+                f"queries; got {len(judged)}."
+            )
+        run = search_to_run(*found, document_ids=self.ids_.tolist())
+        return ndcg_at_k(judged, run, k=_SCORED)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index to a folder: arrays, and a manifest with the mark of the model.
+
+        The vectorizer itself is not written. The folder holds the old index or the new one,
+        wherever writing stops.
+
+        Parameters
+        ----------
+        path : str or path
+            A new or empty folder, or one that holds an index, which is replaced.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        ValueError
+            When the folder holds other files.
+        OSError
+            When the folder cannot be written; what was there is still there.
+        """
+        check_is_fitted(self)
+        named = isinstance(self.vectorizer, (str, os.PathLike))
+        mark, probe = mark_model(getattr(self, "vectorizer_", None), owner=OWNER)
+        settings, arrays = self._index.pack()
+        settings |= {
+            "parameters": {key: getattr(self, key) for key in SAVED_PARAMETERS},
+            "ids_counted": self._ids_counted,
+            "vectorizer": os.fspath(self.vectorizer) if named else None,
+            "model": mark,
+        }
+        write_index(path, settings, arrays if probe is None else {**arrays, "probe": probe})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        vectorizer: Any = "saved",
+        mmap: bool = True,
+        device: str = "auto",
+    ) -> Retriever:
+        """Return a fitted retriever for an index in a folder.
+
+        Parameters
+        ----------
+        path : str or path
+            The folder that `save` wrote.
+        vectorizer : "saved", str, path, transformer, encoder or None, default="saved"
+            What embeds queries; used as it is, not cloned. It must be the model that embedded
+            the documents. "saved" takes the name that the retriever had as its `vectorizer`.
+        mmap : bool, default=True
+            Map the vectors from disk, read-only, in place of reading them; `add` and `remove`
+            then make copies in memory.
+        device : str, default="auto"
+            Where to search.
+
+        Returns
+        -------
+        Retriever
+            A fitted retriever.
+
+        Raises
+        ------
+        FileNotFoundError
+            When there is no index.
+        ValueError
+            When the index is damaged, of another version or of another model, or `vectorizer`
+            is "saved" and the index was built with an object.
+        """
+        settings, arrays = read_index(path, mmap=mmap)
+        where = f"The index in {os.fspath(path)!r}"
+        if isinstance(vectorizer, str) and vectorizer == "saved":
+            vectorizer = settings["vectorizer"]
+            if vectorizer is None and settings["model"] is not None:
+                raise ValueError(
+                    f"{where} was built with a vectorizer that has no name. Pass it: "
+                    f"{OWNER}.load(path, vectorizer=...)."
+                )
+        retriever = cls(vectorizer, device=device, **settings["parameters"])
+        retriever._check_parameters()
+        named = isinstance(vectorizer, (str, os.PathLike))
+        model = make_vectorizer(vectorizer, owner=OWNER) if named else vectorizer
+        check_mark(model, settings["model"], arrays.get("probe"), where=where, owner=OWNER)
+        retriever._set_vectorizer(model, settings["dim"])
+        if model is None:
+            retriever.n_features_in_ = settings["dim"]
+        retriever._index = DocumentIndex.unpack(settings, arrays)
+        retriever._ids_counted = settings["ids_counted"]
+        retriever.ids_ = retriever._index.ids
+        return retriever
+
+    # Parts
+
+    def _check_parameters(self) -> None:
+        """Raise for a parameter of wrong type or value."""
+        similarities, algorithms = ("cosine", "dot"), ("exact", "hnsw")
+        check_choice(self.similarity, name="similarity", owner=OWNER, allowed=similarities)
+        check_choice(self.storage, name="storage", owner=OWNER, allowed=STORAGE_KINDS)
+        check_choice(self.algorithm, name="algorithm", owner=OWNER, allowed=algorithms)
+        check_int(self.rescore, name="rescore", owner=OWNER, low=1)
+        check_string(self.device, name="device", owner=OWNER)
+        if self.rescore_storage is None:
+            return
+        finer = STORAGE_KINDS[: STORAGE_KINDS.index(self.storage)]
+        check_choice(
+            self.rescore_storage, name="rescore_storage", owner=OWNER, allowed=STORAGE_KINDS[:-1]
+        )
+        if self.rescore_storage not in finer:
+            raise ValueError(
+                f"The `rescore_storage` parameter of `{OWNER}` must be finer than "
+                f"storage={self.storage!r}, or None; got {self.rescore_storage!r}."
+            )
+
+
+def _check_count(ids: Ids, n: int, *, owner: str) -> None:
+    """Raise ValueError unless there are as many ids as documents."""
+    if len(ids) != n:
+        raise ValueError(
+            f"The `ids` parameter of `{owner}` must hold an id for each of {n} documents; "
+            f"got {len(ids)}."
+        )

@@ -1,0 +1,376 @@
+"""`ZeroShotClassifier`: classes from their descriptions alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.preprocessing import normalize
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+
+from skembed._inputs import (
+    check_labels,
+    check_texts,
+    name_some,
+    refuse_foreign_labels,
+    refuse_missing_labels,
+)
+from skembed._validation import check_real, check_string
+from skembed.embedding import Vectors, check_text_column, embed
+from skembed.estimators.base import (
+    TextEstimatorMixin,
+    check_embeddings,
+    fit_vectorizer,
+    make_vectorizer,
+)
+
+__all__ = ["Labels", "ZeroShotClassifier"]
+
+Labels = npt.NDArray[Any]
+
+
+class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
+    r"""Classify texts by which label's description they are most like.
+
+    Each label becomes a prototype: the mean direction of its descriptions, moved towards labelled
+    examples where there are some. A text gets the label of the nearest prototype.
+
+    Parameters
+    ----------
+    vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
+        What embeds texts and descriptions; `fit` uses a clone. A name or path is a frozen model
+        of `NVEmbedVectorizer`. An encoder (an object with ``encode``, such as a
+        SentenceTransformer, or a callable) is used as it is. None: X and descriptions are
+        embeddings.
+    descriptions : mapping, optional
+        Label -> description or list of descriptions. With it, `fit` takes labelled examples (or
+        nothing), so that the classifier can be cross-validated; without it, `fit` takes the
+        descriptions.
+    label_instruction : str, optional
+        Instruction for descriptions, as the vectorizer's `document_instruction`. None leaves
+        that parameter as it is. Texts go with the vectorizer's `instruction`.
+    description_weight : float, default=3.0
+        How many labelled examples the descriptions of a label weigh. ``float("inf")`` leaves
+        examples out of account.
+    temperature : float, default=0.05
+        Of the softmax in `predict_proba`. Does not change predictions.
+
+    Attributes
+    ----------
+    classes_ : ndarray, shape (n_classes,)
+        The labels, sorted.
+    prototypes_ : ndarray of float64, shape (n_classes, dim)
+        Unit vectors, in the order of `classes_`.
+    vectorizer_ : transformer
+        The fitted vectorizer; absent where ``vectorizer=None``.
+    embedding_dim_ : int
+        Width of the embeddings.
+    n_features_in_ : int
+        The same, where ``vectorizer=None``.
+    feature_names_in_ : ndarray of str, shape (n_features_in_,)
+        Column names, where embeddings came as a frame with names.
+
+    See Also
+    --------
+    EmbeddingClassifier : Learns from labelled texts alone.
+
+    Notes
+    -----
+    With unit vectors :math:`d_c` (mean of the descriptions of class c, scaled to unit length) and
+    :math:`x_i` (its n examples), weight w and temperature t,
+
+    .. math::
+        p_c \propto w\, d_c + \sum_{i=1}^n x_i, \qquad
+        P(c \mid x) = \mathrm{softmax}_c (\cos(x, p_c) / t).
+
+    The probabilities are not calibrated; they rank a text's labels. A label without examples keeps
+    its description alone.
+
+    Weight and temperature were chosen on the train parts of four sets
+    (`benchmarks/zero_shot.py`).
+
+    Examples
+    --------
+    >>> from skembed import ZeroShotClassifier
+    >>> topics = {"sport": "a game, a match, a team", "money": "shares, banks, the market"}
+    >>> ZeroShotClassifier().fit(topics).predict(["The striker scored twice."])
+    array(['sport'], dtype='<U5')
+    """
+
+    def __init__(
+        self,
+        vectorizer: Any = "skembed-mini",
+        *,
+        descriptions: Mapping[Any, Any] | None = None,
+        label_instruction: str | None = None,
+        description_weight: float = 3.0,
+        temperature: float = 0.05,
+    ) -> None:
+        self.vectorizer = vectorizer
+        self.descriptions = descriptions
+        self.label_instruction = label_instruction
+        self.description_weight = description_weight
+        self.temperature = temperature
+
+    def fit(self, X: Any = None, y: Any = None) -> ZeroShotClassifier:
+        """Embed the descriptions, and the examples if there are some.
+
+        Parameters
+        ----------
+        X : mapping, or list, tuple, ndarray, Series or one-column frame of str, optional
+            Without `descriptions`: label -> description or list of descriptions; or descriptions
+            whose labels are `y` (without `y`, each description is its own label). With
+            `descriptions`: labelled examples. Embeddings instead of texts where
+            ``vectorizer=None``.
+        y : array-like, shape (n_texts,), optional
+            Labels of the rows of X.
+
+        Returns
+        -------
+        ZeroShotClassifier
+            This estimator.
+
+        Raises
+        ------
+        TypeError
+            When X is not as it must be, or a parameter is of the wrong type.
+        ValueError
+            When there are fewer than two labels, a label of an example has no description, or
+            a parameter is out of range.
+        """
+        owner = type(self).__name__
+        weight = _check_weight(self.description_weight, owner=owner)
+        check_real(self.temperature, name="temperature", owner=owner, low=0, inclusive="neither")
+        given = X if self.descriptions is None else self.descriptions
+        names = y if self.descriptions is None else None
+        if names is None and self.vectorizer is not None and not isinstance(given, Mapping):
+            names = None if given is None else check_texts(given, owner=owner).columns[0]
+        rows, labels = _read_descriptions(given, names, owner=owner)
+        classes, places = np.unique(labels, return_inverse=True)
+        examples = None
+        if self.descriptions is not None and X is not None:
+            examples = _read_examples(X, y, classes, owner=owner)
+        vectors, example_vectors = self._fit_both(rows, labels, examples)
+        sums = _sum_rows(normalize(vectors), places, len(classes))
+        if examples is not None and math.isfinite(weight):
+            places = np.searchsorted(classes, examples.labels)
+            sums = weight * normalize(sums)
+            sums += _sum_rows(normalize(example_vectors), places, len(classes))
+        self.classes_ = classes
+        self.prototypes_ = normalize(sums)
+        return self
+
+    def predict(self, X: Any) -> Labels:
+        """Predict the label whose prototype is nearest.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts; embeddings where ``vectorizer=None``.
+
+        Returns
+        -------
+        ndarray, shape (n_texts,)
+            One of `classes_` a text; of equally near ones, the first.
+        """
+        nearest = self._cosines(X).argmax(axis=1)
+        found: Labels = self.classes_[nearest]
+        return found
+
+    def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
+        """Softmax of the cosines over the temperature; not calibrated.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts; embeddings where ``vectorizer=None``.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_texts, n_classes)
+            Columns in the order of `classes_`; rows sum to 1.
+        """
+        logits = self._cosines(X) / self.temperature
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        found: npt.NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
+        return found
+
+    def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
+        """Cosine of each text with each prototype.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts; embeddings where ``vectorizer=None``.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_texts, n_classes), or (n_texts,) for two classes
+            Cosines in the order of `classes_`; for two classes, the second minus the first.
+        """
+        cosines = self._cosines(X)
+        return cosines[:, 1] - cosines[:, 0] if len(self.classes_) == 2 else cosines
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Accuracy of the predictions.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts; embeddings where ``vectorizer=None``.
+        y : array-like, shape (n_texts,)
+            Their labels. A label without description counts as an error.
+        sample_weight : array-like of float, shape (n_texts,), optional
+            Weights of the texts.
+
+        Returns
+        -------
+        float
+            Share of right predictions, in [0, 1].
+
+        Raises
+        ------
+        ValueError
+            When none of the labels has a description.
+        """
+        check_is_fitted(self)
+        refuse_foreign_labels(y, self.classes_, owner=type(self).__name__)
+        return float(super().score(X, y, sample_weight))
+
+    def _cosines(self, X: Any) -> npt.NDArray[np.float64]:
+        """Cosine of each text with each prototype, (n, n_classes)."""
+        vectors = normalize(self._embed_vectors(X).astype(np.float64))
+        found: npt.NDArray[np.float64] = vectors @ self.prototypes_.T
+        return found
+
+    def _fit_both(
+        self, rows: Any, labels: Labels, examples: _Examples | None
+    ) -> tuple[Vectors, Vectors]:
+        """Fit the vectorizer; vectors of descriptions (n, dim) and of examples (m, dim)."""
+        owner = type(self).__name__
+        vectorizer = make_vectorizer(self.vectorizer, owner=owner)
+        if vectorizer is None:
+            vectors = self._fit_vectors(rows)
+            others = vectors[:0] if examples is None else check_embeddings(self, examples.X)
+            return vectors.astype(np.float64), others.astype(np.float64)
+        _set_label_instruction(vectorizer, self.label_instruction, owner=owner)
+        texts = check_text_column(rows, vectorizer=vectorizer, owner=owner)
+        more: list[str | None] = []
+        if examples is not None:
+            more = check_text_column(examples.X, vectorizer=vectorizer, owner=owner)
+            labels = np.concatenate([labels, examples.labels])
+        fit_vectorizer(vectorizer, texts + more, labels)
+        vectors = embed(vectorizer, texts, "document", owner=owner)
+        others = embed(vectorizer, more, "query", owner=owner) if more else vectors[:0]
+        self._set_vectorizer(vectorizer, vectors.shape[1])
+        return vectors.astype(np.float64), others.astype(np.float64)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Fitted once there are prototypes."""
+        return hasattr(self, "prototypes_")
+
+
+class _Examples(NamedTuple):
+    """Labelled texts or embeddings, and their labels, (n,)."""
+
+    X: Any
+    labels: Labels
+
+
+# Descriptions
+
+
+def _check_weight(weight: Any, *, owner: str) -> float:
+    """Return the weight of descriptions, which may be infinite."""
+    if isinstance(weight, float) and weight == math.inf:
+        return weight
+    return check_real(weight, name="description_weight", owner=owner, low=0, inclusive="neither")
+
+
+def _read_descriptions(X: Any, y: Any, *, owner: str) -> tuple[Any, Labels]:
+    """Return the rows of descriptions, texts or embeddings, and the label of each, (n,)."""
+    if isinstance(X, Mapping) and not hasattr(X, "tocsr"):  # a DOK matrix is a dict
+        if y is not None:
+            raise ValueError(
+                f"The `y` parameter of `{owner}.fit` must be None where X maps labels to "
+                "descriptions. To add examples, pass the mapping as `descriptions`."
+            )
+        rows, names = _flatten_mapping(X, owner=owner)
+    elif X is None:
+        raise ValueError(
+            f"{owner} needs descriptions: pass a mapping of label to description to `fit`, or as "
+            "`descriptions`."
+        )
+    else:
+        rows, names = X, y
+    labels = check_labels(rows, names, owner=owner)
+    if labels.ndim != 1:
+        raise ValueError(
+            f"The `y` parameter of `{owner}` must have one label a row; got shape {labels.shape}."
+        )
+    return rows, labels
+
+
+def _flatten_mapping(descriptions: Mapping[Any, Any], *, owner: str) -> tuple[Any, list[Any]]:
+    """Return all descriptions in one list (or array of embeddings) and the label of each."""
+    rows: list[Any] = []
+    labels: list[Any] = []
+    for label, found in descriptions.items():
+        is_one = isinstance(found, str) or (
+            not isinstance(found, (list, tuple)) and np.ndim(found) == 1
+        )
+        many = [found] if is_one else found
+        if not isinstance(many, (list, tuple, np.ndarray)) or not len(many):
+            raise TypeError(
+                f"The descriptions of `{owner}` must map each label to a text or a list of texts "
+                f"(embeddings where vectorizer=None); that of {label!r} is "
+                f"{'an empty list' if isinstance(many, (list, tuple)) else type(found).__name__}."
+            )
+        rows.extend(many)
+        labels.extend([label] * len(many))
+    if rows and not any(isinstance(row, str) for row in rows):
+        return np.asarray(rows), labels
+    return rows, labels
+
+
+def _read_examples(X: Any, y: Any, classes: Labels, *, owner: str) -> _Examples | None:
+    """Return the labelled examples, or None without labels: then X is not looked at."""
+    if y is None:
+        return None
+    labels = column_or_1d(y)
+    refuse_missing_labels(labels, owner=owner)
+    check_consistent_length(X, labels)
+    known = set(classes.tolist())
+    unknown = [i for i, label in enumerate(labels.tolist()) if label not in known]
+    if unknown:
+        raise ValueError(
+            f"The `y` parameter of `{owner}` must hold labels that have a description, "
+            f"{name_some(classes)}; got {len(unknown)} without, the first at y[{unknown[0]}]: "
+            f"{name_some(labels[unknown[0] :][:1])}."
+        )
+    return _Examples(X, labels)
+
+
+def _set_label_instruction(vectorizer: Any, instruction: str | None, *, owner: str) -> None:
+    """Give the vectorizer the instruction for descriptions."""
+    name = "label_instruction"
+    if check_string(instruction, name=name, owner=owner, allow_none=True) is None:
+        return
+    known = vectorizer.get_params() if hasattr(vectorizer, "get_params") else {}
+    if "document_instruction" not in known:
+        raise ValueError(
+            f"The `label_instruction` parameter of `{owner}` must be None for a vectorizer "
+            f"without `document_instruction`; {type(vectorizer).__name__} has none."
+        )
+    vectorizer.set_params(document_instruction=instruction)
+
+
+def _sum_rows(vectors: Vectors, places: Labels, n_classes: int) -> npt.NDArray[np.float64]:
+    """Sum the rows of each class, (n_classes, dim)."""
+    sums = np.zeros((n_classes, vectors.shape[1]))
+    np.add.at(sums, places, vectors)
+    return sums

@@ -1,0 +1,356 @@
+"""The protocols of mteb 2.26, from a task's data to its scores.
+
+Each takes embeddings from a `TimedVectorizer` and returns an `Outcome`. The operations and their
+order are mteb's, so that scores are equal to its last digit; what is drawn stands in the data
+already.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import clone
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics.pairwise import (
+    paired_cosine_distances,
+    paired_euclidean_distances,
+    paired_manhattan_distances,
+)
+
+from skembed.embedding import embed
+from skembed.evaluation.task_data import (
+    ClassificationData,
+    ClusteringData,
+    RankingData,
+    STSData,
+    TaskData,
+)
+from skembed.evaluation.tasks import (
+    CLUSTERING_METRICS,
+    STS_METRICS,
+    ClassificationTask,
+    ClusteringTask,
+    RerankingTask,
+    RetrievalTask,
+    STSTask,
+    Task,
+)
+from skembed.metrics.agreement import ami, pearson, spearman, v_measure
+from skembed.metrics.classification import classification_metrics
+from skembed.metrics.ranking import ranking_metrics, round_means
+from skembed.similarity import Vectors
+
+__all__ = [
+    "BLOCK_BYTES",
+    "CHUNK_SIZE",
+    "KMEANS_BATCH_SIZE",
+    "Outcome",
+    "TimedVectorizer",
+    "run_protocol",
+]
+
+CHUNK_SIZE = 50_000  # documents at a time, as in mteb: the same products, to the last bit
+BLOCK_BYTES = 256 * 2**20  # of the scores of one chunk
+KMEANS_BATCH_SIZE = 512
+
+_Floats = npt.NDArray[np.float64]
+_Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The scores of one vectorizer on one task.
+
+    Parameters
+    ----------
+    metrics : dict of str to float
+        All metrics, the main score among them.
+    values : ndarray of float64, shape (n,)
+        The main score of each draw or query; of STS, the similarity of each pair.
+    replicates : ndarray of float64, shape (n_replicates,)
+        The main score of each draw, or of each bootstrap sample of the queries or pairs. Of one
+        task, they belong together across vectorizers.
+    unit : {"draws", "queries", "pairs"}
+        What `values` are of.
+    """
+
+    metrics: dict[str, float]
+    values: _Floats
+    replicates: _Floats
+    unit: str
+
+
+class TimedVectorizer:
+    """A vectorizer, and how long it took to embed how many texts."""
+
+    def __init__(self, vectorizer: Any) -> None:
+        self.vectorizer = vectorizer
+        self.seconds = 0.0
+        self.n_texts = 0
+
+    def embed(self, texts: list[str], side: str | None = None) -> Vectors:
+        """Return the vectors of texts, float32, (n_texts, dim)."""
+        start = time.perf_counter()
+        vectors = embed(self.vectorizer, texts, side, owner="evaluate")
+        self.seconds += time.perf_counter() - start
+        self.n_texts += len(texts)
+        return vectors
+
+
+def run_protocol(
+    task: Task, data: TaskData, vectorizer: TimedVectorizer, *, n_bootstraps: int
+) -> Outcome:
+    """Run the protocol of a task.
+
+    Parameters
+    ----------
+    task : ClassificationTask, ClusteringTask, STSTask, RetrievalTask or RerankingTask
+        The task.
+    data : ClassificationData, ClusteringData, STSData or RankingData
+        What `read_task` made of it.
+    vectorizer : TimedVectorizer
+        Where vectors come from.
+    n_bootstraps : int
+        Bootstrap samples, where there are no draws.
+
+    Returns
+    -------
+    Outcome
+        The scores.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the vectors are not as they must be.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skembed.evaluation import STSTask
+    >>> from skembed.evaluation.protocols import TimedVectorizer, run_protocol
+    >>> from skembed.evaluation.task_data import read_task
+    >>> class Letters:
+    ...     def transform(self, texts):
+    ...         return np.array([[text.count(letter) for letter in "acr"] for text in texts])
+    >>> task = STSTask([("cat", "cats"), ("cat", "car"), ("cat", "roar")], [5.0, 2.5, 0.0])
+    >>> run_protocol(task, read_task(task), TimedVectorizer(Letters()), n_bootstraps=0).metrics[
+    ...     "cosine_spearman"
+    ... ]
+    1.0
+    """
+    if isinstance(task, ClassificationTask) and isinstance(data, ClassificationData):
+        return _run_classification(task, data, vectorizer)
+    if isinstance(task, ClusteringTask) and isinstance(data, ClusteringData):
+        return _run_clustering(task, data, vectorizer)
+    if isinstance(task, STSTask) and isinstance(data, STSData):
+        return _run_sts(task, data, vectorizer, n_bootstraps)
+    if isinstance(task, (RetrievalTask, RerankingTask)) and isinstance(data, RankingData):
+        return _run_ranking(task, data, vectorizer, n_bootstraps)
+    raise TypeError(f"No protocol for {type(task).__name__} with {type(data).__name__}.")
+
+
+# Draws
+
+
+def _run_classification(
+    task: ClassificationTask, data: ClassificationData, vectorizer: TimedVectorizer
+) -> Outcome:
+    """Fit a classifier on each draw and test it; metrics are means over draws."""
+    pooled = data.test_texts is None
+    used = np.arange(len(data.texts)) if pooled else np.unique(np.concatenate(data.draws))
+    vectors = vectorizer.embed([data.texts[row] for row in used.tolist()])  # (U, D)
+    place = np.full(len(data.texts), -1)
+    place[used] = np.arange(len(used))
+    test = vectors if data.test_texts is None else vectorizer.embed(data.test_texts)
+    _check_width(vectors, test)
+    found = []
+    for draw in data.draws:
+        rows = np.setdiff1d(used, draw) if pooled else np.arange(len(test))
+        labels = data.labels if data.test_labels is None else data.test_labels
+        classifier = _make_classifier(task)
+        with warnings.catch_warnings():
+            if task.classifier is None:  # 100 iterations are the protocol, enough or not
+                warnings.simplefilter("ignore", ConvergenceWarning)
+            classifier.fit(vectors[place[draw]], data.labels[draw])
+        found.append(classification_metrics(labels[rows], classifier.predict(test[rows])))
+    names = [name for name in found[0] if all(name in metrics for metrics in found)]
+    if task.metric not in names:
+        raise ValueError(
+            f"The `metric` parameter of `ClassificationTask` must be one of {names} for the labels "
+            f"of {task.name!r}; got {task.metric!r}, which needs two labels."
+        )
+    means = {name: float(np.mean([metrics[name] for metrics in found])) for name in names}
+    values = np.array([metrics[task.metric] for metrics in found])
+    return Outcome(means, values, values, "draws")
+
+
+def _make_classifier(task: ClassificationTask) -> Any:
+    """Return a fresh classifier, seeded where it takes a seed and has none."""
+    if task.classifier is None:
+        return LogisticRegression(max_iter=100, random_state=task.random_state)
+    classifier = clone(task.classifier)
+    if classifier.get_params().get("random_state", task) is None:
+        classifier.set_params(random_state=task.random_state)
+    return classifier
+
+
+def _run_clustering(
+    task: ClusteringTask, data: ClusteringData, vectorizer: TimedVectorizer
+) -> Outcome:
+    """Cluster each sample of each level; metrics are means over all of them."""
+    vectors = vectorizer.embed(data.texts)  # (N, D)
+    found: dict[str, list[float]] = {name: [] for name in CLUSTERING_METRICS}
+    for rows, labels, samples in data.levels:
+        kmeans = MiniBatchKMeans(
+            n_clusters=len(np.unique(labels)),
+            batch_size=KMEANS_BATCH_SIZE,
+            init="k-means++",
+            n_init=1,
+            random_state=task.random_state,
+        )
+        for sample in samples:
+            clusters = kmeans.fit_predict(vectors[rows[sample]])
+            found["v_measure"].append(v_measure(labels[sample], clusters))
+            found["ami"].append(ami(labels[sample], clusters))
+    means = {}
+    for name, scores in found.items():
+        means[name], means[f"{name}_std"] = float(np.mean(scores)), float(np.std(scores))
+    values = np.array(found[task.metric])
+    return Outcome(means, values, values, "draws")
+
+
+# Pairs and queries
+
+
+def _run_sts(
+    task: STSTask, data: STSData, vectorizer: TimedVectorizer, n_bootstraps: int
+) -> Outcome:
+    """Correlate three similarities with the scores."""
+    left, right = vectorizer.embed(data.left), vectorizer.embed(data.right)
+    _check_width(left, right)
+    similarities = {
+        "cosine": 1 - paired_cosine_distances(left, right),
+        "manhattan": -paired_manhattan_distances(left, right),
+        "euclidean": -paired_euclidean_distances(left, right),
+    }
+    correlations = {"pearson": pearson, "spearman": spearman}
+    found = {}
+    for metric in STS_METRICS:
+        similarity, name = metric.split("_")
+        found[metric] = correlations[name](data.scores, similarities[similarity])
+    similarity, name = task.metric.split("_")
+    values = np.asarray(similarities[similarity], dtype=np.float64)
+    correlate = correlations[name]
+    replicates = _bootstrap(
+        len(values), n_bootstraps, task.random_state, lambda i: correlate(data.scores[i], values[i])
+    )
+    return Outcome(found, values, replicates, "pairs")
+
+
+def _run_ranking(
+    task: RetrievalTask | RerankingTask,
+    data: RankingData,
+    vectorizer: TimedVectorizer,
+    n_bootstraps: int,
+) -> Outcome:
+    """Rank documents for each query; metrics are means over queries, rounded as mteb rounds."""
+    queries = vectorizer.embed(data.queries, "query")  # (Q, D)
+    documents = vectorizer.embed(data.documents, "document")  # (N, D)
+    _check_width(queries, documents)
+    if data.candidates is None:
+        found = _search_corpus(queries, documents, _rank_ids(data.document_ids), task.top_k)
+    else:
+        found = _rank_candidates(queries, documents, data, task.top_k)
+    run: dict[Any, dict[Any, float]] = {}
+    for i, (query, (places, scores)) in enumerate(zip(data.query_ids, found, strict=True)):
+        ids = data.document_ids if data.candidate_ids is None else data.candidate_ids[i]
+        run[query] = {ids[j]: s for j, s in zip(places.tolist(), scores.tolist(), strict=True)}
+        if isinstance(task, RetrievalTask) and task.ignore_identical_ids:
+            run[query].pop(query, None)
+    metrics = ranking_metrics(data.relevance, run)
+    values = metrics[task.metric]
+    replicates = _bootstrap(
+        len(values), n_bootstraps, task.random_state, lambda i: float(values[i].mean())
+    )
+    return Outcome(round_means(metrics), values, replicates, "queries")
+
+
+def _search_corpus(
+    queries: Vectors, documents: Vectors, ranks: _Ints, top_k: int
+) -> list[tuple[_Ints, Vectors]]:
+    """Return the rows and cosines of the best documents of each query, in chunks of the corpus."""
+    best = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in queries]
+    for start in range(0, len(documents), CHUNK_SIZE):
+        chunk = documents[start : start + CHUNK_SIZE]
+        n_rows = max(1, BLOCK_BYTES // (4 * len(chunk)))
+        for first in range(0, len(queries), n_rows):
+            scores = _cosines(queries[first : first + n_rows], chunk)  # (B, C)
+            for i, row in enumerate(scores, start=first):
+                new = _choose_best(row, ranks[start : start + len(chunk)], top_k)
+                rows = np.concatenate([best[i][0], new + start])
+                values = np.concatenate([best[i][1], row[new]])
+                kept = _choose_best(values, ranks[rows], top_k)
+                best[i] = rows[kept], values[kept]
+    return best
+
+
+def _rank_candidates(
+    queries: Vectors, documents: Vectors, data: RankingData, top_k: int
+) -> list[tuple[_Ints, Vectors]]:
+    """Return the best candidates of each query, as places in its list or rows of the corpus."""
+    ranks, found = _rank_ids(data.document_ids), []
+    for i, rows in enumerate(data.candidates or ()):
+        scores = _cosines(queries[i : i + 1], documents[rows])[0]  # (C,)
+        own_ids = data.candidate_ids is not None
+        order = np.arange(len(rows))[::-1] if own_ids else ranks[rows]
+        kept = _choose_best(scores, order, top_k)
+        found.append((kept if own_ids else rows[kept], scores[kept]))
+    return found
+
+
+def _cosines(queries: Vectors, documents: Vectors) -> Vectors:
+    """Return cosine similarities (Q, N) by the same operations as mteb."""
+    import torch
+
+    sides = (torch.from_numpy(np.ascontiguousarray(side)) for side in (queries, documents))
+    left, right = (torch.nn.functional.normalize(side, p=2, dim=1) for side in sides)
+    return (left @ right.transpose(0, 1)).numpy()
+
+
+def _rank_ids(ids: list[Any]) -> _Ints:
+    """Return the place of each id in descending order, (N,)."""
+    ranks = np.empty(len(ids), dtype=np.int64)
+    ranks[sorted(range(len(ids)), key=ids.__getitem__, reverse=True)] = np.arange(len(ids))
+    return ranks
+
+
+def _choose_best(scores: Vectors, ranks: _Ints, top_k: int) -> _Ints:
+    """Return where the highest scores are, the best first, equal ones by rank, (<= top_k,)."""
+    kept = np.arange(len(scores))
+    if len(scores) > top_k:
+        floor = np.partition(scores, len(scores) - top_k)[len(scores) - top_k]
+        kept = np.flatnonzero(scores >= floor)
+    return kept[np.lexsort((ranks[kept], -scores[kept]))][:top_k]
+
+
+def _bootstrap(n: int, n_bootstraps: int, seed: int, score: Callable[[_Ints], float]) -> _Floats:
+    """Return the score of each bootstrap sample of n; the same samples for the same seed."""
+    generator = np.random.default_rng(seed)
+    return np.array([score(generator.integers(n, size=n)) for _ in range(n_bootstraps)])
+
+
+def _check_width(left: Vectors, right: Vectors) -> None:
+    """Raise unless two sides have vectors of one width."""
+    if left.shape[1] != right.shape[1]:
+        raise ValueError(
+            "The `vectorizer` of `evaluate` must give vectors of one width; got "
+            f"{left.shape[1]} and {right.shape[1]} on the two sides of a task."
+        )

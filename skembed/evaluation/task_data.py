@@ -1,0 +1,340 @@
+"""What a protocol runs on: a task checked, and drawn from, before anything is embedded.
+
+All draws are made here, from a fresh generator each time: every vectorizer sees the same ones, and
+so does the next call.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from skembed._inputs import check_texts, read_labels
+from skembed._validation import check_bool, check_choice, check_int, check_real
+from skembed.evaluation.task_input import (
+    check_distinct_classes,
+    read_column,
+    read_items,
+    read_levels,
+)
+from skembed.evaluation.tasks import (
+    CLASSIFICATION_METRICS,
+    CLUSTERING_METRICS,
+    STS_METRICS,
+    ClassificationTask,
+    ClusteringTask,
+    RerankingTask,
+    RetrievalTask,
+    STSTask,
+    Task,
+)
+from skembed.metrics.qrels import read_grades, read_relevance
+from skembed.metrics.ranking import K_VALUES, RANKING_METRICS
+
+__all__ = [
+    "ClassificationData",
+    "ClusteringData",
+    "RankingData",
+    "STSData",
+    "TaskData",
+    "read_task",
+]
+
+_Ints = npt.NDArray[np.int64]
+_Labels = npt.NDArray[Any]
+
+
+class ClassificationData(NamedTuple):
+    """Texts and labels to draw from and to test on, and the rows of each draw."""
+
+    texts: list[str]
+    labels: _Labels
+    test_texts: list[str] | None  # None: what a draw left over of `texts`
+    test_labels: _Labels | None
+    draws: list[_Ints]  # training rows, in the order drawn
+
+
+class ClusteringData(NamedTuple):
+    """Texts to embed; per level the rows that reach it, their labels, and samples of them."""
+
+    texts: list[str]
+    levels: list[tuple[_Ints, _Labels, list[_Ints]]]
+
+
+class STSData(NamedTuple):
+    """Two columns of texts and the true scores, float64."""
+
+    left: list[str]
+    right: list[str]
+    scores: npt.NDArray[np.float64]
+
+
+class RankingData(NamedTuple):
+    """Queries, documents with their ids, grades, and the rows to rank (None: all documents)."""
+
+    queries: list[str]
+    query_ids: list[Any]
+    documents: list[str]
+    document_ids: list[Any]
+    relevance: dict[Any, dict[Any, int]]
+    candidates: list[_Ints] | None
+    # Ids of the candidates, where a document has one of its own in every list.
+    candidate_ids: list[list[Any]] | None = None
+
+
+TaskData = ClassificationData | ClusteringData | STSData | RankingData
+
+
+def read_task(task: Task) -> TaskData:
+    """Check a task and make its draws.
+
+    Parameters
+    ----------
+    task : ClassificationTask, ClusteringTask, STSTask, RetrievalTask or RerankingTask
+        The task.
+
+    Returns
+    -------
+    ClassificationData, ClusteringData, STSData or RankingData
+        What a protocol runs on.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the task is of another class, or its data cannot be evaluated.
+
+    Examples
+    --------
+    >>> from skembed.evaluation import STSTask
+    >>> from skembed.evaluation.task_data import read_task
+    >>> read_task(STSTask([("a cat", "a feline"), ("a cat", "a car")], [5, 0])).left
+    ['a cat', 'a cat']
+    """
+    for kind, (read, metrics) in _READERS.items():
+        if isinstance(task, kind):
+            owner = kind.__name__
+            check_choice(task.metric, name="metric", owner=owner, allowed=metrics)
+            # What numpy's and Python's generators both take.
+            check_int(task.random_state, name="random_state", owner=owner, low=0, high=2**32 - 1)
+            data: TaskData = read(task, owner)
+            return data
+    raise TypeError(
+        "The `tasks` parameter of `evaluate` must hold tasks, such as ClassificationTask; "
+        f"got an object of type {type(task).__name__}."
+    )
+
+
+def _read_classification(task: ClassificationTask, owner: str) -> ClassificationData:
+    """Check texts and labels and draw the training samples."""
+    texts = read_column(task.texts, name="texts", owner=owner)
+    labels = read_labels(task.labels, len(texts), name="labels", owner=owner)
+    check_distinct_classes(labels, name="labels", owner=owner)
+    size = check_int(task.samples_per_label, name="samples_per_label", owner=owner, low=1)
+    n = check_int(task.n_experiments, name="n_experiments", owner=owner, low=1)
+    draws = _draw_samples(labels.tolist(), size, n, seed=task.random_state)
+    if (task.test_texts is None) != (task.test_labels is None):
+        raise ValueError(
+            f"The `test_texts` and `test_labels` parameters of `{owner}` must be given together."
+        )
+    if task.test_texts is None:
+        if any(len(draw) == len(texts) for draw in draws):
+            raise ValueError(
+                f"The `samples_per_label` parameter of `{owner}` must leave texts to test on; got "
+                f"{size}, which takes all {len(texts)}. Lower it, or pass `test_texts`."
+            )
+        return ClassificationData(texts, labels, None, None, draws)
+    test_texts = read_column(task.test_texts, name="test_texts", owner=owner)
+    test_labels = read_labels(task.test_labels, len(test_texts), name="test_labels", owner=owner)
+    unseen = sorted(set(test_labels.tolist()) - set(labels.tolist()), key=str)
+    if unseen:
+        raise ValueError(
+            f"The `test_labels` parameter of `{owner}` must hold labels that are in `labels`; "
+            f"{len(unseen)} are not, the first is {unseen[0]!r}."
+        )
+    return ClassificationData(texts, labels, test_texts, test_labels, draws)
+
+
+def _draw_samples(labels: list[Any], size: int, n: int, *, seed: int) -> list[_Ints]:
+    """Return the rows of each draw as mteb takes them: the same shuffle, over and over."""
+    order, draws = list(range(len(labels))), []
+    for _ in range(n):
+        np.random.RandomState(seed).shuffle(order)
+        counts: dict[Any, int] = {}
+        rows = []
+        for row in order:
+            count = counts.get(labels[row], 0)
+            if count < size:
+                rows.append(row)
+                counts[labels[row]] = count + 1
+        draws.append(np.array(rows, dtype=np.int64))
+    return draws
+
+
+def _read_clustering(task: ClusteringTask, owner: str) -> ClusteringData:
+    """Check texts and labels, draw the texts to embed and the samples of each level."""
+    texts = read_column(task.texts, name="texts", owner=owner)
+    levels = read_levels(task.labels, len(texts), owner=owner)
+    depth = check_int(task.max_depth, name="max_depth", owner=owner, low=1, allow_none=True)
+    n = check_int(task.n_experiments, name="n_experiments", owner=owner, low=1)
+    size = check_int(task.sample_size, name="sample_size", owner=owner, low=1)
+    generator = random.Random(task.random_state)  # one for all draws, in mteb's order
+    kept = _draw_texts(task, len(texts), generator, owner=owner)
+    found = []
+    for rows, labels in levels[:depth]:
+        places = {row: place for place, row in enumerate(rows.tolist())}
+        inside = [(i, places[row]) for i, row in enumerate(kept) if row in places]
+        chosen = labels[[place for _, place in inside]]
+        check_distinct_classes(chosen, name="labels", owner=owner)
+        samples = [
+            np.array(generator.choices(range(len(inside)), k=size), dtype=np.int64)
+            for _ in range(n)
+        ]
+        found.append((np.array([i for i, _ in inside], dtype=np.int64), chosen, samples))
+    return ClusteringData([texts[row] for row in kept], found)
+
+
+def _draw_texts(
+    task: ClusteringTask, n: int, generator: random.Random, *, owner: str
+) -> Sequence[int]:
+    """Return the rows to embed, in the order drawn."""
+    fraction = check_real(
+        task.max_fraction,
+        name="max_fraction",
+        owner=owner,
+        low=0,
+        high=1,
+        inclusive="right",
+        allow_none=True,
+    )
+    most = check_int(task.max_texts, name="max_texts", owner=owner, low=1, allow_none=True)
+    if fraction is not None and most is not None:
+        raise ValueError(
+            f"The `max_fraction` parameter of `{owner}` must be None where `max_texts` is given."
+        )
+    if fraction is None and most is None:
+        return range(n)
+    size = int(fraction * n) if fraction is not None else most or n
+    return generator.sample(range(n), k=min(n, size))
+
+
+def _read_sts(task: STSTask, owner: str) -> STSData:
+    """Check pairs and scores."""
+    columns = check_texts(task.pairs, owner=owner, name="pairs").columns
+    if len(columns) != 2:
+        raise ValueError(
+            f"The `pairs` parameter of `{owner}` must hold pairs of texts; got "
+            f"{len(columns[0])} single texts."
+        )
+    scores = np.asarray(task.scores)
+    if scores.shape != (len(columns[0]),) or scores.dtype.kind not in "fiub":
+        raise ValueError(
+            f"The `scores` parameter of `{owner}` must be numbers of shape ({len(columns[0])},), "
+            f"one a pair; got {scores.dtype} of shape {scores.shape}."
+        )
+    scores = scores.astype(np.float64)
+    if not np.isfinite(scores).all() or len(np.unique(scores)) < 2:
+        got = "NaN or infinity" if not np.isfinite(scores).all() else "less than two"
+        raise ValueError(
+            f"The `scores` parameter of `{owner}` must hold two different finite numbers or more; "
+            f"got {got}."
+        )
+    return STSData(columns[0], columns[1], scores)
+
+
+def _read_retrieval(task: RetrievalTask, owner: str) -> RankingData:
+    """Check queries, corpus and grades."""
+    check_int(task.top_k, name="top_k", owner=owner, low=1)
+    check_bool(task.ignore_identical_ids, name="ignore_identical_ids", owner=owner)
+    queries, query_ids = read_items(task.queries, task.query_ids, kind="query", owner=owner)
+    corpus, ids = read_items(task.corpus, task.document_ids, kind="document", owner=owner)
+    relevance = read_relevance(task.relevance, query_ids, ids, owner=owner)
+    return RankingData(queries, query_ids, corpus, ids, relevance, None)
+
+
+def _read_reranking(task: RerankingTask, owner: str) -> RankingData:
+    """Check queries, candidates and grades."""
+    check_int(task.top_k, name="top_k", owner=owner, low=1)
+    queries, query_ids = read_items(task.queries, task.query_ids, kind="query", owner=owner)
+    lists = _read_candidates(task.candidates, query_ids, owner=owner)
+    if task.corpus is None:
+        return _read_listed(task, queries, query_ids, lists, owner=owner)
+    corpus, ids = read_items(task.corpus, task.document_ids, kind="document", owner=owner)
+    relevance = read_relevance(task.relevance, query_ids, ids, owner=owner)
+    place = {document: row for row, document in enumerate(ids)}
+    rows = []
+    for query, names in zip(query_ids, lists, strict=True):
+        if not set(names) <= place.keys() or len(set(names)) != len(names):
+            raise ValueError(
+                f"The `candidates` parameter of `{owner}` must hold ids of the corpus, each once; "
+                f"query {query!r} has an unknown or repeated one."
+            )
+        rows.append(np.array([place[name] for name in names], dtype=np.int64))
+    return RankingData(queries, query_ids, corpus, ids, relevance, rows)
+
+
+def _read_candidates(candidates: Any, query_ids: list[Any], *, owner: str) -> list[list[Any]]:
+    """Return the candidates of each query, none empty."""
+    subject = f"The `candidates` parameter of `{owner}`"
+    if isinstance(candidates, Mapping):
+        if set(candidates) != set(query_ids):
+            raise ValueError(f"{subject} must have an entry for every query, and for no other id.")
+        candidates = [candidates[query] for query in query_ids]
+    lists = list(candidates)
+    if len(lists) != len(query_ids):
+        raise ValueError(
+            f"{subject} must hold one list a query, {len(query_ids)}; got {len(lists)}."
+        )
+    for query, found in zip(query_ids, lists, strict=True):
+        if isinstance(found, (str, bytes)) or not isinstance(found, Iterable):
+            raise TypeError(
+                f"{subject} must hold lists; got {type(found).__name__} for query {query!r}."
+            )
+    lists = [list(found) for found in lists]
+    empty = [query for query, found in zip(query_ids, lists, strict=True) if not found]
+    if empty:
+        raise ValueError(
+            f"{subject} must hold candidates for every query; {len(empty)} have none, the first is "
+            f"{empty[0]!r}. Drop those queries."
+        )
+    return lists
+
+
+def _read_listed(
+    task: RerankingTask,
+    queries: list[str],
+    query_ids: list[Any],
+    lists: list[list[Any]],
+    *,
+    owner: str,
+) -> RankingData:
+    """Check candidates given as texts, with one grade each; their ids are their positions."""
+    grades = list(task.relevance.values() if hasattr(task.relevance, "values") else task.relevance)
+    if len(grades) != len(lists):
+        raise ValueError(
+            f"The `relevance` parameter of `{owner}` must hold one list a query, {len(lists)}; "
+            f"got {len(grades)}."
+        )
+    relevance, place, rows = {}, dict[str, int](), []
+    for query, names, values in zip(query_ids, lists, grades, strict=True):
+        texts = check_texts(names, owner=owner, name="candidates").columns[0]
+        judged = read_grades(values, len(texts), where=f"query {query!r}", owner=owner)
+        relevance[query] = dict(enumerate(judged))
+        rows.append(np.array([place.setdefault(text, len(place)) for text in texts]))
+    ids = [list(range(len(names))) for names in lists]
+    return RankingData(
+        queries, query_ids, list(place), list(range(len(place))), relevance, rows, ids
+    )
+
+
+_RANKING = tuple(f"{name}_at_{k}" for name in RANKING_METRICS for k in K_VALUES)
+_READERS: dict[type, tuple[Any, tuple[str, ...]]] = {
+    ClassificationTask: (_read_classification, CLASSIFICATION_METRICS),
+    ClusteringTask: (_read_clustering, CLUSTERING_METRICS),
+    STSTask: (_read_sts, STS_METRICS),
+    RetrievalTask: (_read_retrieval, _RANKING),
+    RerankingTask: (_read_reranking, _RANKING),
+}

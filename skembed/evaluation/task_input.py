@@ -1,0 +1,100 @@
+"""The parts of a task as users give them, checked into lists: columns, labels and items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from skembed._inputs import check_texts, read_labels
+from skembed.metrics.qrels import join_title, read_ids
+
+__all__ = ["check_distinct_classes", "read_column", "read_items", "read_levels"]
+
+_Ints = npt.NDArray[np.int64]
+_Labels = npt.NDArray[Any]
+
+
+def read_column(texts: Any, *, name: str, owner: str) -> list[str]:
+    """Return one column of texts, not empty.
+
+    >>> from skembed.evaluation.task_input import read_column
+    >>> read_column(("a cat",), name="texts", owner="ClusteringTask")
+    ['a cat']
+    """
+    columns = check_texts(texts, owner=owner, name=name).columns
+    if len(columns) != 1 or not columns[0]:
+        got = "pairs" if len(columns) != 1 else "none"
+        raise ValueError(f"The `{name}` parameter of `{owner}` must hold texts; got {got}.")
+    return columns[0]
+
+
+def read_levels(labels: Any, n: int, *, owner: str) -> list[tuple[_Ints, _Labels]]:
+    """Return, for each level of a hierarchy, the rows that reach it and their labels.
+
+    >>> from skembed.evaluation.task_input import read_levels
+    >>> read_levels([["a"], ["a", "b"]], 2, owner="ClusteringTask")[1]
+    (array([1]), array(['b'], dtype='<U1'))
+    """
+    items = list(labels)
+    if len(items) != n:
+        raise ValueError(
+            f"The `labels` parameter of `{owner}` must hold one label a text, {n}; "
+            f"got {len(items)}."
+        )
+    nested = [isinstance(item, (list, tuple, np.ndarray)) for item in items]
+    if any(nested) != all(nested):
+        raise TypeError(
+            f"The `labels` parameter of `{owner}` must hold either labels or lists of labels."
+        )
+    paths = [list(item) if is_list else [item] for item, is_list in zip(items, nested, strict=True)]
+    levels = []
+    for level in range(max(map(len, paths))):
+        rows = [row for row, path in enumerate(paths) if len(path) > level]
+        found = read_labels(
+            [paths[row][level] for row in rows], len(rows), name="labels", owner=owner
+        )
+        is_int = found.dtype.kind in "iu"
+        reached = found != -1 if is_int else np.ones(len(rows), dtype=bool)
+        levels.append((np.array(rows, dtype=np.int64)[reached], found[reached]))
+    return levels
+
+
+def check_distinct_classes(labels: _Labels, *, name: str, owner: str) -> None:
+    """Raise ValueError unless there are two different labels.
+
+    >>> import numpy as np
+    >>> from skembed.evaluation.task_input import check_distinct_classes
+    >>> check_distinct_classes(np.array(["a", "b"]), name="labels", owner="ClusteringTask")
+    """
+    classes = np.unique(labels)
+    if len(classes) < 2:
+        raise ValueError(
+            f"The `{name}` parameter of `{owner}` must hold at least two different labels; "
+            f"got {len(classes)}."
+        )
+
+
+def read_items(items: Any, ids: Any, *, kind: str, owner: str) -> tuple[list[str], list[Any]]:
+    """Return the texts and ids of queries or documents; documents are stripped, as in mteb.
+
+    >>> from skembed.evaluation.task_input import read_items
+    >>> read_items({"d": {"title": "Cats", "text": "purr"}}, None, kind="document", owner="Task")
+    (['Cats purr'], ['d'])
+    """
+    name = "queries" if kind == "query" else "corpus"
+    is_mapping = isinstance(items, Mapping)
+    if is_mapping:
+        if ids is not None:
+            raise ValueError(
+                f"The `{kind}_ids` parameter of `{owner}` must be None where `{name}` is a mapping."
+            )
+        ids, items = list(items), [join_title(item) for item in items.values()]
+    texts = read_column(items, name=name, owner=owner)
+    if ids is None:
+        ids = range(len(texts))
+    elif not is_mapping:
+        ids = read_ids(ids, len(texts), name=f"{kind}_ids", owner=owner)
+    return ([text.strip() for text in texts] if kind == "document" else texts), list(ids)

@@ -1,0 +1,1 @@
+"""From parameters and texts to vectors: settings, encoder, engine, loaded models."""

@@ -1,0 +1,129 @@
+"""One copy of each loaded model per process.
+
+Weights are loaded at first use and shared by every estimator that asks for the same model, device
+and type. An estimator holds a lease (shared with its clones); a model is freed with the last lease.
+In a worker process of joblib, where each task brings an estimator of its own, the two models used
+last stay until the worker ends: one load per worker, not one per task.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from skembed.cache.embedding_cache import EmbeddingCache
+from skembed.model.config import NVEmbedConfig
+from skembed.model.loaded import LoadedModel, ModelKey, load_registered
+from skembed.model.sources import ModelSource
+
+__all__ = ["LEASE_SETTINGS", "Lease", "ModelRegistry", "StoredModel", "WORKER_MODELS", "registry"]
+
+logger = logging.getLogger(__name__)
+WORKER_MODELS = 2
+LEASE_SETTINGS = 8
+StoredModel = tuple[str, str | None, Mapping[str, bytes]]
+_T = TypeVar("_T")
+
+
+class Lease:
+    """What an estimator and its clones share, left out of pickles: models, cache and settings.
+
+    One that was unpickled, maybe on another machine, says so; `stored` holds the `model`,
+    `revision` and files of the model that came with it.
+    """
+
+    def __init__(self, stored: StoredModel | None = None, *, from_pickle: bool = False) -> None:
+        self.models: dict[ModelKey, LoadedModel] = {}
+        self.cache: EmbeddingCache | None = None  # stays open until another one is used
+        self.adapter: tuple[tuple[Any, ...], Any] = ((), None)
+        self.from_pickle = from_pickle
+        self._stored = stored
+        self._settings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def hold(self, *models: LoadedModel) -> None:
+        """Keep these models, one on each device, and no other."""
+        if any(self.models.get(model.key) is not model for model in models):
+            self.models = {model.key: model for model in models}
+
+    def hold_adapter(self, key: tuple[Any, ...], read: Callable[[], _T]) -> _T:
+        """Return the adapter of this key, read if it is not the one held."""
+        with self._guard:
+            if self.adapter[0] != key:
+                self.adapter = (key, read())
+            adapter: _T = self.adapter[1]
+            return adapter
+
+    def recall(self, key: tuple[Any, ...] | None) -> Any:
+        """Return what was remembered under a key; None for nothing."""
+        with self._guard:
+            settings = None if key is None else self._settings.get(key)
+            if settings is not None:
+                self._settings.move_to_end(key)  # type: ignore[arg-type]
+            return settings
+
+    def remember(self, key: tuple[Any, ...] | None, settings: Any) -> None:
+        """Remember settings under a key, beside those of the last few others."""
+        if key is None:
+            return
+        with self._guard:
+            self._settings[key] = settings
+            self._settings.move_to_end(key)
+            while len(self._settings) > LEASE_SETTINGS:
+                self._settings.popitem(last=False)
+
+    def find_files(self, model: str, revision: str | None) -> Mapping[str, bytes] | None:
+        """Return the model's files from the pickle; None where another model is asked for."""
+        if self._stored is None or self._stored[:2] != (model, revision):
+            return None
+        return self._stored[2]
+
+
+class ModelRegistry:
+    """Loaded models of this process; safe under threads."""
+
+    def __init__(self) -> None:
+        self.n_loads = 0  # how often weights were read since the process began
+        self._models: weakref.WeakValueDictionary[ModelKey, LoadedModel]
+        self._models = weakref.WeakValueDictionary()
+        self._in_worker: OrderedDict[ModelKey, LoadedModel] = OrderedDict()
+        self._guard = threading.Lock()
+        self._loading: dict[ModelKey, threading.Lock] = {}
+
+    def __len__(self) -> int:
+        """Number of models alive."""
+        return len(self._models)
+
+    def get(self, key: ModelKey, source: ModelSource, config: NVEmbedConfig) -> LoadedModel:
+        """The model of this key, loaded if no one holds it; one thread loads, others wait."""
+        with self._guard:
+            lock = self._loading.setdefault(key, threading.Lock())
+        with lock:
+            loaded = self._models.get(key)
+            if loaded is None:
+                loaded = load_registered(key, source, config)
+                self.n_loads += 1
+                self._models[key] = loaded
+            if multiprocessing.parent_process() is not None:
+                self.keep(loaded)
+            return loaded
+
+    def keep(self, loaded: LoadedModel) -> None:
+        """Hold a model for as long as this process lives, or until `WORKER_MODELS` came after it.
+
+        For worker processes, where each task brings an estimator of its own.
+        """
+        loaded = loaded.base or loaded
+        with self._guard:
+            self._in_worker[loaded.key] = loaded
+            self._in_worker.move_to_end(loaded.key)
+            while len(self._in_worker) > WORKER_MODELS:
+                self._in_worker.popitem(last=False)
+
+
+registry = ModelRegistry()

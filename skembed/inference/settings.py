@@ -1,0 +1,418 @@
+"""Parameters -> settings: which model, where, in which type, with which adapter and prefixes.
+
+Reads config.json and hashes files; loads no weights but an adapter's. A lease remembers the
+answers: they are looked for again only when a parameter, the adapter or a local file has changed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from skembed._inputs import MISSING_POLICIES
+from skembed._validation import check_bool, check_choice, check_int, check_string
+from skembed.adapters.adapter import Adapter
+from skembed.adapters.peft_files import read_pooling_kind
+from skembed.exceptions import CheckpointError
+from skembed.inference.devices import (
+    DTYPES,
+    choose_attention_path,
+    name_dtype,
+    resolve_device,
+    resolve_devices,
+    resolve_dtype,
+)
+from skembed.inference.engine import EmbedRequest, cache_namespace
+from skembed.inference.registry import Lease, registry
+from skembed.instructions import build_prefix, check_template, resolve_instruction
+from skembed.model.config import NVEmbedConfig
+from skembed.model.loaded import LoadedModel, ModelKey
+from skembed.model.pooling import POOLINGS
+from skembed.model.sources import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    BUNDLED_MODELS,
+    CONFIG_FILE,
+    INDEX_FILE,
+    POOLING_FILE,
+    TOKENIZER_FILES,
+    WEIGHTS_FILE,
+    ModelSource,
+    fingerprint_weights,
+    read_config,
+    read_json,
+    resolve_source,
+    unpack_folder,
+)
+
+__all__ = [
+    "FileStates",
+    "OWNER",
+    "Parameters",
+    "ResolvedModel",
+    "SIDES",
+    "Settings",
+    "WATCHED_FILES",
+    "check_parameters",
+    "describe_model",
+    "find_prefixes",
+    "find_settings",
+    "find_source",
+    "list_local_files",
+    "load_in_worker",
+    "load_resolved",
+    "name_base",
+    "read_states",
+]
+
+OWNER = "NVEmbedVectorizer"
+SIDES = ("query", "document")
+WATCHED_FILES = (
+    *(CONFIG_FILE, TOKENIZER_FILES[0], INDEX_FILE, WEIGHTS_FILE),
+    *(ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, POOLING_FILE),
+)
+FileStates = dict[str, tuple[int, ...] | None]
+
+
+class Parameters(NamedTuple):
+    """Parameters of an `NVEmbedVectorizer`, as given; `trainer` and `cache` change no vector."""
+
+    model: str | os.PathLike[str]
+    instruction: str | None
+    document_instruction: str | None
+    instruction_template: str
+    pooling: str | None
+    max_length: int
+    truncate_dim: int | None
+    normalize: bool
+    missing: str
+    device: str | Sequence[str]
+    dtype: str
+    batch_tokens: int | str
+    revision: str | None
+    store_weights: bool
+    n_jobs: int | None
+    verbose: bool
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """What runs, and where."""
+
+    source: ModelSource
+    config: NVEmbedConfig
+    key: ModelKey
+    replicas: tuple[ModelKey, ...] = ()  # copies on further devices
+    adapter: Adapter | None = None  # learned by `fit`, or read from the model's folder
+
+    @property
+    def full_key(self) -> ModelKey:
+        """The key with the adapter's fingerprint in it, for the cache."""
+        if self.adapter is None:
+            return self.key
+        fingerprint = f"{self.key.fingerprint}+{self.adapter.fingerprint}"
+        return replace(self.key, fingerprint=fingerprint)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything but the texts and the cache that embedding needs."""
+
+    parameters: Parameters  # checked, as built-in values
+    model: ResolvedModel
+    requests: Mapping[str, EmbedRequest]  # of each side: prefix and namespace in the cache
+    dim: int  # after truncation
+    files: FileStates  # of the local files that all this was read from
+    warning: str = ""  # what the user is to know of the device at each use
+
+
+def find_settings(parameters: Parameters, lease: Lease, adapter: Adapter | None) -> Settings:
+    """Return the settings of an estimator, from its lease where nothing has changed.
+
+    An `adapter` that `fit` learned goes before that of the model's folder. Raises TypeError and
+    ValueError for parameters, ModelNotFoundError and CheckpointError for the model's files.
+    """
+    key = _make_key(parameters, adapter)
+    settings: Settings | None = lease.recall(key)
+    if settings is None or read_states(settings.files) != settings.files:
+        settings = _resolve(parameters, lease, adapter)
+        lease.remember(key, settings)
+    folder = settings.model.source.adapter_folder
+    if adapter is None and folder is not None:
+        adapter = _read_adapter(folder, settings.model, settings.files, lease)
+    if adapter is None:
+        return settings
+    # The lease remembers no adapter: that would keep its weights, and the base it is bound to.
+    return replace(settings, model=replace(settings.model, adapter=adapter))
+
+
+def _make_key(parameters: Parameters, adapter: Adapter | None) -> tuple[Any, ...] | None:
+    """Return values and types (True equals 1) as they are now; None where one has no hash."""
+    values = [tuple(value) if isinstance(value, list) else value for value in parameters]
+    values[0] = os.fspath(values[0]) if isinstance(values[0], os.PathLike) else values[0]
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # "cuda" means it
+    fingerprint = None if adapter is None else adapter.fingerprint
+    key = (*values, *map(type, parameters), gpu, fingerprint)
+    try:
+        hash(key)
+    except TypeError:  # no value that the checks let pass
+        return None
+    return key
+
+
+def _resolve(given: Parameters, lease: Lease, adapter: Adapter | None) -> Settings:
+    """Check parameters and answer every question; the adapter itself is left out."""
+    parameters = check_parameters(given)
+    source = find_source(parameters, lease)
+    files = read_states(list_local_files(source))  # before they are read
+    pooling = parameters.pooling
+    if pooling is None and source.adapter_folder is not None:
+        pooling = read_pooling_kind(source.adapter_folder)
+    config = read_config(source, pooling)
+    _check_sizes(parameters, config)
+    devices, warning = _find_devices(parameters.device, from_pickle=lease.from_pickle)
+    _check_jobs(parameters.n_jobs, devices)
+    keys = _make_model_keys(fingerprint_weights(source), config, devices, parameters.dtype)
+    model = ResolvedModel(source, config, keys[0], tuple(keys[1:]))
+    if adapter is not None:
+        adapter.check_base(model.key.fingerprint)
+        adapter.check_pooling(config)
+    elif source.adapter_folder is not None:
+        adapter = _read_adapter(source.adapter_folder, model, files, lease)
+    requests = _make_requests(parameters, config, replace(model, adapter=adapter).full_key)
+    dim = parameters.truncate_dim or config.hidden_size
+    return Settings(parameters, model, requests, dim, files, warning)
+
+
+def list_local_files(source: ModelSource) -> list[str]:
+    """Return the files, there or not yet, that decide what a local folder gives.
+
+    None for a bundled model or the commit of a hub model: what they give does not change.
+    """
+    if source.name in BUNDLED_MODELS or (source.revision and source.adapter_folder is None):
+        return []
+    folders = [os.path.expanduser(source.name)]  # as given: a relative path may change its meaning
+    if source.adapter_folder is not None:
+        folders.append(str(source.folder))
+    shards = (path.name for path in source.folder.glob("*.safetensors"))
+    names = sorted({*WATCHED_FILES, *shards})
+    return [os.path.join(folder, name) for folder in folders for name in names]
+
+
+def read_states(paths: Iterable[str]) -> FileStates:
+    """Return size, times of change and inode of each file; None where there is no file."""
+    states: FileStates = {}
+    for path in paths:
+        try:
+            stat = os.stat(path)
+        except OSError:
+            states[path] = None
+        else:
+            states[path] = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    return states
+
+
+def _check_sizes(parameters: Parameters, config: NVEmbedConfig) -> None:
+    """Refuse lengths and widths that the model does not have."""
+    length, dim = parameters.max_length, parameters.truncate_dim
+    longest, width = config.backbone.get("max_position_embeddings"), config.hidden_size
+    if longest is not None:
+        check_int(length, name="max_length", owner=OWNER, low=2, high=int(longest))
+    check_int(dim, name="truncate_dim", owner=OWNER, low=1, high=width, allow_none=True)
+
+
+def _make_model_keys(
+    fingerprint: str, config: NVEmbedConfig, devices: Sequence[torch.device], dtype: str
+) -> list[ModelKey]:
+    """Return the key of the model on each device, all of one type."""
+    dtypes = {resolve_dtype(dtype, device) for device in devices}
+    # The older of two GPUs may know no bfloat16.
+    common = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    name = name_dtype(dtype, common)
+    paths = [choose_attention_path(device, common) for device in devices]
+    return [
+        ModelKey(fingerprint, config.pooling, str(device), name, path)
+        for device, path in zip(devices, paths, strict=True)
+    ]
+
+
+def _make_requests(
+    parameters: Parameters, config: NVEmbedConfig, key: ModelKey
+) -> dict[str, EmbedRequest]:
+    """Return what the engine is asked for on each side."""
+    length = parameters.max_length
+    return {
+        side: EmbedRequest(prefix, length, config.hidden_size, cache_namespace(key, prefix, length))
+        for side, prefix in find_prefixes(parameters).items()
+    }
+
+
+def find_prefixes(parameters: Parameters) -> dict[str, str]:
+    """Return what stands in front of queries and of documents: in use and in training."""
+    both = parameters.instruction, parameters.document_instruction
+    template = parameters.instruction_template
+    return {side: build_prefix(template, *both, side=side, owner=OWNER) for side in SIDES}
+
+
+def _find_devices(
+    device: str | Sequence[str], *, from_pickle: bool
+) -> tuple[list[torch.device], str]:
+    """Return the devices, and a warning where an unpickled estimator's are not on this machine."""
+    try:
+        return resolve_devices(device), ""
+    except ValueError:
+        named = [device] if isinstance(device, str) else list(device)
+        kinds = {name.split(":")[0] for name in named}
+        if not from_pickle or not kinds or kinds - {"cuda", "mps"}:
+            raise
+    present = resolve_device("auto")
+    shown = device if isinstance(device, str) else named
+    return [present], (
+        f"This {OWNER} was pickled with device={shown!r}, which is not available on this machine; "
+        f"it runs on {str(present)!r}. Silence this with set_params(device='auto')."
+    )
+
+
+def _check_jobs(n_jobs: int | None, devices: list[torch.device]) -> None:
+    """Refuse worker processes on GPUs, and beside a list of devices."""
+    if n_jobs in (None, 1):
+        return
+    names = [str(device) for device in devices]
+    if len(devices) > 1:
+        raise ValueError(
+            f"The `n_jobs` parameter of `{OWNER}` must be None or 1 with several devices; got "
+            f"{n_jobs} with device={names}. The devices share the work in this process already."
+        )
+    if devices[0].type != "cpu":
+        raise ValueError(
+            f"The `n_jobs` parameter of `{OWNER}` must be None or 1 on {names[0]!r}; got "
+            f"{n_jobs}. Every worker would put a copy of the model on the one device."
+        )
+
+
+def _read_adapter(folder: Path, model: ResolvedModel, files: FileStates, lease: Lease) -> Adapter:
+    """Return the adapter of a folder, read once while its files stay as they are."""
+    config, fingerprint = model.config, model.key.fingerprint
+    key = (str(folder), fingerprint, config.pooling, tuple(files.values()))
+    return lease.hold_adapter(key, lambda: Adapter.load(folder, config, fingerprint))
+
+
+def find_source(parameters: Parameters, lease: Lease) -> ModelSource:
+    """Return the model's folder; that of the pickle, before any download, if there is none here."""
+    name, revision = os.fspath(parameters.model), parameters.revision
+    files = lease.find_files(name, revision)
+    if files is None or name in BUNDLED_MODELS or Path(name).expanduser().is_dir():
+        return resolve_source(name, revision)
+    return replace(resolve_source(unpack_folder(files)), name=name)
+
+
+def name_base(source: ModelSource) -> str:
+    """How an adapter names its base model: as the user did, folders by their full path."""
+    if source.adapter_folder is not None:  # as that adapter does: the folder may be a temporary one
+        values = read_json(source.adapter_folder / ADAPTER_CONFIG_FILE)
+        return str(values.get("base_model_name_or_path") or source.folder)
+    for name in BUNDLED_MODELS:
+        if source.folder == resolve_source(name).folder:
+            return name
+    return str(source.folder) if Path(source.name).expanduser().is_dir() else source.name
+
+
+def describe_model(resolved: ResolvedModel) -> dict[str, Any]:
+    """The `model_` attribute of an estimator."""
+    key, backbone = resolved.key, resolved.config.backbone
+    layers = backbone["num_hidden_layers"]
+    return {
+        "name": resolved.source.name,
+        "revision": resolved.source.revision,
+        "fingerprint": resolved.full_key.fingerprint,
+        "architecture": f"bidirectional Mistral, {layers} layers",
+        "pooling": key.pooling,
+        "hidden_size": resolved.config.hidden_size,
+        "dtype": key.dtype,
+        "device": ", ".join(one.device for one in (key, *resolved.replicas)),
+        "attention_path": key.attention_path,
+    }
+
+
+def load_resolved(resolved: ResolvedModel, lease: Lease | None = None) -> list[LoadedModel]:
+    """Return the loaded model on each of its devices, adapter in place; a lease holds the bases."""
+    keys = (resolved.key, *resolved.replicas)
+    loaded = [registry.get(key, resolved.source, resolved.config) for key in keys]
+    if lease is not None:
+        lease.hold(*loaded)
+    return loaded if resolved.adapter is None else resolved.adapter.bind_all(loaded)
+
+
+def load_in_worker(resolved: ResolvedModel) -> LoadedModel:
+    """The loaded model in a process that may be on another machine; the argument pickles small.
+
+    Where the model's folder is not, the model is looked for by its name, as here; raises
+    ModelNotFoundError where there is none, CheckpointError where it is another one.
+    """
+    source = resolved.source
+    if not source.folder.is_dir():
+        source = resolve_source(source.name, source.revision)
+        if fingerprint_weights(source) != resolved.key.fingerprint:
+            raise CheckpointError(
+                f"The worker on {platform.node()} has another model under the name "
+                f"{source.name!r}: weights, config.json or tokenizer differ. Install the same "
+                "release of skembed, or copy the model's folder to the same place on each machine."
+            )
+    return load_resolved(replace(resolved, source=source))[0]
+
+
+def check_parameters(parameters: Parameters) -> Parameters:
+    """Return the parameters as built-in values; touches neither files nor devices."""
+    p = parameters
+    if not isinstance(p.model, (str, os.PathLike)) or not os.fspath(p.model):
+        raise TypeError(
+            f"The `model` parameter of `{OWNER}` must be a model name, a folder or a hub id; "
+            f"got {type(p.model).__name__}."
+        )
+    check_template(p.instruction_template, owner=OWNER)
+    resolve_instruction(p.instruction)
+    resolve_instruction(p.document_instruction, name="document_instruction")
+    choices = {
+        "pooling": (None, *POOLINGS),
+        "missing": MISSING_POLICIES,
+        "dtype": ("auto", *DTYPES),
+    }
+    values: dict[str, Any] = {"model": os.fspath(p.model), "device": _check_device(p.device)}
+    for name, allowed in choices.items():
+        values[name] = check_choice(getattr(p, name), name=name, allowed=allowed, owner=OWNER)
+    for name in ("normalize", "store_weights", "verbose"):
+        values[name] = check_bool(getattr(p, name), name=name, owner=OWNER)
+    for name, low, none in (
+        ("max_length", 2, False),
+        ("truncate_dim", 1, True),
+        ("batch_tokens", 1, False),
+        ("n_jobs", None, True),
+    ):
+        value = getattr(p, name)
+        if name != "batch_tokens" or value != "auto":
+            values[name] = check_int(value, name=name, low=low, allow_none=none, owner=OWNER)
+    if p.n_jobs == 0:
+        raise ValueError(
+            f"The `n_jobs` parameter of `{OWNER}` must be None, a positive int, or a negative "
+            "one that counts from all cores (-1); got 0."
+        )
+    values["revision"] = check_string(p.revision, name="revision", allow_none=True, owner=OWNER)
+    return p._replace(**values)
+
+
+def _check_device(device: Any) -> str | tuple[str, ...]:
+    """Return a name, or a tuple of names; whether there are such devices is seen later."""
+    if isinstance(device, (list, tuple)) and all(isinstance(name, str) for name in device):
+        return tuple(device)
+    if not isinstance(device, str):
+        raise TypeError(
+            f"The `device` parameter of `{OWNER}` must be a str, or a list of str for several "
+            f"devices; got {type(device).__name__}."
+        )
+    return device

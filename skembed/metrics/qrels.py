@@ -1,0 +1,392 @@
+"""Ids, titles, grades and judgments of a ranking, checked and in one form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from skembed._inputs import check_texts, count_columns, kind_of
+
+__all__ = [
+    "Ids",
+    "Ints",
+    "check_grades",
+    "check_ids",
+    "check_new_ids",
+    "find_positions",
+    "join_title",
+    "join_titles",
+    "read_grades",
+    "read_ids",
+    "read_judged",
+    "read_judgments",
+    "read_relevance",
+    "search_to_run",
+]
+
+Ints = npt.NDArray[np.int64]
+
+
+def search_to_run(
+    scores: npt.ArrayLike,
+    indices: npt.ArrayLike,
+    *,
+    query_ids: Sequence[Any] | None = None,
+    document_ids: Sequence[Any] | None = None,
+) -> dict[Any, dict[Any, float]]:
+    """Turn the arrays of a search into the mapping that the ranking metrics take.
+
+    Parameters
+    ----------
+    scores : array-like of float, shape (n_queries, k)
+        Scores of the documents found.
+    indices : array-like of int, shape (n_queries, k)
+        Their positions in the corpus; places with -1 are left out.
+    query_ids : sequence, optional
+        Ids of the queries; None takes their positions.
+    document_ids : sequence, optional
+        Ids of the corpus; None takes positions.
+
+    Returns
+    -------
+    dict of dict
+        ``{query_id: {document_id: score}}``.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, or there are not enough ids, or one occurs twice.
+
+    Examples
+    --------
+    >>> from skembed.metrics import search_to_run
+    >>> search_to_run([[0.9, float("nan")]], [[2, -1]], document_ids=["a", "b", "c"])
+    {0: {'c': 0.9}}
+    """
+    owner = "search_to_run"
+    found, places = np.asarray(scores, dtype=np.float64), np.asarray(indices)
+    if found.ndim != 2 or found.shape != places.shape or places.dtype.kind not in "iu":
+        raise ValueError(
+            f"The `indices` parameter of `{owner}` must be ints of the shape of `scores`, "
+            f"(n_queries, k); got {places.dtype} of shape {places.shape} for {found.shape}."
+        )
+    queries: Sequence[Any] = range(len(found))
+    if query_ids is not None:
+        queries = read_ids(query_ids, len(found), name="query_ids", owner=owner)
+    n = int(places.max(initial=-1)) + 1
+    documents: Sequence[Any] = range(n)
+    if document_ids is not None:
+        documents = read_ids(document_ids, name="document_ids", owner=owner)
+    if len(documents) < n:
+        raise ValueError(
+            f"The `document_ids` parameter of `{owner}` must hold at least {n} ids; "
+            f"got {len(documents)}."
+        )
+    return {
+        query: {documents[j]: score for j, score in zip(row, line, strict=True) if j >= 0}
+        for query, row, line in zip(queries, places.tolist(), found.tolist(), strict=True)
+    }
+
+
+def check_grades(grades: Any, *, owner: str) -> Ints:
+    """Return grades as int64."""
+    array = np.asarray(grades)
+    if array.dtype.kind not in "iub":
+        whole = array.dtype.kind == "f" and bool(np.all(array == np.floor(array)))
+        if not whole or not np.isfinite(array).all():
+            raise TypeError(
+                f"The `relevance` parameter of `{owner}` must hold grades of int; "
+                f"got dtype {array.dtype}."
+            )
+    return array.astype(np.int64)
+
+
+Ids = npt.NDArray[Any]  # of object (str) or int64
+
+
+def join_titles(X: Any, *, owner: str, name: str = "X") -> Any:
+    """Return one text for each document: the title, a space, the text; other input as it is.
+
+    Of a frame with a column "text", that one and "title" count. A title that is missing is left
+    out; a document without both stays missing.
+
+    >>> from skembed.metrics.qrels import join_titles
+    >>> join_titles([("Llama", "A camelid."), ("", "Hot.")], owner="Retriever")
+    ['Llama A camelid.', 'Hot.']
+    """
+    names = list(getattr(X, "columns", ()))
+    if len(names) > 1 and "text" in names:
+        X = X[["title", "text"]] if "title" in names else X[["text"]]
+    if count_columns(X) != 2:
+        return X
+    (titles, texts), (no_title, no_text) = check_texts(X, owner=owner, missing="empty", name=name)
+    return [
+        None if lacks_both else f"{title} {text}".strip()
+        for title, text, lacks_both in zip(titles, texts, no_title & no_text, strict=True)
+    ]
+
+
+def join_title(item: Any) -> Any:
+    """Return title and text of a mapping in one, where it has both; other input as it is.
+
+    >>> from skembed.metrics.qrels import join_title
+    >>> join_title({"title": "Llama", "text": "A camelid."})
+    'Llama A camelid.'
+    """
+    if not isinstance(item, Mapping):
+        return item
+    title, text = item.get("title") or "", item.get("text")
+    return f"{title} {text}" if title and isinstance(text, str) else text
+
+
+# Ids
+
+
+def read_ids(ids: Any, n: int | None = None, *, name: str = "ids", owner: str) -> list[Any]:
+    """Return n distinct ids, all str or all int.
+
+    >>> from skembed.metrics.qrels import read_ids
+    >>> read_ids(("a", "b"), 2, owner="Retriever")
+    ['a', 'b']
+    """
+    subject = f"The `{name}` parameter of `{owner}`"
+    if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
+        raise TypeError(f"{subject} must be a list of ids; got {type(ids).__name__}.")
+    values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    if not isinstance(values, list):
+        raise ValueError(f"{subject} must be of shape (n,); got a single value.")
+    if n is not None and len(values) != n:
+        raise ValueError(f"{subject} must hold {n} ids; got {len(values)}.")
+    kinds = [kind_of(value) for value in values]
+    wanted = "str" if kinds[:1] == ["str"] else "int"
+    if kinds.count(wanted) != len(values):
+        place = next(i for i, kind in enumerate(kinds) if kind != wanted)
+        raise TypeError(
+            f"{subject} must hold str or int, all of one type; {name}[{place}] is of type "
+            f"{type(values[place]).__name__}."
+        )
+    if len(set(values)) != len(values):
+        first = {value: i for i, value in reversed(list(enumerate(values)))}
+        place = next(i for i, value in enumerate(values) if first[value] != i)
+        raise ValueError(
+            f"{subject} must hold each id once; {name}[{place}], {values[place]!r}, is there "
+            "before."
+        )
+    return [str.__str__(value) if isinstance(value, str) else value for value in values]
+
+
+def check_ids(ids: Any, *, owner: str) -> Ids | None:
+    """Return distinct ids of one type, (n,), str as objects or int64; None for None.
+
+    >>> from skembed.metrics.qrels import check_ids
+    >>> check_ids(["a", "b"], owner="Retriever")
+    array(['a', 'b'], dtype=object)
+    """
+    if ids is None:
+        return None
+    values = read_ids(ids, owner=owner)
+    return np.array(values, dtype=object if values and isinstance(values[0], str) else np.int64)
+
+
+def check_new_ids(ids: Ids, known: Ids, *, owner: str) -> None:
+    """Raise TypeError for ids of another type than the known ones, ValueError for one of them."""
+    subject = f"The `ids` parameter of `{owner}`"
+    if len(ids) and ids.dtype != known.dtype:
+        kind = "str" if known.dtype == object else "int"
+        raise TypeError(f"{subject} must hold {kind}, as `ids_` does.")
+    there = set(known.tolist())
+    twice = next((value for value in ids.tolist() if value in there), None)
+    if twice is not None:
+        raise ValueError(
+            f"{subject} must hold new ids; {twice!r} is there already. To replace a document, "
+            "remove it first."
+        )
+
+
+def find_positions(ids: Ids, known: Ids, *, owner: str) -> npt.NDArray[np.int64]:
+    """Return where each id stands among the known ones, (n,); raises ValueError for another."""
+    places = {value: i for i, value in enumerate(known.tolist())}
+    absent = [value for value in ids.tolist() if value not in places]
+    if absent:
+        raise ValueError(
+            f"The `ids` parameter of `{owner}` must hold ids of `ids_`; {len(absent)} of "
+            f"{len(ids)} are not there, the first is {absent[0]!r}."
+        )
+    return np.array([places[value] for value in ids.tolist()], dtype=np.int64)
+
+
+# Judgments
+
+
+def read_relevance(
+    relevance: Any,
+    query_ids: Sequence[Any],
+    document_ids: Sequence[Any],
+    *,
+    owner: str,
+    name: str = "relevance",
+) -> dict[Any, dict[Any, int]]:
+    """Return ``{query_id: {document_id: grade}}`` for every query.
+
+    Raises TypeError for what is no judgment, ValueError for a query without one, and where no
+    judged document is among the documents.
+
+    >>> from skembed.metrics.qrels import read_relevance
+    >>> read_relevance([["d"]], ["q"], ["d"], owner="RetrievalTask")
+    {'q': {'d': 1}}
+    """
+    subject = f"The `{name}` parameter of `{owner}`"
+    if hasattr(relevance, "columns"):
+        given = _read_rows(relevance, subject=subject)
+    elif isinstance(relevance, Mapping):
+        given = dict(relevance)
+    else:
+        given = _read_aligned(relevance, query_ids, document_ids, subject=subject)
+    unknown = [query for query in given.keys() - set(query_ids)]
+    if unknown:
+        raise ValueError(
+            f"{subject} must judge known queries; {len(unknown)} ids are of none, the first is "
+            f"{next(query for query in given if query in unknown)!r}."
+        )
+    judged = {
+        query: read_judged(given.get(query, ()), query, subject=subject) for query in query_ids
+    }
+    bare = [query for query, grades in judged.items() if not grades]
+    if bare:
+        raise ValueError(
+            f"{subject} must judge a document for every query; {len(bare)} of {len(judged)} "
+            f"have none, the first is query {bare[0]!r}. Drop those queries."
+        )
+    known = set(document_ids)
+    if judged and not any(known & grades.keys() for grades in judged.values()):
+        theirs = next(iter(next(iter(judged.values()))))
+        ours = next(iter(document_ids), None)
+        raise ValueError(
+            f"{subject} must name documents of the corpus; none of them is there. Ids of `{name}` "
+            f"are such as {theirs!r}, ids of the corpus such as {ours!r}. Are the ids of one type, "
+            "str or int?"
+        )
+    return judged
+
+
+def read_judgments(
+    y: Any, query_ids: Sequence[Any] | None, *, ids: Ids, owner: str
+) -> dict[int, dict[Any, int]]:
+    """Return ``{document_id: grade}`` of each query by its position; one id stands for a list."""
+    rows = {
+        i: [row] if isinstance(row, str) or kind_of(row) == "int" else row
+        for i, row in enumerate(_align_judgments(y, query_ids, owner=owner))
+    }
+    return read_relevance(rows, range(len(rows)), ids.tolist(), name="y", owner=owner)
+
+
+def _align_judgments(y: Any, query_ids: Sequence[Any] | None, *, owner: str) -> list[Any]:
+    """Return what `y` holds for each query."""
+    if isinstance(y, Mapping):
+        if query_ids is None:
+            raise ValueError(
+                f"The `query_ids` parameter of `{owner}` must name the key of each query, since "
+                "`y` is a mapping; got None."
+            )
+        return [y.get(query, ()) for query in query_ids]
+    if query_ids is not None:
+        raise TypeError(
+            f"The `y` parameter of `{owner}` must be a mapping, since `query_ids` is given; "
+            f"got {type(y).__name__}."
+        )
+    if isinstance(y, (str, bytes)) or not isinstance(y, Iterable):
+        raise TypeError(
+            f"The `y` parameter of `{owner}` must be a list of judgments; got {type(y).__name__}."
+        )
+    return y.tolist() if hasattr(y, "tolist") else list(y)
+
+
+def _read_aligned(
+    relevance: Any, query_ids: Sequence[Any], document_ids: Sequence[Any], *, subject: str
+) -> dict[Any, Any]:
+    """Return the judgments of a matrix, or of a sequence with one entry a query."""
+    if isinstance(relevance, np.ndarray) and relevance.ndim == 2:
+        if relevance.shape != (len(query_ids), len(document_ids)):
+            raise ValueError(
+                f"{subject} must be of shape ({len(query_ids)}, {len(document_ids)}); "
+                f"got {relevance.shape}."
+            )
+        rows: Sequence[Any] = [
+            {document_ids[j]: row[j] for j in np.flatnonzero(row).tolist()} for row in relevance
+        ]
+    elif isinstance(relevance, Sequence) and not isinstance(relevance, (str, bytes)):
+        rows = relevance
+    else:
+        raise TypeError(
+            f"{subject} must be a mapping, a sequence, a matrix or a frame; "
+            f"got {type(relevance).__name__}."
+        )
+    if len(rows) != len(query_ids):
+        raise ValueError(
+            f"{subject} must hold one entry a query, {len(query_ids)}; got {len(rows)}."
+        )
+    return dict(zip(query_ids, rows, strict=True))
+
+
+def _read_rows(frame: Any, *, subject: str) -> dict[Any, dict[Any, Any]]:
+    """Return the judgments of a frame of three columns."""
+    if len(frame.columns) != 3:
+        raise ValueError(
+            f"{subject} must have three columns, query id, document id and grade; "
+            f"got {len(frame.columns)}."
+        )
+    rows = frame.iter_rows() if hasattr(frame, "iter_rows") else frame.itertuples(index=False)
+    judged: dict[Any, dict[Any, Any]] = {}
+    for query, document, grade in rows:
+        grades = judged.setdefault(query, {})
+        if document in grades:
+            raise ValueError(
+                f"{subject} must judge a document once; {document!r} occurs twice for {query!r}."
+            )
+        grades[document] = grade
+    return judged
+
+
+def read_judged(judged: Any, query: Any, *, subject: str) -> dict[Any, int]:
+    """Return the grades of one query; ids without one have grade 1.
+
+    >>> from skembed.metrics.qrels import read_judged
+    >>> read_judged(["d"], "q", subject="The `y` parameter of `Retriever.score`")
+    {'d': 1}
+    """
+    if not isinstance(judged, Mapping):
+        if isinstance(judged, (str, bytes)) or not isinstance(judged, Iterable):
+            raise TypeError(
+                f"{subject} must hold mappings or lists of document ids; got "
+                f"{type(judged).__name__} for query {query!r}."
+            )
+        judged = dict.fromkeys(judged, 1)
+    for grade in judged.values():
+        if kind_of(grade) not in ("int", "bool"):
+            raise TypeError(
+                f"{subject} must hold grades of int; got {type(grade).__name__} for query "
+                f"{query!r}."
+            )
+    return {document: int(grade) for document, grade in judged.items()}
+
+
+def read_grades(grades: Any, n: int, *, where: str, owner: str) -> list[int]:
+    """Return the grades of one list of candidates.
+
+    >>> from skembed.metrics.qrels import read_grades
+    >>> read_grades([0, True], 2, where="query 0", owner="RerankingTask")
+    [0, 1]
+    """
+    subject = f"The `relevance` parameter of `{owner}`"
+    found = list(grades)
+    if len(found) != n:
+        raise ValueError(
+            f"{subject} must hold one grade a candidate; {where} has {n} candidates and "
+            f"{len(found)} grades."
+        )
+    if not all(kind_of(grade) in ("int", "bool") for grade in found):
+        raise TypeError(f"{subject} must hold grades of int; {where} has another type.")
+    return [int(grade) for grade in found]

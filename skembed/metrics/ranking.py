@@ -1,0 +1,503 @@
+"""Metrics of rankings as trec_eval computes them; `skembed.metrics` is where users find them.
+
+Documents of equal score stand in descending order of their ids, average precision is divided by all
+judged positives, gains are linear. All are means over queries except for `ranking_metrics`, which
+gives one value a query; `ranking_summary` rounds as mteb prints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from skembed._validation import check_int
+from skembed.metrics.qrels import Ints, check_grades
+
+__all__ = [
+    "K_VALUES",
+    "RANKING_METRICS",
+    "hit_rate_at_k",
+    "map_at_k",
+    "mrr_at_k",
+    "ndcg_at_k",
+    "precision_at_k",
+    "ranking_metrics",
+    "ranking_summary",
+    "recall_at_k",
+    "round_means",
+]
+
+K_VALUES = (1, 3, 5, 10, 20, 100, 1000)
+"""The cut-offs that mteb reports."""
+
+RANKING_METRICS = ("ndcg", "map", "recall", "precision", "mrr", "hit_rate")
+"""The metrics of a ranking; "ndcg_at_10" is one of them at a cut-off."""
+
+_DIGITS = 5  # mteb rounds means over queries to these, but for the reciprocal rank
+
+_Floats = npt.NDArray[np.float64]
+# Of one query: document id -> grade, or document id -> score.
+_Relevance = Mapping[Any, Mapping[Any, int]]
+_Scores = Mapping[Any, Mapping[Any, float]]
+
+
+def ndcg_at_k(
+    relevance: _Relevance | npt.ArrayLike, scores: _Scores | npt.ArrayLike, *, k: int = 10
+) -> float:
+    """Return the normalised discounted cumulative gain, mean over queries.
+
+    Parameters
+    ----------
+    relevance : mapping or array-like of int, shape (n_queries, n_documents)
+        Grades, as `ranking_metrics` takes them. Gains are linear in the grade.
+    scores : mapping or array-like of float, shape (n_queries, n_documents)
+        Higher for documents to be ranked higher.
+    k : int, default=10
+        How many documents of each ranking count.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `ranking_metrics`.
+
+    Examples
+    --------
+    >>> from skembed.metrics import ndcg_at_k
+    >>> ndcg_at_k({"q": {"a": 2, "b": 1}}, {"q": {"a": 0.5, "b": 0.9, "c": 0.1}}, k=2)
+    0.8597186998521972
+    """
+    return _mean_at_k("ndcg", relevance, scores, k)
+
+
+def map_at_k(
+    relevance: _Relevance | npt.ArrayLike, scores: _Scores | npt.ArrayLike, *, k: int = 1000
+) -> float:
+    """Return the mean average precision; each is divided by all judged positives of its query.
+
+    Parameters
+    ----------
+    relevance : mapping or array-like of int, shape (n_queries, n_documents)
+        Grades, as `ranking_metrics` takes them.
+    scores : mapping or array-like of float, shape (n_queries, n_documents)
+        Higher for documents to be ranked higher.
+    k : int, default=1000
+        How many documents of each ranking count.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `ranking_metrics`.
+
+    Examples
+    --------
+    >>> from skembed.metrics import map_at_k
+    >>> map_at_k({"q": {"a": 1, "b": 1}}, {"q": {"a": 0.5, "c": 0.1}})
+    0.5
+    """
+    return _mean_at_k("map", relevance, scores, k)
+
+
+def mrr_at_k(
+    relevance: _Relevance | npt.ArrayLike, scores: _Scores | npt.ArrayLike, *, k: int = 10
+) -> float:
+    """Return the reciprocal rank of the first positive, mean over queries.
+
+    Parameters
+    ----------
+    relevance : mapping or array-like of int, shape (n_queries, n_documents)
+        Grades, as `ranking_metrics` takes them.
+    scores : mapping or array-like of float, shape (n_queries, n_documents)
+        Higher for documents to be ranked higher.
+    k : int, default=10
+        How many documents of each ranking count.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `ranking_metrics`.
+
+    Examples
+    --------
+    >>> from skembed.metrics import mrr_at_k
+    >>> mrr_at_k([[0, 1, 0]], [[0.9, 0.8, 0.1]])
+    0.5
+    """
+    return _mean_at_k("mrr", relevance, scores, k)
+
+
+def recall_at_k(
+    relevance: _Relevance | npt.ArrayLike, scores: _Scores | npt.ArrayLike, *, k: int = 10
+) -> float:
+    """Return the share of all judged positives that were found, mean over queries.
+
+    Parameters
+    ----------
+    relevance : mapping or array-like of int, shape (n_queries, n_documents)
+        Grades, as `ranking_metrics` takes them.
+    scores : mapping or array-like of float, shape (n_queries, n_documents)
+        Higher for documents to be ranked higher.
+    k : int, default=10
+        How many documents of each ranking count.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `ranking_metrics`.
+
+    Examples
+    --------
+    >>> from skembed.metrics import recall_at_k
+    >>> recall_at_k([[0, 1, 1]], [[0.9, 0.8, 0.1]], k=2)
+    0.5
+    """
+    return _mean_at_k("recall", relevance, scores, k)
+
+
+def precision_at_k(
+    relevance: _Relevance | npt.ArrayLike, scores: _Scores | npt.ArrayLike, *, k: int = 10
+) -> float:
+    """Return the share of positives among the first k places, mean over queries.
+
+    Parameters
+    ----------
+    relevance : mapping or array-like of int, shape (n_queries, n_documents)
+        Grades, as `ranking_metrics` takes them.
+    scores : mapping or array-like of float, shape (n_queries, n_documents)
+        Higher for documents to be ranked higher.
+    k : int, default=10
+        Divided by k, also where a ranking is shorter.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `ranking_metrics`.
+
+    Examples
+    --------
+    >>> from skembed.metrics import precision_at_k
+    >>> precision_at_k([[0, 1, 1]], [[0.9, 0.8, 0.1]], k=2)
+    0.5
+    """
+    return _mean_at_k("precision", relevance, scores, k)
+
+
+def hit_rate_at_k(
+    relevance: _Relevance | npt.ArrayLike, scores: _Scores | npt.ArrayLike, *, k: int = 10
+) -> float:
+    """Return the share of queries with a positive among the first k places.
+
+    Parameters
+    ----------
+    relevance : mapping or array-like of int, shape (n_queries, n_documents)
+        Grades, as `ranking_metrics` takes them.
+    scores : mapping or array-like of float, shape (n_queries, n_documents)
+        Higher for documents to be ranked higher.
+    k : int, default=10
+        How many documents of each ranking count.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `ranking_metrics`.
+
+    Examples
+    --------
+    >>> from skembed.metrics import hit_rate_at_k
+    >>> hit_rate_at_k([[0, 1], [1, 0]], [[0.9, 0.8], [0.9, 0.8]], k=1)
+    0.5
+    """
+    return _mean_at_k("hit_rate", relevance, scores, k)
+
+
+def ranking_metrics(
+    relevance: _Relevance | npt.ArrayLike,
+    scores: _Scores | npt.ArrayLike,
+    *,
+    k_values: Iterable[int] = K_VALUES,
+) -> dict[str, _Floats]:
+    """Return every ranking metric at every cut-off, one value a query.
+
+    Parameters
+    ----------
+    relevance : mapping or array-like of int, shape (n_queries, n_documents)
+        ``{query_id: {document_id: grade}}``, or a matrix of grades. Grades above 0 are positive;
+        a document without a grade is not.
+    scores : mapping or array-like of float, shape (n_queries, n_documents)
+        ``{query_id: {document_id: score}}`` for the same queries, or a matrix. A document that a
+        mapping leaves out was not found.
+    k_values : iterable of int, default=(1, 3, 5, 10, 20, 100, 1000)
+        The cut-offs.
+
+    Returns
+    -------
+    dict of str to ndarray of float64, shape (n_queries,)
+        "ndcg_at_1" and so on, for `RANKING_METRICS` and `k_values`; queries in the order of
+        `scores`.
+
+    Raises
+    ------
+    TypeError
+        If one argument is a mapping and the other is not, a grade is not an int, or ids are of
+        several types.
+    ValueError
+        If there are no queries, a query has no judged document or no ranking, a score is NaN,
+        or the shapes differ.
+
+    Notes
+    -----
+    A query whose judged documents are all of grade 0 counts, with 0, as in trec_eval. pytrec_eval
+    skips queries without judgments or without a ranking; here both are errors, since a skipped
+    query raises the mean. Pass ``{}`` as the ranking of a query that found nothing.
+
+    Scores are compared in float32, as trec_eval does. Where they are equal, the greater id stands
+    first: ids of str as text ("9" before "10"), ids of int as numbers, columns of a matrix by
+    their position.
+
+    References
+    ----------
+    C. Van Gysel and M. de Rijke, Pytrec_eval, arXiv 1805.01597.
+
+    Examples
+    --------
+    >>> from skembed.metrics import ranking_metrics
+    >>> found = ranking_metrics({"q": {"a": 1}}, {"q": {"a": 0.7, "b": 0.7}}, k_values=[1, 2])
+    >>> float(found["ndcg_at_1"][0]), float(found["mrr_at_2"][0])
+    (0.0, 0.5)
+    """
+    owner = "ranking_metrics"
+    cuts = np.array([check_int(k, name="k_values", owner=owner, low=1) for k in k_values])
+    if not len(cuts):
+        raise ValueError(f"The `k_values` parameter of `{owner}` must hold a cut-off; got none.")
+    values = _compute_rankings(relevance, scores, cuts, owner=owner)  # (Q, M, K)
+    return {
+        f"{name}_at_{k}": values[:, i, j].copy()
+        for i, name in enumerate(RANKING_METRICS)
+        for j, k in enumerate(cuts.tolist())
+    }
+
+
+def ranking_summary(
+    relevance: _Relevance | npt.ArrayLike,
+    scores: _Scores | npt.ArrayLike,
+    *,
+    k_values: Iterable[int] = K_VALUES,
+) -> dict[str, float]:
+    """Return every ranking metric at every cut-off, mean over queries, rounded as mteb rounds.
+
+    Parameters
+    ----------
+    relevance : mapping or array-like of int, shape (n_queries, n_documents)
+        As `ranking_metrics`.
+    scores : mapping or array-like of float, shape (n_queries, n_documents)
+        As `ranking_metrics`.
+    k_values : iterable of int, default=(1, 3, 5, 10, 20, 100, 1000)
+        The cut-offs.
+
+    Returns
+    -------
+    dict of str to float
+        Means to 5 decimals; "mrr_at_k" is not rounded.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `ranking_metrics`.
+
+    Examples
+    --------
+    >>> from skembed.metrics import ranking_summary
+    >>> ranking_summary({"q": {"a": 1}}, {"q": {"a": 0.7, "b": 0.9}}, k_values=[2])["ndcg_at_2"]
+    0.63093
+    """
+    return round_means(ranking_metrics(relevance, scores, k_values=k_values))
+
+
+def round_means(metrics: Mapping[str, _Floats]) -> dict[str, float]:
+    """Return the means of what `ranking_metrics` gives, rounded as mteb rounds.
+
+    >>> import numpy as np
+    >>> from skembed.metrics.ranking import round_means
+    >>> round_means({"ndcg_at_1": np.array([0.0, 0.0, 1.0])})
+    {'ndcg_at_1': 0.33333}
+    """
+    means = {name: _mean(values) for name, values in metrics.items()}
+    return {k: mean if k.startswith("mrr") else round(mean, _DIGITS) for k, mean in means.items()}
+
+
+# Private
+
+
+def _mean(values: _Floats) -> float:
+    """Return the mean as mteb takes it: a plain sum, divided."""
+    return float(sum(values.tolist()) / len(values))
+
+
+class _Ranking(NamedTuple):
+    """The grades of one query: of the documents found, (R,), in order; and all positive ones."""
+
+    gains: Ints
+    positives: Ints  # descending
+
+
+def _mean_at_k(
+    name: str, relevance: _Relevance | npt.ArrayLike, scores: _Scores | npt.ArrayLike, k: int
+) -> float:
+    """Return one metric at one cut-off, mean over queries, not rounded."""
+    owner = f"{name}_at_k"
+    cut = check_int(k, name="k", owner=owner, low=1)
+    values = _compute_rankings(relevance, scores, np.array([cut]), owner=owner)  # (Q, M, 1)
+    return _mean(values[:, RANKING_METRICS.index(name), 0])
+
+
+def _compute_rankings(
+    relevance: _Relevance | npt.ArrayLike,
+    scores: _Scores | npt.ArrayLike,
+    cuts: Ints,
+    *,
+    owner: str,
+) -> _Floats:
+    """Return all metrics of all queries at all cut-offs, (Q, M, K)."""
+    if isinstance(relevance, Mapping) and isinstance(scores, Mapping):
+        rankings = _rank_mappings(relevance, scores, owner=owner)
+    elif isinstance(relevance, Mapping) or isinstance(scores, Mapping):
+        raise TypeError(
+            f"The `relevance` and `scores` parameters of `{owner}` must be two mappings or two "
+            f"arrays; got {type(relevance).__name__} and {type(scores).__name__}."
+        )
+    else:
+        rankings = _rank_arrays(relevance, scores, owner=owner)
+    # The same logarithm as C's, so that sums are equal to the last bit.
+    discounts = np.array([math.log2(rank + 2) for rank in range(cuts.max())])
+    return np.array([_score_ranking(ranking, cuts, discounts) for ranking in rankings])
+
+
+def _score_ranking(ranking: _Ranking, cuts: Ints, discounts: _Floats) -> list[_Floats]:
+    """Return the metrics of one query in the order of `RANKING_METRICS`, each (K,)."""
+    gains, positives = ranking.gains[: cuts.max()], ranking.positives
+    found = gains > 0
+    n_found = np.cumsum(found)  # (R,)
+    precisions = np.where(found, n_found / np.arange(1, len(gains) + 1), 0.0)
+    dcg = _at(np.cumsum(np.maximum(gains, 0) / discounts[: len(gains)]), cuts)
+    best = positives[: cuts.max()]
+    ideal = _at(np.cumsum(best / discounts[: len(best)]), cuts)
+    hits, n_positives = _at(n_found, cuts), max(len(positives), 1)
+    first = int(found.argmax()) + 1 if found.any() else math.inf
+    return [
+        np.divide(dcg, ideal, out=np.zeros(len(cuts)), where=ideal > 0),
+        _at(np.cumsum(precisions), cuts) / n_positives,
+        hits / n_positives,
+        hits / cuts,
+        np.where(cuts >= first, 1.0 / first, 0.0),
+        (hits > 0).astype(np.float64),
+    ]
+
+
+def _at(curve: npt.NDArray[Any], cuts: Ints) -> _Floats:
+    """Return a running sum (R,) at each cut-off, its last value beyond its end, (K,)."""
+    if not len(curve):
+        return np.zeros(len(cuts))
+    return curve[np.minimum(cuts, len(curve)) - 1].astype(np.float64)
+
+
+def _rank_mappings(relevance: _Relevance, scores: _Scores, *, owner: str) -> Iterator[_Ranking]:
+    """Yield the ranking of each query of two mappings, in the order of `scores`."""
+    _check_queries(relevance, scores, owner=owner)
+    for query, found in scores.items():
+        grades = check_grades(list(relevance[query].values()), owner=owner)
+        judged = dict(zip(relevance[query], grades.tolist(), strict=True))
+        try:
+            documents = sorted(found, reverse=True)
+        except TypeError as error:
+            raise TypeError(
+                f"The `scores` parameter of `{owner}` must have document ids of one type, str or "
+                f"int; got several for query {query!r}."
+            ) from error
+        values = np.array([found[document] for document in documents], dtype=np.float64)
+        order = _descending(values, owner=owner, where=f"query {query!r}")
+        gains = np.array([judged.get(documents[i], 0) for i in order.tolist()], dtype=np.int64)
+        yield _Ranking(gains, _sort_positives(grades))
+
+
+def _rank_arrays(
+    relevance: npt.ArrayLike, scores: npt.ArrayLike, *, owner: str
+) -> Iterator[_Ranking]:
+    """Yield the ranking of each row of two matrices."""
+    found = np.asarray(scores)
+    grades = check_grades(relevance, owner=owner)
+    if found.ndim != 2 or not found.size or grades.shape != found.shape:
+        raise ValueError(
+            f"The `relevance` and `scores` parameters of `{owner}` must be of one shape "
+            f"(n_queries, n_documents), not empty; got {grades.shape} and {found.shape}."
+        )
+    for row, (values, line) in enumerate(zip(found[:, ::-1], grades[:, ::-1], strict=True)):
+        order = _descending(values.astype(np.float64), owner=owner, where=f"row {row}")
+        yield _Ranking(line[order], _sort_positives(line))
+
+
+def _descending(values: _Floats, *, owner: str, where: str) -> Ints:
+    """Return the order of falling scores, equal ones as they stand; in float32 as trec_eval."""
+    if np.isnan(values).any():
+        raise ValueError(
+            f"The `scores` parameter of `{owner}` must hold no NaN; got one in {where}. "
+            "Leave out what was not found."
+        )
+    with np.errstate(over="ignore"):
+        return np.argsort(-values.astype(np.float32), kind="stable")
+
+
+def _sort_positives(grades: Ints) -> Ints:
+    """Return the grades above 0, the highest first."""
+    return np.sort(grades[grades > 0])[::-1]
+
+
+def _check_queries(relevance: _Relevance, scores: _Scores, *, owner: str) -> None:
+    """Raise unless both mappings hold the same queries, each with a judged document."""
+    if not scores:
+        raise ValueError(f"The `scores` parameter of `{owner}` must hold a query; got none.")
+    bare = [query for query in scores if not relevance.get(query)]
+    if bare:
+        raise ValueError(
+            f"The `relevance` parameter of `{owner}` must judge a document for every query; "
+            f"{len(bare)} of {len(scores)} have none, the first is {bare[0]!r}. Drop them."
+        )
+    absent = [query for query in relevance if query not in scores]
+    if absent:
+        raise ValueError(
+            f"The `scores` parameter of `{owner}` must rank every judged query; {len(absent)} of "
+            f"{len(relevance)} are absent, the first is {absent[0]!r}. Pass {{}} for a query that "
+            "found nothing."
+        )

@@ -1,0 +1,1 @@
+"""The model itself: configuration, network, attention, pooling, tokens, files."""

@@ -1,0 +1,150 @@
+"""A loaded model, and the proof that its attention sees whole texts and nothing else."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+
+from skembed.exceptions import CausalLeakError
+from skembed.model.checkpoint import load_model
+from skembed.model.config import NVEmbedConfig
+from skembed.model.cpu_forward import pack_weights
+from skembed.model.network import NVEmbedModel
+from skembed.model.sources import ModelSource
+from skembed.model.tokenization import TextTokenizer, pack_texts
+
+__all__ = ["LoadedModel", "ModelKey", "load_registered", "load_tokenizer", "prove_bidirectional"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelKey:
+    """What makes two loaded models the same one.
+
+    `dtype` is that of weights and activations, or that of weights, a plus sign and that of
+    activations: "bfloat16", "int8+bfloat16".
+    """
+
+    fingerprint: str
+    pooling: str
+    device: str
+    dtype: str
+    attention_path: str
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of activations."""
+        found: torch.dtype = getattr(torch, self.dtype.rpartition("+")[2])
+        return found
+
+    @property
+    def weight_format(self) -> str | None:
+        """How weights are stored, where it is not the type of activations."""
+        return self.dtype.rpartition("+")[0] or None
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A model ready to embed: weights, tokenizer, and the key it is registered under."""
+
+    key: ModelKey
+    config: NVEmbedConfig
+    model: NVEmbedModel
+    tokenizer: TextTokenizer
+    base: LoadedModel | None = None  # what an adapter's view runs on
+    device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Note where the weights are."""
+        self.device = torch.device(self.key.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of weights and folded matrices, in bytes."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def load_registered(key: ModelKey, source: ModelSource, config: NVEmbedConfig) -> LoadedModel:
+    """Read, check and fold a model."""
+    device = torch.device(key.device)
+    tokenizer = load_tokenizer(source.folder, config)
+    model = load_model(
+        source,
+        config,
+        device=device,
+        dtype=key.compute_dtype,
+        attention_path=key.attention_path,
+        weight_format=key.weight_format,
+    )
+    if device.type == "cpu":
+        model.use_lean_modules()
+    prove_bidirectional(model, device)
+    model.fold_pooling()
+    pack_weights(model)
+    logger.info("loaded %s: %s", source.name, key)
+    return LoadedModel(key, config, model, tokenizer)
+
+
+def load_tokenizer(folder: Path, config: NVEmbedConfig) -> TextTokenizer:
+    """The tokenizer of a model folder with the ids that config.json names."""
+    return TextTokenizer.from_folder(
+        folder, bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
+    )
+
+
+_proven: set[tuple[str, str, torch.dtype, str]] = set()
+
+
+def prove_bidirectional(model: NVEmbedModel, device: torch.device) -> None:
+    """Check once per process that an attention path sees the whole text and nothing else.
+
+    For one text, two of equal length, and texts of different lengths: changing the last token of a
+    text must change its first position, and must not change its neighbour. Raises CausalLeakError
+    for a path that is causal, or mixes texts.
+    """
+    dtype = next(model.embedding_model.parameters()).dtype
+    proof = (model.attention_path, device.type, dtype, transformers.__version__)
+    if proof in _proven:
+        return
+    try:
+        for model.fuse in (True, False):  # one pass for use, the other for training
+            _prove_pass(model, device)
+    finally:
+        model.fuse = True
+    _proven.add(proof)
+
+
+def _prove_pass(model: NVEmbedModel, device: torch.device) -> None:
+    """What `prove_bidirectional` says, for the forward pass that the model is set to."""
+    dtype = next(model.embedding_model.parameters()).dtype
+    vocabulary = int(model.config.backbone["vocab_size"])
+    for lengths in ((6,), (6, 6), (9, 4)):
+        texts = [(torch.arange(n) * 7 + 11 * k + 5) % vocabulary for k, n in enumerate(lengths)]
+        before = _first_positions(model, texts, device)
+        texts[0] = texts[0].clone()
+        texts[0][-1] = (texts[0][-1] + 1) % vocabulary
+        moved = (_first_positions(model, texts, device) - before).abs().amax(dim=1)
+        noise = 0.02 * before.abs().max()  # of rounding in bfloat16; the neighbour's moves by 0
+        if not moved[0] > 0 or (moved[1:] > noise).any():
+            fault = "mixes neighbouring texts" if moved[0] > 0 else "is causal"
+            raise CausalLeakError(
+                f"The attention path {model.attention_path!r} on {device} in {dtype} {fault} with "
+                f"transformers {transformers.__version__} and torch {torch.__version__} (texts of "
+                f"{lengths} tokens). Embeddings would be wrong; install another release of either."
+            )
+
+
+def _first_positions(
+    model: NVEmbedModel, texts: list[torch.Tensor], device: torch.device
+) -> torch.Tensor:
+    """Last hidden state of each text's first token, float32 (B, D)."""
+    batch = pack_texts([text.numpy() for text in texts], 0).to(device)
+    with torch.inference_mode():
+        hidden = model.hidden_states(batch)
+    return hidden[batch.cu_seqlens[:-1].long()].float().cpu()

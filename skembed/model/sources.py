@@ -1,0 +1,362 @@
+"""A model's name -> its folder, configuration and fingerprint.
+
+A name is that of a bundled model, a local folder or a hub id. Only safetensors, JSON and tokenizer
+files are read or downloaded; no code, no pickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skembed.exceptions import CheckpointError, ModelNotFoundError
+from skembed.model.config import NVEmbedConfig
+from skembed.model.pooling import POOLINGS
+from skembed.model.tokenization import find_tokenizer_file
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "ADAPTER_CONFIG_FILE",
+    "ADAPTER_WEIGHTS_FILE",
+    "BUNDLED_MODELS",
+    "CONFIG_FILE",
+    "CONTENT_DIGITS",
+    "DOWNLOADED_FILES",
+    "INDEX_FILE",
+    "ModelSource",
+    "PINNED_REVISIONS",
+    "POOLING_FILE",
+    "TOKENIZER_FILES",
+    "WEIGHTS_FILE",
+    "WHOLE_HASH_BYTES",
+    "find_weight_files",
+    "fingerprint_weights",
+    "pack_folder",
+    "read_config",
+    "read_json",
+    "resolve_source",
+    "shorten",
+    "unpack_folder",
+]
+
+logger = logging.getLogger(__name__)
+
+
+BUNDLED_MODELS = ("skembed-mini",)
+# The revisions whose embeddings NV-Embed's authors and mteb report.
+PINNED_REVISIONS = {
+    "nvidia/NV-Embed-v1": "570834afd5fef5bf3a3c2311a2b6e0a66f6f4f2c",
+    "nvidia/NV-Embed-v2": "7604d305b621f14095a1aa23d351674c2859553a",
+}
+DOWNLOADED_FILES = ["*.json", "*.safetensors"]
+CONFIG_FILE = "config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+WEIGHTS_FILE = "model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"  # peft's names for its two files
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+POOLING_FILE = "pooling.safetensors"  # beside an adapter that trained the pooling layer
+INDEX_FILE = "model.safetensors.index.json"
+WHOLE_HASH_BYTES = 256 * 1024**2
+CONTENT_DIGITS = 16  # of a fingerprint: those that copies of a model have in common
+_unpacked: dict[str, tempfile.TemporaryDirectory[str]] = {}
+_unpacking = threading.Lock()
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model folder on this machine, and what it was asked for by.
+
+    Attributes
+    ----------
+    name : str
+        The `model` parameter that led here.
+    folder : Path
+        Where the files are.
+    revision : str or None
+        Commit of the hub repository; None for local folders.
+    adapter_folder : Path or None
+        Where an adapter is, when that is what was asked for; `folder` is then its base model's.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None = None
+    adapter_folder: Path | None = None
+
+
+def resolve_source(model: str | os.PathLike[str], revision: str | None = None) -> ModelSource:
+    """Find the folder of a bundled model, a local folder or a hub id, downloading if need be.
+
+    Parameters
+    ----------
+    model : str or path
+        ``"skembed-mini"``, a folder, or a hub id such as ``"nvidia/NV-Embed-v2"``.
+    revision : str, optional
+        Branch, tag or commit of a hub id. None takes the pinned commit of a known model, and the
+        main branch of any other, whose commit is then recorded.
+
+    Returns
+    -------
+    ModelSource
+        With the commit that was resolved.
+
+    Raises
+    ------
+    ModelNotFoundError
+        When there is no such folder, or the hub cannot give it.
+    """
+    name = os.fspath(model)
+    if name in BUNDLED_MODELS:
+        return ModelSource(name, Path(str(resources.files("skembed") / "data" / name)))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        folder = folder.resolve()
+        if (folder / ADAPTER_CONFIG_FILE).is_file():
+            return _resolve_adapter(name, folder)
+        return ModelSource(name, folder)
+    if not _looks_like_hub_id(name):
+        raise ModelNotFoundError(
+            f"The `model` parameter of `NVEmbedVectorizer` must be one of {list(BUNDLED_MODELS)}, "
+            f"a folder, or a hub id such as 'nvidia/NV-Embed-v2'; got {name!r}, and there is no "
+            f"such folder (looked for {folder.absolute()})."
+        )
+    return _download(name, revision or PINNED_REVISIONS.get(name))
+
+
+def _resolve_adapter(name: str, folder: Path) -> ModelSource:
+    """An adapter's folder and the base model it names; a folder may hold both."""
+    if (folder / CONFIG_FILE).is_file():
+        return ModelSource(name, folder, adapter_folder=folder)
+    values = read_json(folder / ADAPTER_CONFIG_FILE)
+    base = values.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"The {ADAPTER_CONFIG_FILE} of {folder} must name its base model in "
+            f"base_model_name_or_path; got {base!r}."
+        )
+    try:
+        source = resolve_source(base, values.get("revision"))
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"The adapter in {folder} was trained on {base!r}, which is not to be found. Put that "
+            f"model there, or write its place into base_model_name_or_path of "
+            f"{ADAPTER_CONFIG_FILE}. {error}"
+        ) from error
+    if source.adapter_folder is not None:
+        raise CheckpointError(
+            f"The base model of the adapter in {folder} is an adapter itself ({base!r}). Merge "
+            "that one first (`save_pretrained(path, merge=True)`)."
+        )
+    return ModelSource(name, source.folder, source.revision, folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises
+    ------
+    CheckpointError
+        When the file is missing, unreadable or something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"The model folder {path.parent} must hold a {path.name}; it does not."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object; got {type(values).__name__}.")
+    return values
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    """True for ``owner/name`` that no path would be written as."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(p and p[0] not in ".~" and "\\" not in p for p in parts)
+
+
+def _download(name: str, revision: str | None) -> ModelSource:
+    """Snapshot of a hub repository: safetensors, JSON and tokenizer files only."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    wanted = f"{name!r} at revision {revision or 'main'!r}"
+    # The base classes name the errors of the HTTP library below (proxies, broken transfers), which
+    # is another one in every few releases of the hub's.
+    bases = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
+    transfer_errors: tuple[type[Exception], ...] = (OSError, ValueError, *bases)
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED_FILES))
+    except GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"The hub model {wanted} asks for consent to its licence. Accept it on the model's "
+            "page, then log in with `hf auth login`."
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ModelNotFoundError(
+            f"The hub has no model {wanted}, or it is private. Check the spelling and the "
+            "`revision` parameter, or pass a local folder."
+        ) from error
+    except transfer_errors as error:
+        raise ModelNotFoundError(
+            f"There is no folder {name!r} here, and the hub model {wanted} is neither in the "
+            "local hub cache nor could it be downloaded (offline?). Download it on a connected "
+            "machine with `hf download`, copy the folder, and pass its path as `model`; or use "
+            "the bundled 'skembed-mini'."
+        ) from error
+    logger.info("hub model %s resolved to commit %s", name, folder.name)
+    return ModelSource(name, folder, folder.name)
+
+
+def read_config(source: ModelSource, pooling: str | None = None) -> NVEmbedConfig:
+    """The configuration of a model folder, with another pooling if asked.
+
+    Raises
+    ------
+    CheckpointError
+        When config.json is missing, unreadable or of another kind of model.
+    """
+    path = source.folder / CONFIG_FILE
+    values = read_json(path)
+    config = NVEmbedConfig.from_dict(values, str(source.folder))
+    if config.pooling not in POOLINGS:
+        raise CheckpointError(
+            f"The pooling in {path} must be one of {list(POOLINGS)}; got {config.pooling!r}."
+        )
+    if pooling is None or pooling == config.pooling:
+        return config
+    return replace(config, pooling=pooling, pooling_is_fresh=pooling in ("latent", "multilayer"))
+
+
+def shorten(items: Sequence[str], limit: int = 5) -> str:
+    """The first few of many names."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def find_weight_files(folder: Path) -> list[Path]:
+    """The shards of the index file, or the single file."""
+    index = folder / INDEX_FILE
+    if index.is_file():
+        try:
+            shards = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index: {error}.") from error
+        absent = [name for name in shards if not (folder / name).is_file()]
+        if absent:
+            raise CheckpointError(
+                f"The model folder {folder} lacks {shorten(absent)}, named in {INDEX_FILE}. "
+                "Copy or download the folder again."
+            )
+        return [folder / name for name in shards]
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(s))
+    if pickled:
+        raise CheckpointError(
+            f"The model folder {folder} holds pickled weights only ({shorten(pickled)}), which "
+            "can run code when opened. Convert them to safetensors where you trust them "
+            "(`save_pretrained(..., safe_serialization=True)` of transformers)."
+        )
+    raise CheckpointError(
+        f"The model folder {folder} must hold {WEIGHTS_FILE} or {INDEX_FILE}; it holds neither."
+    )
+
+
+def fingerprint_weights(source: ModelSource) -> str:
+    """Hash of what the folder's vectors depend on: weights, configuration, tokenizer.
+
+    Files up to 256 MiB are hashed whole. Of larger ones the header, the first 4 KiB of each of
+    4,096 evenly spaced places, the size and the time of the last change are: reading 16 GB to look
+    up one vector would cost more than the vector.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits. The first 16 are a hash of the content alone (of the samples, in a
+        large file): equal for copies on two machines. The others depend on the times as well.
+    """
+    content = hashlib.blake2b(digest_size=CONTENT_DIGITS // 2)
+    state = hashlib.blake2b(digest_size=CONTENT_DIGITS // 2)
+    small = [source.folder / CONFIG_FILE, find_tokenizer_file(source.folder)]
+    for path in [*small, *find_weight_files(source.folder)]:
+        try:
+            _hash_file(path, content)
+            stat = path.stat()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}.") from error
+        if stat.st_size > WHOLE_HASH_BYTES:
+            state.update(f"{stat.st_mtime_ns}:".encode())
+    state.update(content.digest())
+    return content.hexdigest() + state.hexdigest()
+
+
+def _hash_file(path: Path, digest: hashlib.blake2b) -> None:
+    """Add one file's name and content, or samples of it, to a hash."""
+    stat = path.stat()
+    state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    digest.update(f"{path.name}:{stat.st_size}:".encode())
+    digest.update(_content_hash(str(path), state))
+
+
+@lru_cache(maxsize=256)
+def _content_hash(path: str, state: tuple[int, int, int, int]) -> bytes:
+    """Hash of a file in the state given (size, change times, inode), remembered."""
+    size = state[0]
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        if size <= WHOLE_HASH_BYTES:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        else:
+            for place in range(0, size, size // 4_096):
+                file.seek(place)
+                digest.update(file.read(4_096))
+    return digest.digest()
+
+
+def pack_folder(source: ModelSource) -> dict[str, bytes]:
+    """Content of all files that make a model, its adapter's too, to travel in a pickle."""
+    names = [CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES]
+    paths = [source.folder / name for name in names]
+    if source.adapter_folder is not None:
+        adapter = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, POOLING_FILE)
+        paths += [source.adapter_folder / name for name in adapter]
+    paths = [path for path in paths if path.is_file()]
+    return {path.name: path.read_bytes() for path in [*paths, *find_weight_files(source.folder)]}
+
+
+def unpack_folder(files: Mapping[str, bytes]) -> Path:
+    """A temporary folder with these files, one per content and process, gone at its end."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(files):
+        digest.update(name.encode() + hashlib.blake2b(files[name]).digest())
+    with _unpacking:
+        folder = _unpacked.get(digest.hexdigest())
+        if folder is None:
+            folder = tempfile.TemporaryDirectory(prefix="skembed-")
+            for name, content in files.items():
+                (Path(folder.name) / name).write_bytes(content)
+            _unpacked[digest.hexdigest()] = folder
+        return Path(folder.name)

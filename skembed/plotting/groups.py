@@ -1,0 +1,204 @@
+"""What the points of a map are coloured by: labels, clusters with noise, or numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from skembed._inputs import refuse_missing_labels
+
+__all__ = [
+    "MARKERS",
+    "MapGroups",
+    "NOISE_COLOR",
+    "N_PLAIN_COLORS",
+    "PALETTE",
+    "read_groups",
+    "shorten",
+    "shorten_name",
+]
+
+# Seven colours of Okabe and Ito (all but yellow, too pale on white), then colours picked one after
+# the other, each as far as possible from all before it: distance in OKLab, the least of that seen
+# by most people and with protanopia, deuteranopia and tritanopia (matrices of Machado et al.
+# 2009), contrast with white above 2. `tests/test_plotting.py` measures the distances.
+PALETTE = (
+    "#0072b2", "#e69f00", "#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#000000",
+    "#552200", "#0000aa", "#884444", "#9966ff", "#7700ee", "#553366",
+)  # fmt: skip
+N_PLAIN_COLORS = 7
+NOISE_COLOR = "#bbbbbb"
+# Signs of matplotlib. Their number has no factor in common with that of the colours: the pair of
+# colour and sign comes back only after 91 classes.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+class MapGroups(NamedTuple):
+    """The groups of n points, in the order of their colours.
+
+    Attributes
+    ----------
+    codes : ndarray of int64, shape (n,)
+        Group of each point; -1 is noise.
+    names : list of str
+        Name of each group; empty where there is nothing to tell apart.
+    colors, markers : list of str
+        Colour (as "#rrggbb") and sign of each group.
+    values : ndarray of float64, shape (n,), or None
+        What a continuous scale colours by; then there are no groups.
+    """
+
+    codes: npt.NDArray[np.int64]
+    names: list[str]
+    colors: list[str]
+    markers: list[str]
+    values: npt.NDArray[np.float64] | None
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Number of points of each group, (n_groups,)."""
+        n_groups = len(self.names)
+        return np.bincount(self.codes[self.codes >= 0], minlength=n_groups)[:n_groups]
+
+    @property
+    def n_noise(self) -> int:
+        """Number of points that belong to no group."""
+        return int((self.codes < 0).sum())
+
+
+def read_groups(
+    y: Any,
+    n: int,
+    *,
+    names: Any = None,
+    colors: Any = None,
+    noise_label: Any = -1,
+    owner: str,
+) -> MapGroups:
+    """Sort n points into groups by their labels, or take numbers of a float dtype as values.
+
+    >>> from skembed.plotting.groups import read_groups
+    >>> groups = read_groups([0, 1, -1], 3, names=["cats", "dogs"], owner="EmbeddingMapDisplay")
+    >>> groups.codes, groups.names
+    (array([ 0,  1, -1]), ['cats', 'dogs'])
+    """
+    if y is None:
+        return MapGroups(np.zeros(n, dtype=np.int64), [], [PALETTE[0]], [MARKERS[0]], None)
+    labels = _read_labels(y, n, owner=owner)
+    if labels.dtype.kind == "f":
+        return MapGroups(np.zeros(n, dtype=np.int64), [], [], [], labels.astype(np.float64))
+    is_noise = _find_noise(labels, noise_label)
+    kinds = np.unique(labels[~is_noise]).tolist()
+    named = _read_names(names, owner=owner)
+    order = [*named, *(label for label in kinds if label not in named)]
+    places = {label: place for place, label in enumerate(order)}
+    codes = np.full(n, -1, dtype=np.int64)
+    codes[~is_noise] = [places[label] for label in labels[~is_noise].tolist()]
+    plain = len(order) <= N_PLAIN_COLORS
+    chosen = [PALETTE[i % len(PALETTE)] for i in range(len(order))]
+    return MapGroups(
+        codes,
+        [str(named.get(label, label)) for label in order],
+        _replace_colors(chosen, places, colors, owner=owner),
+        [MARKERS[0 if plain else i % len(MARKERS)] for i in range(len(order))],
+        None,
+    )
+
+
+def _read_labels(y: Any, n: int, *, owner: str) -> npt.NDArray[Any]:
+    """Return labels of one type, or finite numbers, (n,)."""
+    labels = np.asarray(y)
+    subject = f"The `y` parameter of `{owner}`"
+    if labels.shape != (n,):
+        raise ValueError(
+            f"{subject} must be of shape ({n},), one label a text; got shape {labels.shape}."
+        )
+    if labels.dtype.kind not in "OUTbiuf":
+        raise TypeError(
+            f"{subject} must hold labels of str, int or bool, or floats; got dtype {labels.dtype}."
+        )
+    refuse_missing_labels(labels, owner=owner)
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        position = int(np.argmin(np.isfinite(labels)))
+        raise ValueError(f"{subject} must hold finite numbers; y[{position}] is not finite.")
+    # numpy turns a list such as ["a", 1] into str without a word; an object array tells.
+    if isinstance(y, (list, tuple)) and labels.dtype.kind == "U":
+        refuse_missing_labels(np.array(y, dtype=object), owner=owner)
+    return np.array(labels.tolist()) if labels.dtype.kind == "O" else labels
+
+
+def _find_noise(labels: npt.NDArray[Any], noise_label: Any) -> npt.NDArray[np.bool_]:
+    """Mark the labels that are `noise_label`, (n,); none where it is of another type."""
+    number = isinstance(noise_label, (int, np.integer)) and not isinstance(noise_label, bool)
+    alike = labels.dtype.kind in "iu" if number else labels.dtype.kind in "UT"
+    if noise_label is None or not alike:
+        return np.zeros(len(labels), dtype=np.bool_)
+    return np.asarray(labels == noise_label, dtype=np.bool_)
+
+
+def _read_names(names: Any, *, owner: str) -> dict[Any, str]:
+    """Return label -> name; a sequence names the labels 0, 1, ..."""
+    if names is None:
+        return {}
+    if isinstance(names, Mapping):
+        return {_plain(label): str(name) for label, name in names.items()}
+    if isinstance(names, (Sequence, np.ndarray)) and not isinstance(names, (str, bytes)):
+        return {label: str(name) for label, name in enumerate(names)}
+    raise TypeError(
+        f"The `names` parameter of `{owner}` must be a mapping of label to name, or a sequence "
+        f"with the names of the labels 0, 1, ...; got {type(names).__name__}."
+    )
+
+
+def _replace_colors(
+    chosen: list[str], places: dict[Any, int], colors: Any, *, owner: str
+) -> list[str]:
+    """Return the chosen colours, those of a mapping of label to "#rrggbb" in their places."""
+    if colors is None:
+        return chosen
+    if not isinstance(colors, Mapping):
+        raise TypeError(
+            f"The `colors` parameter of `{owner}` must be a mapping of label to colour; "
+            f"got {type(colors).__name__}."
+        )
+    for label, color in colors.items():
+        digits = str(color).removeprefix("#")
+        if len(digits) != 6 or not set(digits) <= set("0123456789abcdefABCDEF"):
+            raise ValueError(
+                f"The `colors` parameter of `{owner}` must hold colours such as '#0072b2'; "
+                f"got {color!r}."
+            )
+        if _plain(label) in places:
+            chosen[places[_plain(label)]] = f"#{digits.lower()}"
+    return chosen
+
+
+def _plain(label: Any) -> Any:
+    """Return a label as Python's own type."""
+    return label.item() if isinstance(label, np.generic) else label
+
+
+def shorten(text: str, length: int) -> str:
+    """Cut a text to at most `length` characters, the last of them an ellipsis.
+
+    >>> from skembed.plotting.groups import shorten
+    >>> shorten("card payment fee charged", 12)
+    'card paymen…'
+    """
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1].rstrip() + "…"
+
+
+def shorten_name(name: str, length: int) -> str:
+    """Cut the middle of a name: those of a family often begin alike.
+
+    >>> from skembed.plotting.groups import shorten_name
+    >>> shorten_name("balance_not_updated_after_bank_transfer", 24)
+    'balance_not…ank_transfer'
+    """
+    line = " ".join(name.split())
+    n_last = length // 2
+    return line if len(line) <= length else f"{line[: length - n_last - 1]}…{line[-n_last:]}"

@@ -1,0 +1,1 @@
+"""Exact and approximate search among vectors, and how they are stored."""

@@ -1,0 +1,126 @@
+"""Quantised components: ranges of integers, and levels of single bits.
+
+`Ranges` and `Levels` turn vectors into codes and back, each with numbers of its own for every
+dimension. All work is done in blocks of a few MiB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from skembed.similarity import Vectors, iterate_blocks
+
+__all__ = ["Codec", "Codes", "Levels", "Ranges"]
+
+_MAX_CODE = 255
+
+Codes = npt.NDArray[np.uint8]
+
+
+class Codec(Protocol):
+    """Vectors to codes and back."""
+
+    def encode(self, vectors: Vectors) -> Codes:
+        """Return codes, (n, width), of finite vectors (n, dim)."""
+
+    def decode(self, codes: Codes) -> Vectors:
+        """Return the vectors, (n, dim), that codes stand for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """256 equal steps from the lowest to the highest value of each dimension.
+
+    Attributes
+    ----------
+    low, step : ndarray of float32, shape (dim,)
+        Value of code 0, and between two codes; a dimension without extent has step 0.
+    """
+
+    low: Vectors
+    step: Vectors
+
+    @classmethod
+    def between(cls, low: Vectors, high: Vectors) -> Ranges:
+        """Return the steps between two bounds of each dimension."""
+        return cls(low, (high - low) / np.float32(_MAX_CODE))
+
+    @staticmethod
+    def learn(vectors: Vectors, percentiles: tuple[float, float]) -> tuple[Vectors, Vectors]:
+        """Return lower and upper percentile of each dimension, float32, (dim,) each."""
+        n, dim = vectors.shape
+        if percentiles == (0.0, 100.0):
+            return vectors.min(axis=0), vectors.max(axis=0)
+        found = np.empty((2, dim), dtype=np.float32)
+        for columns in iterate_blocks(dim, n):
+            found[:, columns] = np.percentile(vectors[:, columns], percentiles, axis=0)
+        return found[0], found[1]
+
+    def encode(self, vectors: Vectors) -> Codes:
+        """Return the nearest code of each component, (n, dim); 0 or 255 out of range."""
+        codes = np.empty(vectors.shape, dtype=np.uint8)
+        steps = np.where(self.step > 0, self.step, np.float32(np.inf))  # no extent: code 0
+        for rows in iterate_blocks(*vectors.shape):
+            with np.errstate(over="ignore"):  # far out of range, and clipped below
+                block = vectors[rows] - self.low
+                block /= steps
+            np.rint(block, out=block)
+            codes[rows] = np.clip(block, 0, _MAX_CODE, out=block)
+        return codes
+
+    def decode(self, codes: Codes) -> Vectors:
+        """Return the value of each code, (n, dim)."""
+        found: Vectors = codes.astype(np.float32)
+        found *= self.step
+        found += self.low
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """One bit for each dimension: above a threshold, or not; eight of them in a byte.
+
+    Attributes
+    ----------
+    table : ndarray of float32, shape (3, dim)
+        The threshold, and what stands for a component below and above it.
+    """
+
+    table: Vectors
+
+    @classmethod
+    def learn(cls, vectors: Vectors) -> Levels:
+        """Return the mean of each dimension, with the means of what lies below and above it."""
+        n, dim = vectors.shape
+        blocks = list(iterate_blocks(n, dim))
+        mean = sum(vectors[rows].sum(axis=0, dtype=np.float64) for rows in blocks) / n
+        mean = mean.astype(np.float32)
+        count, total, spread = np.zeros(dim), np.zeros(dim), np.zeros(dim)
+        for rows in blocks:
+            above = vectors[rows] > mean
+            count += above.sum(axis=0)
+            total += np.where(above, vectors[rows] - mean, 0).sum(axis=0, dtype=np.float64)
+            spread += np.abs(vectors[rows] - mean).sum(axis=0, dtype=np.float64)
+        below = mean - (spread - total) / np.maximum(n - count, 1)
+        table = np.stack([mean, below, mean + total / np.maximum(count, 1)])
+        return cls(table.astype(np.float32))
+
+    def encode(self, vectors: Vectors) -> Codes:
+        """Return packed bits, (n, ceil(dim / 8))."""
+        n, dim = vectors.shape
+        bits = np.empty((n, -(-dim // 8)), dtype=np.uint8)
+        for rows in iterate_blocks(n, dim):
+            bits[rows] = np.packbits(vectors[rows] > self.table[0], axis=1)
+        return bits
+
+    def decode(self, codes: Codes) -> Vectors:
+        """Return the level of each bit, (n, dim)."""
+        _, below, above = self.table
+        found = np.unpackbits(codes, axis=-1, count=self.table.shape[1]).astype(np.float32)
+        found *= above - below
+        found += below
+        return found

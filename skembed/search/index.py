@@ -1,0 +1,202 @@
+"""The documents of a retriever: ids, stored vectors, and the search among them.
+
+A search has two steps. The first finds candidates by the stored vectors, all of them or those that
+a graph proposes. The second scores each candidate as one pair, from the finest vectors there are,
+and sorts by score and id: what is returned depends on the query and the document alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from skembed.search.gpu import top_k_rows_on_device
+from skembed.search.hnsw import HnswGraph
+from skembed.search.index_file import pack_strings, unpack_strings
+from skembed.search.stored_vectors import StoredVectors
+from skembed.search.top_k import N_SPARE, rescore_candidates, top_k_rows
+from skembed.similarity import Indices, TopK, Vectors, iterate_blocks, normalize_rows
+
+__all__ = ["Array", "DocumentIndex", "Ids", "prepare_vectors"]
+
+_BLOCK_BYTES = 32 * 2**20
+_DEVICE_BLOCK_BYTES = 512 * 2**20
+# How far from 1 the length of float32 vectors is after they were scaled to it.
+_UNIT_TOLERANCE = 1e-6
+
+Ids = npt.NDArray[Any]  # of object (str) or int64
+Array = npt.NDArray[Any]
+
+
+class DocumentIndex:
+    """Documents that can be searched, added and removed.
+
+    Attributes
+    ----------
+    ids : ndarray of object (str) or int64, shape (n,)
+        Distinct ids.
+    stored : StoredVectors
+        What every query is compared with.
+    fine : StoredVectors or None
+        A finer copy, for scores.
+    graph : HnswGraph or None
+        An approximate index over `labels`.
+    labels : ndarray of int64, shape (n,)
+        Rising numbers, never used again after a removal.
+    """
+
+    def __init__(
+        self,
+        ids: Ids,
+        stored: StoredVectors,
+        fine: StoredVectors | None = None,
+        graph: HnswGraph | None = None,
+        labels: Indices | None = None,
+        n_seen: int | None = None,
+    ) -> None:
+        self.stored, self.fine, self.graph = stored, fine, graph
+        self.labels = np.arange(len(ids), dtype=np.int64) if labels is None else labels
+        self.n_seen = len(ids) if n_seen is None else n_seen
+        self._set_ids(ids)
+
+    @classmethod
+    def build(
+        cls, ids: Ids, vectors: Vectors, *, storage: str, rescore_storage: str | None, hnsw: bool
+    ) -> DocumentIndex:
+        """Store vectors (n, dim), and build a graph over them with `hnsw`."""
+        stored = StoredVectors.encode(vectors, storage)
+        fine = None if rescore_storage is None else StoredVectors.encode(vectors, rescore_storage)
+        index = cls(ids, stored, fine, HnswGraph(stored.dim) if hnsw else None)
+        if index.graph is not None:
+            index.graph.add(index.labels, StoredVectors.encode(vectors, "float32"))
+        return index
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def search(self, queries: Vectors, top_k: int, *, rescore: int, device: torch.device) -> TopK:
+        """Find the best documents of each query, each (n_queries, top_k), top_k <= n."""
+        several = rescore if self.fine is not None or self.graph is not None else 1
+        n = min(len(self.ids), several * top_k + N_SPARE)
+        if self.graph is None:
+            candidates = self._find_exactly(queries, n, device=device)  # (Q, n)
+        else:
+            candidates = self._find_by_graph(self.graph, queries, n, device=device)
+        finest = self.stored if self.fine is None else self.fine
+        return rescore_candidates(queries, candidates, finest.read_rows, self._ranks, top_k)
+
+    def add(self, ids: Ids, vectors: Vectors) -> None:
+        """Put documents behind those that are there; an error changes nothing that counts."""
+        stored = self.stored.append(vectors)
+        fine = None if self.fine is None else self.fine.append(vectors)
+        labels = np.arange(self.n_seen, self.n_seen + len(ids), dtype=np.int64)
+        self.n_seen += len(ids)  # labels that a failing graph has seen are lost, and no more
+        if self.graph is not None:
+            self.graph.add(labels, StoredVectors.encode(vectors, "float32"))
+        self._set_ids(np.concatenate([self.ids, ids]))
+        self.stored, self.fine = stored, fine
+        self.labels = np.concatenate([self.labels, labels])
+
+    def remove(self, positions: Indices) -> None:
+        """Take documents out."""
+        kept = np.ones(len(self), dtype=np.bool_)
+        kept[positions] = False
+        stored = self.stored.select(kept)
+        fine = None if self.fine is None else self.fine.select(kept)
+        if self.graph is not None:
+            self.graph.remove(self.labels[~kept])
+        self._set_ids(self.ids[kept])
+        self.stored, self.fine, self.labels = stored, fine, self.labels[kept]
+
+    def pack(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Return what `unpack` needs, as plain values and as arrays."""
+        parts = {"stored": self.stored}
+        if self.fine is not None:
+            parts["fine"] = self.fine
+        kinds = {part: vectors.kind for part, vectors in parts.items()}
+        arrays: dict[str, Array] = {"labels": self.labels}
+        arrays |= pack_strings(self.ids) if self.ids.dtype == object else {"ids": self.ids}
+        for part, vectors in parts.items():
+            arrays |= {f"{part}.{name}": array for name, array in vectors.arrays.items()}
+        if self.graph is not None:
+            arrays["graph"] = self.graph.to_array()
+        return {"kinds": kinds, "dim": self.stored.dim, "n_seen": self.n_seen}, arrays
+
+    @classmethod
+    def unpack(cls, settings: dict[str, Any], arrays: dict[str, Array]) -> DocumentIndex:
+        """Return the index that `pack` took apart; raises ValueError where parts do not fit."""
+        parts: dict[str, StoredVectors] = {}
+        for part, kind in settings["kinds"].items():
+            own = {
+                name.partition(".")[2]: array
+                for name, array in arrays.items()
+                if name.startswith(f"{part}.")
+            }
+            parts[part] = StoredVectors(kind, settings["dim"], own)
+        ids = arrays.get("ids")
+        if ids is None:
+            ids = unpack_strings(arrays["characters"], arrays["ends"])
+        labels = np.array(arrays["labels"])
+        if {*map(len, parts.values()), len(labels)} != {len(ids)}:
+            raise ValueError("ids and vectors differ in number")
+        graph = HnswGraph.from_array(arrays["graph"]) if "graph" in arrays else None
+        return cls(
+            np.array(ids), parts["stored"], parts.get("fine"), graph, labels, settings["n_seen"]
+        )
+
+    def _set_ids(self, ids: Ids) -> None:
+        """Keep ids, and for each its place among them in rising order."""
+        order = np.argsort(ids, kind="stable")
+        ranks = np.empty(len(ids), dtype=np.int64)
+        ranks[order] = np.arange(len(ids))
+        self.ids, self._ranks = ids, ranks
+
+    def _find_by_graph(
+        self, graph: HnswGraph, queries: Vectors, n: int, *, device: torch.device
+    ) -> Indices:
+        """Return the rows that a graph takes for the best n of each query, (n_queries, n)."""
+        labels = graph.search(queries, n)
+        rows = np.minimum(np.searchsorted(self.labels, labels), len(self.ids) - 1)
+        # What the graph could not fill is found the long way.
+        short = (self.labels[rows] != labels).any(axis=1)
+        rows[short] = self._find_exactly(queries[short], n, device=device)
+        return rows
+
+    def _find_exactly(self, queries: Vectors, n: int, *, device: torch.device) -> Indices:
+        """Return the rows of the best n documents by the stored vectors, (n_queries, n)."""
+        read, ranks = self.stored.read_rows, self._ranks
+        if device.type == "cpu":
+            return top_k_rows(queries, read, ranks, n, block_bytes=_BLOCK_BYTES).indices
+        return top_k_rows_on_device(
+            queries, read, ranks, n, device=device, block_bytes=_DEVICE_BLOCK_BYTES
+        ).indices
+
+
+def prepare_vectors(vectors: Any, similarity: str, *, owner: str) -> Vectors:
+    """Return vectors as float32, of unit length for "cosine"; a copy only where they change.
+
+    Raises ValueError for what float32 cannot hold.
+    """
+    with np.errstate(over="ignore"):
+        prepared = np.ascontiguousarray(vectors, dtype=np.float32)
+    scale = False
+    for rows in iterate_blocks(*prepared.shape):
+        block = prepared[rows]
+        if not np.isfinite(block).all():
+            row = rows.start + int(np.argmin(np.isfinite(block).all(axis=1)))
+            raise ValueError(
+                f"The embeddings of `{owner}` must be finite in float32; that of row {row} is not. "
+                "Scale them down."
+            )
+        if similarity == "cosine" and not scale:
+            squares = np.einsum("nd,nd->n", block, block, dtype=np.float64)
+            scale = bool((np.abs(squares - 1) > 2 * _UNIT_TOLERANCE).any())
+    if not scale:
+        return prepared
+    unit = np.empty_like(prepared)
+    for rows in iterate_blocks(*prepared.shape):
+        unit[rows] = normalize_rows(prepared[rows])
+    return unit

@@ -1,0 +1,187 @@
+"""A saved index: arrays as .npy files in a folder, and a manifest that names them.
+
+The manifest is replaced last and in one step, and it alone says which files count. So a folder
+holds the old index or the new one, never a mixture, wherever writing stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from skembed._files import write_json
+
+__all__ = ["Array", "MANIFEST_FILE", "pack_strings", "read_index", "unpack_strings", "write_index"]
+
+MANIFEST_FILE = "manifest.json"
+_FORMAT = "skembed-index"
+_VERSION = 1
+
+Array = npt.NDArray[Any]
+
+
+def write_index(
+    path: str | os.PathLike[str], settings: Mapping[str, Any], arrays: Mapping[str, Array]
+) -> None:
+    """Write an index to a folder, whole or not at all; an index that is there is replaced.
+
+    Raises ValueError if the folder holds other files, OSError if it cannot be written; what was
+    there before is then still there.
+    """
+    folder = Path(path).expanduser()
+    token = secrets.token_hex(6)
+    files = {name: f"{name}-{token}.npy" for name in arrays}
+    old = _check_target(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sizes = {name: _write_array(folder / files[name], arrays[name]) for name in arrays}
+        manifest = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "settings": dict(settings),
+            "files": {name: {"file": files[name], "bytes": sizes[name]} for name in arrays},
+        }
+        partial = folder / f".{MANIFEST_FILE}.{token}.partial"
+        write_json(folder / MANIFEST_FILE, manifest, partial=partial)
+    except BaseException as error:
+        _delete(folder, files.values())
+        if isinstance(error, OSError):
+            kept = "The index that was there is still whole. " if old else ""
+            raise OSError(
+                error.errno,
+                f"The index cannot be written ({error.strerror or error}). {kept}Free some space, "
+                "or choose another folder",
+                str(folder),
+            ) from error
+        raise
+    _delete(folder, old)
+
+
+def read_index(
+    path: str | os.PathLike[str], *, mmap: bool = True
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Return the settings and the arrays of an index, the arrays mapped from disk or read.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged or of another version.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / MANIFEST_FILE).is_file():
+        raise FileNotFoundError(
+            f"There is no index in {str(folder)!r}: it has no {MANIFEST_FILE}. Write one with "
+            "`Retriever.save`."
+        )
+    manifest = _read_manifest(folder)
+    arrays = {
+        name: _read_array(folder / entry["file"], entry["bytes"], mmap=mmap)
+        for name, entry in manifest["files"].items()
+    }
+    return manifest["settings"], arrays
+
+
+def pack_strings(strings: Array) -> dict[str, Array]:
+    """Return strings as bytes of UTF-8 and where each one ends, for a file without pickles.
+
+    >>> import numpy as np
+    >>> from skembed.search.index_file import pack_strings, unpack_strings
+    >>> unpack_strings(**pack_strings(np.array(["a", "", "bc"], dtype=object)))
+    array(['a', '', 'bc'], dtype=object)
+    """
+    parts = [text.encode("utf-8", "surrogatepass") for text in strings.tolist()]
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    return {"characters": np.frombuffer(b"".join(parts), dtype=np.uint8), "ends": ends}
+
+
+def unpack_strings(characters: Array, ends: Array) -> Array:
+    """Return the strings that `pack_strings` packed, (n,), object."""
+    data, stops = characters.tobytes(), [0, *ends.tolist()]
+    strings = np.empty(len(ends), dtype=object)
+    for i, (start, stop) in enumerate(zip(stops[:-1], stops[1:], strict=True)):
+        strings[i] = data[start:stop].decode("utf-8", "surrogatepass")
+    return strings
+
+
+def _check_target(folder: Path) -> list[str]:
+    """Return the files of the index that is there; none if the folder is new or empty."""
+    if (folder / MANIFEST_FILE).is_file():
+        with contextlib.suppress(ValueError):  # what is damaged may be replaced, and stays
+            return [entry["file"] for entry in _read_manifest(folder)["files"].values()]
+        return []
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            "The `path` parameter of `Retriever.save` must be a new or empty folder, or one that "
+            f"holds an index; got {str(folder)!r}."
+        )
+    return []
+
+
+def _write_array(path: Path, array: Array) -> int:
+    """Write an array to a new file, through to the disk; return the file's size."""
+    with path.open("xb") as file:
+        np.save(file, np.asarray(array), allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest, checked."""
+    damaged = f"The index in {str(folder)!r} is damaged: {MANIFEST_FILE}"
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{damaged} is not JSON ({error}). Build the index anew.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise ValueError(
+            f"The folder {str(folder)!r} holds no index of skembed, but another {MANIFEST_FILE}."
+        )
+    if manifest.get("version") != _VERSION:
+        raise ValueError(
+            f"The index in {str(folder)!r} is of version {manifest.get('version')}; this skembed "
+            f"reads version {_VERSION}. Install the skembed that wrote it, or build it anew."
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not isinstance(manifest.get("settings"), dict):
+        raise ValueError(f"{damaged} lists no files or no settings. Build the index anew.")
+    for entry in files.values():
+        name = entry.get("file") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or Path(name).name != name or "bytes" not in entry:
+            raise ValueError(f"{damaged} has a bad entry. Build the index anew.")
+    return manifest
+
+
+def _read_array(path: Path, size: int, *, mmap: bool) -> Array:
+    """Return one array after a check of its file's size."""
+    damaged = f"The index in {str(path.parent)!r} is damaged: {path.name}"
+    if not path.is_file():
+        raise ValueError(f"{damaged} is missing. Build the index anew.")
+    found = path.stat().st_size
+    if found != size:
+        raise ValueError(f"{damaged} has {found} bytes instead of {size}. Build the index anew.")
+    try:
+        array = np.load(path, allow_pickle=False)[...] if not mmap else _map_array(path)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{damaged} is no array ({error}). Build the index anew.") from error
+    return np.asarray(array)
+
+
+def _map_array(path: Path) -> Array:
+    """Map an array from disk, read-only; one without elements, which cannot be mapped, is read."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError:
+        return np.load(path, allow_pickle=False)
+
+
+def _delete(folder: Path, files: Any) -> None:
+    """Delete files that no manifest names any more; one that is in use may stay."""
+    for name in files:
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()

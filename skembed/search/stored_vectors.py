@@ -1,0 +1,126 @@
+"""Vectors of a corpus as float32, float16, int8 or single bits, read back as float32 in blocks.
+
+A search reads blocks of rows and compares them with queries in float32: what is stored decides the
+memory and how near a vector comes to the one that was given, never how scores are computed.
+
+======== ================= ==========================================================
+kind     bytes a component read back
+======== ================= ==========================================================
+float32  4                 as given
+float16  2                 rounded to 11 bits
+int8     1, and 4 a vector in 255 steps between minus and plus the vector's largest magnitude
+binary   1/8               one of two levels of the component, learned from the first vectors
+======== ================= ==========================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from skembed.search.codes import Levels
+from skembed.similarity import Indices, Vectors, iterate_blocks
+
+__all__ = ["Rows", "STORAGE_KINDS", "StoredVectors"]
+
+STORAGE_KINDS = ("float32", "float16", "int8", "binary")
+_MAX_INT8 = 127
+
+Rows = slice | Indices
+
+
+@dataclass(frozen=True, eq=False)
+class StoredVectors:
+    """The vectors of n documents; every method leaves them as they are.
+
+    Attributes
+    ----------
+    kind : {"float32", "float16", "int8", "binary"}
+        How they are stored.
+    dim : int
+        Components of a vector.
+    arrays : mapping of str to ndarray
+        "values", (n, dim) or (n, ceil(dim / 8)) bits; for int8 "scales", (n,); for binary
+        "levels", (3, dim): the threshold, and what stands for a component below and above it.
+    """
+
+    kind: str
+    dim: int
+    arrays: Mapping[str, npt.NDArray[np.generic]]
+
+    @classmethod
+    def encode(cls, vectors: Vectors, kind: str) -> StoredVectors:
+        """Store finite vectors (n, dim); as float32 the array itself."""
+        levels = {"levels": Levels.learn(vectors).table} if kind == "binary" else {}
+        empty = cls(kind, vectors.shape[1], levels)
+        return cls(kind, empty.dim, {**levels, **empty._encode_rows(vectors)})
+
+    def __len__(self) -> int:
+        return len(self.arrays["values"])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all arrays in bytes."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def read_rows(self, rows: Rows) -> Vectors:
+        """Return some vectors as float32, (n_rows, dim); a slice of float32 is not copied."""
+        values: Any = self.arrays["values"][rows]
+        if self.kind == "int8":
+            scaled: Vectors = values * self.arrays["scales"][rows][:, None]
+            return scaled
+        if self.kind == "binary":
+            return self._levels.decode(values.view(np.uint8))
+        return values.astype(np.float32, copy=False)
+
+    def append(self, vectors: Vectors) -> StoredVectors:
+        """Return these vectors with more behind them."""
+        added = self._encode_rows(vectors)
+        rows = {name: np.concatenate([self.arrays[name], new]) for name, new in added.items()}
+        return StoredVectors(self.kind, self.dim, {**self.arrays, **rows})
+
+    def select(self, rows: npt.NDArray[np.bool_]) -> StoredVectors:
+        """Return the vectors of the rows that are marked."""
+        rest = {
+            name: array if name == "levels" else array[rows] for name, array in self.arrays.items()
+        }
+        return StoredVectors(self.kind, self.dim, rest)
+
+    def _encode_rows(self, vectors: Vectors) -> dict[str, npt.NDArray[np.generic]]:
+        """Return the arrays that have a row for each vector."""
+        n = len(vectors)
+        if self.kind == "float32":
+            return {"values": vectors.astype(np.float32, copy=False)}
+        if self.kind == "float16":
+            return {"values": _to_float16(vectors)}
+        if self.kind == "int8":
+            values = np.empty((n, self.dim), dtype=np.int8)
+            scales = np.empty(n, dtype=np.float32)
+            for rows in iterate_blocks(n, self.dim):
+                block = vectors[rows].astype(np.float32, copy=False)
+                largest = np.maximum(block.max(axis=1), -block.min(axis=1))
+                scales[rows] = largest / _MAX_INT8
+                steps = np.where(scales[rows] > 0, scales[rows], 1)[:, None]
+                # A tiny scale loses bits of its own, and with them the bound of a quotient.
+                values[rows] = np.clip(np.rint(block / steps), -_MAX_INT8, _MAX_INT8)
+            return {"values": values, "scales": scales}
+        return {"values": self._levels.encode(vectors)}
+
+    @property
+    def _levels(self) -> Levels:
+        """The two levels of each component; of "binary" only."""
+        table: Any = self.arrays["levels"]
+        return Levels(table)
+
+
+def _to_float16(vectors: Vectors) -> npt.NDArray[np.float16]:
+    """Round to float16, and what is out of its range to the ends of it."""
+    largest = np.finfo(np.float16).max
+    values = np.empty(vectors.shape, dtype=np.float16)
+    for rows in iterate_blocks(*vectors.shape):
+        values[rows] = np.clip(vectors[rows], -largest, largest)
+    return values

@@ -1,0 +1,459 @@
+"""Embeddings of more texts than fit into memory: written shard by shard, resumed after a stop.
+
+The way of a run: lock the path -> read the source block by block, one block a shard -> check its
+texts and add them to the running digest -> a shard that the manifest names is compared and skipped;
+any other is embedded, written through to the disk and put into the manifest.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from skembed._files import hold_lock
+from skembed._inputs import TextColumns
+from skembed._validation import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_string,
+    import_optional,
+)
+from skembed.exceptions import SkembedWarning
+from skembed.inference.encoder import Encoder, warn_truncated
+from skembed.inference.engine import NUMERICS_VERSION, PROGRESS_DELAY_S
+from skembed.inference.settings import OWNER, SIDES
+from skembed.streaming.manifest import Manifest, read_manifest, write_manifest
+from skembed.streaming.sources import (
+    Block,
+    TextSource,
+    check_block,
+    extend_digest,
+    open_source,
+)
+from skembed.streaming.targets import (
+    ParquetTarget,
+    Target,
+    explain_write_error,
+    find_target,
+    make_target,
+)
+
+__all__ = ["METHOD", "ROWS_PER_SHARD", "StreamReport", "open_embeddings", "write_embeddings"]
+
+METHOD = f"{OWNER}.transform_to"
+ROWS_PER_SHARD = 16_384  # two chunks of the engine; 25 MB at 384 dimensions, 268 MB at 4,096
+_PACKAGES = ("skembed", "torch", "transformers", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """What one call of `transform_to` did.
+
+    Parameters
+    ----------
+    path : Path
+        The folder of Parquet files, or the .npy file.
+    n_rows : int
+        Rows of the whole set.
+    dim : int
+        Width of a row.
+    n_shards : int
+        Shards of the whole set.
+    n_skipped : int
+        Rows that were there already, found the same in the source, and not embedded again.
+    """
+
+    path: Path
+    n_rows: int
+    dim: int
+    n_shards: int
+    n_skipped: int
+
+
+def write_embeddings(
+    encoder: Encoder,
+    X: Any,
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    column: str | Sequence[str] | None = None,
+    keep_columns: Sequence[str] = (),
+    ids: Iterable[Any] | None = None,
+    side: str = "query",
+    rows_per_shard: int = ROWS_PER_SHARD,
+    embedding_column: str = "embedding",
+    use_cache: bool = False,
+    overwrite: bool = False,
+) -> StreamReport:
+    """Do what `NVEmbedVectorizer.transform_to` says, for the encoder of a vectorizer."""
+    rows = check_int(rows_per_shard, name="rows_per_shard", owner=METHOD, low=1)
+    check_choice(side, name="side", owner=METHOD, allowed=SIDES)
+    for name, value in (("use_cache", use_cache), ("overwrite", overwrite)):
+        check_bool(value, name=name, owner=METHOD)
+    check_string(embedding_column, name="embedding_column", owner=METHOD)
+    target = make_target(path, format, embedding_column=embedding_column, owner=METHOD)
+    keep = _check_keep(keep_columns, ids, target)
+    source = open_source(X, column=column, keep_columns=keep, ids=ids, owner=METHOD)
+    target.prepare(owner=METHOD)
+    encoder = encoder if use_cache else replace(encoder, cache=None)
+    run = _Run(encoder, source, target, side=side, rows=rows)
+    try:
+        with hold_lock(target.lock_path, subject=f"{str(target.path)!r}"):
+            run.begin(overwrite=overwrite)
+            run.read()
+    finally:
+        target.tidy()
+    if run.n_truncated:
+        max_length = encoder.settings.parameters.max_length
+        warn_truncated(run.n_truncated, run.n_embedded, max_length, stacklevel=4)
+    return run.report()
+
+
+class _Run:
+    """One call of `transform_to`, inside the lock."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        source: TextSource,
+        target: Target,
+        *,
+        side: str,
+        rows: int,
+    ) -> None:
+        self.encoder = encoder
+        self.source = source
+        self.target = target
+        self.side = side
+        self.rows = rows
+        self.stored: Manifest | None = None
+        self.manifest: Manifest | None = None
+        self.digest = b""
+        self.n_skipped = self.n_truncated = self.n_embedded = 0
+
+    def begin(self, *, overwrite: bool) -> None:
+        """Read the manifest that is there; refuse what no call of `transform_to` wrote."""
+        there = self.target.manifest_path.exists()
+        if overwrite and there:
+            self.target.clear()
+            there = False
+        foreign = [] if there else self.target.find_foreign()
+        if foreign:
+            raise ValueError(
+                f"The `path` parameter of `{METHOD}` must be new, empty, or written by an earlier "
+                f"call; {str(self.target.path)!r} has no manifest, but {foreign[0]!r}. Choose "
+                "another path, or delete it."
+            )
+        self.stored = read_manifest(self.target.manifest_path)
+
+    def read(self) -> None:
+        """Go through the source; shards that are there are compared, all others embedded."""
+        parameters = self.encoder.settings.parameters
+        delay = 0.0 if parameters.verbose else PROGRESS_DELAY_S
+        start, index = 0, -1
+        with tqdm(total=self.source.n_rows, unit="text", desc="streaming", delay=delay) as bar:
+            for index, block in enumerate(self.source.read(self.rows)):
+                columns = check_block(block, start, owner=METHOD, missing=parameters.missing)
+                self.digest = extend_digest(self.digest, columns, block.carried)
+                manifest = self.manifest or self._start(block, columns)
+                self._check_width(manifest, start, len(columns.columns))
+                if not self._is_done(manifest, index, start, columns):
+                    self._embed(manifest, index, start, columns, block.carried)
+                start += len(columns.columns[0])
+                bar.update(len(columns.columns[0]))
+        self._finish(index + 1, start)
+
+    def _start(self, block: Block, columns: TextColumns) -> Manifest:
+        """The manifest to go on with: a new one, or the one that is there if it fits."""
+        settings = self._describe_settings(block, columns)
+        origin = self._describe_origin()
+        if self.stored is None:
+            budget = self.encoder.settings.parameters.batch_tokens
+            self.manifest = Manifest(
+                settings, origin, batch_tokens=budget if isinstance(budget, int) else None
+            )
+            self._save(self.manifest, 0)
+            return self.manifest
+        self.manifest = self.stored
+        differences = self.manifest.explain_differences(settings)
+        if differences:
+            raise ValueError(
+                f"The `path` parameter of `{METHOD}` must be new, or hold embeddings made the same "
+                f"way; {str(self.target.path)!r} holds some with {'; '.join(differences)}. Nothing "
+                "was changed. Use the same parameters, another path, or overwrite=True to begin "
+                "anew."
+            )
+        self.manifest.settings = settings
+        self._warn_other_versions(origin)
+        self.target.drop_after(len(self.manifest.shards), self.manifest.count("bytes"))
+        return self.manifest
+
+    def _check_width(self, manifest: Manifest, start: int, n_columns: int) -> None:
+        """Refuse a source that turns from texts to pairs, or back, between two blocks."""
+        before = manifest.settings["text_columns"]
+        if n_columns != before:
+            raise ValueError(
+                f"The `X` parameter of `{METHOD}` must hold either texts or pairs of texts; "
+                f"X[{start}] begins rows of {n_columns} texts, those before have {before}. Make "
+                "every row a pair, or none."
+            )
+
+    def _describe_settings(self, block: Block, columns: TextColumns) -> dict[str, Any]:
+        """Everything that decides vectors and files."""
+        own = self.encoder.settings
+        n_columns = len(columns.columns)
+        if n_columns == 2 and self.side != "query":
+            raise ValueError(
+                f"The `side` parameter of `{METHOD}` must be 'query' for pairs, which are embedded "
+                f"as a query and a document; got {self.side!r}."
+            )
+        settings: dict[str, Any] = {
+            "layout": self.target.layout,
+            "fingerprint": own.model.full_key.fingerprint,
+            "pooling": own.model.key.pooling,
+            "dtype": own.model.key.dtype,
+            "numerics": NUMERICS_VERSION,
+            "prefixes": [own.requests[side].prefix for side in self._sides(n_columns)],
+            "max_length": own.parameters.max_length,
+            "dim": own.dim * n_columns,
+            "normalize": own.parameters.normalize,
+            "missing": own.parameters.missing,
+            "rows_per_shard": self.rows,
+            "text_columns": n_columns,
+            "columns": [],
+        }
+        if isinstance(self.target, ParquetTarget):
+            fields = [] if block.carried is None else block.carried.schema
+            carried = [[field.name, str(field.type)] for field in fields]
+            settings["columns"] = [*carried, [self.target.embedding_column, "float32"]]
+        return settings
+
+    def _describe_origin(self) -> dict[str, Any]:
+        """Names and versions, which decide nothing but the last bits."""
+        model, parameters = self.encoder.settings.model, self.encoder.settings.parameters
+        packages = [*_PACKAGES, "pyarrow"] if self.target.layout == "parquet" else _PACKAGES
+        return {
+            "model": model.source.name,
+            "revision": model.source.revision,
+            "instruction": parameters.instruction,
+            "document_instruction": parameters.document_instruction,
+            "side": self.side,
+            "truncate_dim": parameters.truncate_dim,
+            "device": model.key.device.partition(":")[0],
+            "versions": {name: metadata.version(name) for name in packages},
+        }
+
+    def _warn_other_versions(self, origin: dict[str, Any]) -> None:
+        """Say when what is to come may differ from what is there in the last bits."""
+        there = {**self.stored.origin["versions"], "device": self.stored.origin["device"]}  # type: ignore[union-attr]
+        here = {**origin["versions"], "device": origin["device"]}
+        changed = [f"{n} {there.get(n)} (now {v})" for n, v in here.items() if there.get(n) != v]
+        if changed:
+            warnings.warn(
+                f"The embeddings in {str(self.target.path)!r} were begun with "
+                f"{', '.join(changed)}. The rest may differ in the last bits; overwrite=True "
+                "begins anew.",
+                SkembedWarning,
+                stacklevel=6,
+            )
+
+    def _is_done(self, manifest: Manifest, index: int, start: int, columns: TextColumns) -> bool:
+        """Whether a shard is there and whole; ValueError where the source is not what it was."""
+        n_rows = len(columns.columns[0])
+        if index >= len(manifest.shards):
+            if manifest.is_closed:
+                raise self._changed(f"it goes on after {start} rows, where it ended then")
+            return False
+        entry = manifest.shards[index]
+        if entry["rows"] != n_rows:
+            if n_rows > entry["rows"]:
+                ended = start + entry["rows"]
+                raise self._changed(f"it goes on after {ended} rows, where it ended then")
+            raise self._changed(
+                f"it ends after {start + n_rows} rows, of {manifest.n_rows} that were embedded"
+            )
+        if entry["source"] != self.digest.hex():
+            raise self._changed(
+                f"rows {start} to {start + n_rows - 1} are not those that shard {index} was made of"
+            )
+        damage = self.target.find_damage(start * manifest.settings["dim"] * 4, entry)
+        if damage is None:
+            self.n_skipped += n_rows
+            return True
+        warnings.warn(
+            f"Shard {index} of {str(self.target.path)!r} (rows {start} to {start + n_rows - 1}) is "
+            f"damaged: {damage}. It is embedded again.",
+            SkembedWarning,
+            stacklevel=5,
+        )
+        manifest.complete = False
+        return False
+
+    def _changed(self, how: str) -> ValueError:
+        """The error of a source that is not what it was."""
+        again = " A generator must start at its first row again." if self.source.is_one_shot else ""
+        return ValueError(
+            f"The source has changed since {str(self.target.path)!r} was begun: {how}. No row of "
+            f"both was mixed.{again} Give the same rows in the same order, write to another path, "
+            "or begin anew with overwrite=True."
+        )
+
+    def _embed(
+        self, manifest: Manifest, index: int, start: int, columns: TextColumns, carried: Any
+    ) -> None:
+        """Embed one block, write it, and name it in the manifest."""
+        # All shards alike: on a GPU, "auto" would follow the memory that is free just then.
+        budget = manifest.batch_tokens
+        sides = self._sides(len(columns.columns))
+        vectors, done = self.encoder.embed(columns, sides, batch_tokens=budget, progress=False)
+        manifest.batch_tokens = budget or done.batch_tokens or None
+        self.n_truncated += done.n_truncated
+        self.n_embedded += done.n_embedded
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        try:
+            offset = start * manifest.settings["dim"] * 4
+            entry = self.target.write(index, offset, vectors, carried)
+        except OSError as error:
+            raise explain_write_error(error, self.target, index, start) from error
+        manifest.shards[index : index + 1] = [
+            {
+                "rows": len(vectors),
+                **entry,
+                "source": self.digest.hex(),
+                "truncated": done.n_truncated,
+                "missing": sum(int(mask.sum()) for mask in columns.missing),
+            }
+        ]
+        self._save(manifest, index)
+
+    def _sides(self, n_columns: int) -> tuple[str, ...]:
+        """The side of each text column."""
+        return (self.side,) if n_columns == 1 else ("query", "document")
+
+    def _save(self, manifest: Manifest, index: int) -> None:
+        """Write the manifest; where it cannot be, the shard does not count."""
+        try:
+            write_manifest(self.target.manifest_path, manifest)
+        except OSError as error:
+            start = index * manifest.settings["rows_per_shard"]
+            raise explain_write_error(error, self.target, index, start) from error
+
+    def _finish(self, n_shards: int, n_rows: int) -> None:
+        """Mark the set as complete."""
+        manifest = self.manifest
+        if manifest is None:  # a source gives one block at least
+            raise RuntimeError(f"`{METHOD}` read no block; please report this.")
+        if n_shards < len(manifest.shards):
+            raise self._changed(
+                f"it ends after {n_rows} rows, of {manifest.n_rows} that were embedded"
+            )
+        try:
+            self.target.finish(n_rows, manifest.settings["dim"])
+        except OSError as error:
+            raise explain_write_error(error, self.target, n_shards, n_rows) from error
+        if not manifest.complete:
+            manifest.complete = True
+            self._save(manifest, n_shards)
+
+    def report(self) -> StreamReport:
+        """What the call did."""
+        manifest = self.manifest or Manifest({"dim": 0}, {})
+        return StreamReport(
+            path=self.target.path,
+            n_rows=manifest.n_rows,
+            dim=manifest.settings["dim"],
+            n_shards=len(manifest.shards),
+            n_skipped=self.n_skipped,
+        )
+
+
+def _check_keep(keep_columns: Any, ids: Any, target: Target) -> list[str]:
+    """Return the names of the columns to carry along; only Parquet has room for them."""
+    if isinstance(keep_columns, str) or not isinstance(keep_columns, Sequence):
+        raise TypeError(
+            f"The `keep_columns` parameter of `{METHOD}` must be a list of column names; got a "
+            f"{type(keep_columns).__name__}."
+        )
+    for name, given in (("keep_columns", bool(keep_columns)), ("ids", ids is not None)):
+        if given and target.layout == "npy":
+            raise ValueError(
+                f"The `{name}` parameter of `{METHOD}` needs format='parquet': a .npy file has no "
+                "room for it. Its rows are in the order of the source."
+            )
+    if isinstance(target, ParquetTarget) and target.embedding_column in keep_columns:
+        raise ValueError(
+            f"The `embedding_column` parameter of `{METHOD}` must be no column of `keep_columns`; "
+            f"got {target.embedding_column!r}."
+        )
+    return list(keep_columns)
+
+
+def open_embeddings(path: str | os.PathLike[str], *, verify: bool = False) -> Any:
+    """Open what `NVEmbedVectorizer.transform_to` wrote, after a check of its manifest.
+
+    Parameters
+    ----------
+    path : str or path
+        The folder or the .npy file.
+    verify : bool, default=False
+        Also read every byte and compare the checksums of the shards.
+
+    Returns
+    -------
+    ndarray of float32, shape (n_rows, dim), or pyarrow.dataset.Dataset
+        A .npy file as an array mapped from disk, read-only. Parquet as a data set of the shards
+        that the manifest names, in order, with a column of lists of `dim` float32.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no manifest.
+    ValueError
+        When the run has not come to its end, or a file is missing, cut short or (with `verify`)
+        changed.
+    ImportError
+        When Parquet is to be read and pyarrow is not installed.
+
+    Examples
+    --------
+    >>> from skembed import NVEmbedVectorizer
+    >>> from skembed.streaming import open_embeddings
+    >>> done = NVEmbedVectorizer().transform_to(["a cat", "a dog"], "animals.npy")
+    >>> open_embeddings("animals.npy", verify=True).shape
+    (2, 384)
+    """
+    check_bool(verify, name="verify", owner="open_embeddings")
+    target = find_target(path, owner="open_embeddings")
+    manifest = read_manifest(target.manifest_path)
+    if manifest is None or not manifest.complete or not target.path.exists():
+        n_rows = 0 if manifest is None else manifest.n_rows
+        raise ValueError(
+            f"The embeddings in {str(target.path)!r} are not complete: {n_rows} rows are there. "
+            "Call `transform_to` again with the same source and parameters to finish them."
+        )
+    dim, offset = manifest.settings["dim"], 0
+    for entry in manifest.shards:
+        damage = target.find_damage(offset, entry, verify=verify)
+        if damage is not None:
+            raise ValueError(
+                f"The embeddings in {str(target.path)!r} are damaged: {damage}. Call "
+                "`transform_to` again with the same source and parameters to mend them."
+            )
+        offset += entry["rows"] * dim * 4
+    if isinstance(target, ParquetTarget):
+        dataset = import_optional(
+            "pyarrow.dataset", extra="stream", purpose="Opening embeddings in Parquet"
+        )
+        files = [str(target.path / entry["file"]) for entry in manifest.shards]
+        return dataset.dataset(files, format="parquet")
+    # What has no elements cannot be mapped.
+    return np.load(target.path, mmap_mode="r" if manifest.n_rows else None, allow_pickle=False)

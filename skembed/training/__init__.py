@@ -1,0 +1,1 @@
+"""Contrastive training: examples, batches, losses, the loop, mining, state."""

@@ -1,0 +1,406 @@
+"""Training examples: what `fit` is given, checked, with every error about them early.
+
+Three kinds of examples, told apart by the number of columns and by `y`:
+
+======== ================================================ ==================================
+kind     examples                                         y
+======== ================================================ ==================================
+labels   single texts                                     a class label for each
+rows     (anchor, positive) or (anchor, positive,         None
+         negative, ...)
+scores   pairs                                            a number for each: graded similarity
+======== ================================================ ==================================
+
+Nothing here loads a model. Time and memory are linear in the number of examples: texts of one
+class never become pairs. An error may quote a label, never a text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from skembed._inputs import MISSING_POLICIES
+from skembed._validation import (
+    check_bool,
+    check_choice,
+    check_real,
+    check_string,
+    describe_type,
+    describe_value,
+)
+from skembed.instructions import build_prefix
+from skembed.training.example_input import (
+    Floats,
+    Ints,
+    check_rows,
+    clean_texts,
+    extract_rows,
+    extract_targets,
+    index_texts,
+    read_labels,
+    read_scores,
+)
+from skembed.training.trainer import ContrastiveTrainer
+
+__all__ = ["Examples", "TrainingTask", "check_examples", "read_task"]
+
+
+# eq=False: arrays and frames have no single truth value to compare by.
+@dataclass(frozen=True, eq=False, repr=False)
+class TrainingTask:
+    """One of several sets of examples that a model is trained on together.
+
+    Holds what it is given; `fit` checks it before any model is loaded, and names a bad
+    task by its position.
+
+    Parameters
+    ----------
+    examples : list, tuple, ndarray, Series or DataFrame of str
+        Texts (with class labels `y`), pairs or rows (anchor, positive, negative, ...), or
+        pairs with graded scores `y`.
+    y : list, tuple, ndarray or Series, optional
+        Class labels (str, int, bool) for texts, numbers for pairs; None for rows.
+    instruction : str, optional
+        Task text, or name of a known task, for single texts and for anchors (the first column
+        of rows and pairs). None: no instruction.
+    document_instruction : str, optional
+        The same for all other columns. None: no instruction.
+    in_batch_negatives : bool, optional
+        Use the other examples of a batch as negatives. None takes the trainer's setting.
+    weight : float, default=1.0
+        How often the task's examples are drawn, relative to their number: 2 draws each
+        twice in an epoch.
+    name : str, optional
+        Name to tell the task by, in errors too.
+
+    Examples
+    --------
+    >>> from skembed.training.examples import TrainingTask
+    >>> TrainingTask([("a cat", "a feline"), ("a dog", "a hound")], name="synonyms", weight=2)
+    TrainingTask(name='synonyms', weight=2)
+    """
+
+    examples: Any
+    y: Any = None
+    _: KW_ONLY
+    instruction: str | None = None
+    document_instruction: str | None = None
+    in_batch_negatives: bool | None = None
+    weight: float = 1.0
+    name: str | None = None
+
+    def __repr__(self) -> str:
+        return f"TrainingTask(name={self.name!r}, weight={self.weight!r})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Examples:
+    """Training examples as arrays over a list of distinct texts.
+
+    Parameters
+    ----------
+    kind : {"labels", "rows", "scores"}
+        What the examples are; see the table at the head of the module.
+    texts : list of str
+        Distinct texts in the order first seen, row by row; lone surrogates replaced.
+    columns : ndarray of int64, shape (n, k)
+        Indices into `texts`. Labels: k = 1; rows: anchor, positive, negatives, k >= 2;
+        scores: k = 2.
+    labels : ndarray of int64, shape (n,), or None
+        Index into `classes` of each example.
+    scores : ndarray of float64, shape (n,), or None
+        Graded similarity of each pair; higher is more similar.
+    classes : ndarray or None
+        The distinct labels as given, sorted; str as objects.
+    query_prefix, document_prefix : str
+        What stands in front of single texts and anchors, and of all other texts.
+    loss : {"infonce", "cosent"}
+        What they are trained with.
+    in_batch_negatives : bool
+        Whether the other candidates of a batch are negatives.
+    weight : float
+        Draws in one epoch, relative to the number of examples.
+    """
+
+    kind: Literal["labels", "rows", "scores"]
+    texts: list[str]
+    columns: Ints
+    labels: Ints | None = None
+    scores: Floats | None = None
+    classes: npt.NDArray[Any] | None = None
+    query_prefix: str = ""
+    document_prefix: str = ""
+    loss: Literal["infonce", "cosent"] = "infonce"
+    in_batch_negatives: bool = True
+    weight: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def __repr__(self) -> str:
+        n_columns = self.columns.shape[1]
+        return f"Examples({self.kind}, n={len(self)}, k={n_columns}, n_texts={len(self.texts)})"
+
+    def take(self, rows: Ints) -> Examples:
+        """Return some of the examples, `rows` in this order, over the same list of texts."""
+        return replace(
+            self,
+            columns=self.columns[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            scores=None if self.scores is None else self.scores[rows],
+        )
+
+    def fingerprint(self) -> str:
+        """Return 32 hex digits that depend on all that training sees of the examples.
+
+        Returns
+        -------
+        str
+            BLAKE2b digest: equal for equal data on any machine, whatever the container.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        use = (self.loss, self.in_batch_negatives, self.weight)
+        digest.update(repr(use).encode())
+        for text in (self.query_prefix, self.document_prefix, *self.texts):
+            data = text.encode("utf-8")
+            digest.update(len(data).to_bytes(8, "little"))  # so that no two lists run together
+            digest.update(data)
+        digest.update(np.array(self.columns.shape, dtype="<i8").tobytes())
+        digest.update(self.columns.astype("<i8").tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.astype("<i8").tobytes())
+        if self.scores is not None:
+            digest.update((self.scores + 0.0).astype("<f8").tobytes())  # -0.0 equals 0.0
+        return digest.hexdigest()
+
+    def known_positives(self) -> tuple[Ints, Ints]:
+        """Return for each text the texts that some row calls its positive, or it theirs.
+
+        Returns
+        -------
+        starts : ndarray of int64, shape (n_texts + 1,)
+            The positives of text t are ``found[starts[t]:starts[t + 1]]``.
+        found : ndarray of int64
+            Indices into `texts`, sorted and without duplicates within each text. Empty
+            for labels and scores.
+        """
+        n_texts = len(self.texts)
+        if self.kind != "rows":
+            return np.zeros(n_texts + 1, dtype=np.int64), np.empty(0, dtype=np.int64)
+        anchors, positives = self.columns[:, 0], self.columns[:, 1]
+        # Both directions as single numbers, so that one sort orders and thins them.
+        codes = np.concatenate([anchors * n_texts + positives, positives * n_texts + anchors])
+        sources, found = np.divmod(np.unique(codes), n_texts)
+        return np.searchsorted(sources, np.arange(n_texts + 1)).astype(np.int64), found
+
+    def _label_pairs(self) -> tuple[Ints, Ints]:
+        """Distinct (text, label) as two arrays, sorted by text; empty without labels."""
+        if self.labels is None or not len(self):
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        n_classes = int(self.labels.max()) + 1
+        texts, labels = np.divmod(
+            np.unique(self.columns[:, 0] * n_classes + self.labels), n_classes
+        )
+        return texts, labels
+
+
+def check_examples(
+    X: Any, y: Any = None, *, owner: str = "NVEmbedVectorizer", missing: str = "error"
+) -> Examples:
+    """Read training examples, or say what is wrong with them.
+
+    Parameters
+    ----------
+    X : list, tuple, ndarray, Series or DataFrame of str
+        Single texts, as for `transform`; or rows of two texts and more: a sequence of
+        tuples or lists of equal length, an ndarray of shape (n, k), or a frame of k
+        columns. Columns are anchor, positive, then negatives.
+    y : list, tuple, ndarray or Series, optional
+        For single texts, class labels: all str, or all bool or whole numbers. For pairs,
+        graded similarity: finite numbers, or bools. Else None.
+    owner : str, default="NVEmbedVectorizer"
+        Name of the estimator or function to name in errors.
+    missing : {"error", "empty", "zero", "nan"}, default="error"
+        The estimator's policy for missing texts. It is about what `transform` returns;
+        a missing or blank text among training examples is refused under each.
+
+    Returns
+    -------
+    examples : Examples
+        The examples, in input order.
+
+    Raises
+    ------
+    TypeError
+        If `X` is no container of texts or holds other items; if `y` is no container, or
+        holds anything but labels (single texts) or numbers (pairs).
+    ValueError
+        If there are fewer than two examples; if a text is missing or blank; if rows
+        differ in length, or a positive or negative equals the row's anchor, or a negative
+        the positive; if `y` is needed but None, or given with rows of three and more; if
+        it has the wrong length or missing entries; if labels are fractions, or of one
+        class only, or a class has fewer than two different texts; if scores are infinite
+        or all equal.
+
+    Examples
+    --------
+    >>> from skembed.training.examples import check_examples
+    >>> examples = check_examples([("a cat", "a feline", "a cap"), ("a dog", "a hound", "a log")])
+    >>> examples
+    Examples(rows, n=2, k=3, n_texts=6)
+    >>> examples.columns.tolist()
+    [[0, 1, 2], [3, 4, 5]]
+    """
+    return _read_examples(X, y, owner=owner, name="X", missing=missing)
+
+
+def read_task(
+    task: Any,
+    trainer: ContrastiveTrainer,
+    *,
+    template: str,
+    owner: str,
+    index: int | None = None,
+    missing: str = "error",
+) -> Examples:
+    """Check a task and read its examples, before a model is loaded.
+
+    Parameters
+    ----------
+    task : TrainingTask
+        The task.
+    trainer : ContrastiveTrainer
+        Checked parameters of the training.
+    template : str
+        The template of the instructions.
+    owner : str
+        Name of the estimator that was given the task.
+    index : int, optional
+        Position of the task, to name in errors; None where `owner` was given the examples
+        themselves, as `X` and `y`.
+    missing : {"error", "empty", "zero", "nan"}, default="error"
+        As in `check_examples`.
+
+    Returns
+    -------
+    examples : Examples
+        The task's examples, with their prefixes, loss and weight.
+
+    Raises
+    ------
+    TypeError
+        If `task` is no `TrainingTask`, if a field of it is of the wrong type, or as
+        `check_examples`.
+    ValueError
+        If the weight is not positive and finite, if the name is empty, if the trainer cannot
+        train on such examples, or as `check_examples`.
+    """
+    place = owner if index is None else f"tasks[{index}]"
+    if not isinstance(task, TrainingTask):
+        raise TypeError(
+            f"The `tasks` parameter of `{owner}` must hold instances of `TrainingTask`; {place} is "
+            f"{describe_type(task)}. Wrap it: TrainingTask(examples, y)."
+        )
+    name = check_string(task.name, name="name", owner=place, allow_none=True)
+    place = place if name is None else f"{place} ({name})"
+    weight = check_real(task.weight, name="weight", owner=place, low=0, inclusive="right")
+    in_batch = task.in_batch_negatives
+    if in_batch is None:
+        in_batch = trainer.in_batch_negatives
+    check_bool(in_batch, name="in_batch_negatives", owner=place)
+    both = task.instruction, task.document_instruction
+    query = build_prefix(template, *both, side="query", owner=place)
+    document = build_prefix(template, *both, side="document", owner=place)
+    name = "X" if index is None else "examples"
+    examples = _read_examples(task.examples, task.y, owner=place, name=name, missing=missing)
+    examples = replace(
+        examples,
+        query_prefix=query,
+        document_prefix=document,
+        in_batch_negatives=bool(in_batch),
+        weight=weight,
+    )
+    _check_loss(examples, trainer, "" if index is None else f" (tasks[{index}])")
+    return examples
+
+
+def _check_loss(examples: Examples, trainer: ContrastiveTrainer, where: str) -> None:
+    """Refuse examples that the trainer's loss does not take, or that have no negatives."""
+    if trainer.loss not in ("auto", examples.loss):
+        raise ValueError(
+            "The `loss` parameter of `ContrastiveTrainer` must be 'auto' or fit the examples: "
+            "'cosent' takes pairs with graded scores, 'infonce' all else; got "
+            f"{trainer.loss!r} with {examples.kind}{where}."
+        )
+    mines, in_batch = trainer.mine_negatives is not None, examples.in_batch_negatives
+    if examples.loss == "cosent":
+        has_own = False
+    elif examples.labels is not None:
+        has_own = mines or not in_batch
+    else:
+        has_own = mines or examples.columns.shape[1] > 2
+    has_own = has_own and trainer.n_negatives > 0
+    if trainer.batch_size == 1 and not has_own:
+        raise ValueError(
+            "The `batch_size` parameter of `ContrastiveTrainer` must be above 1 where an example "
+            f"has no negatives of its own{where}: alone in a batch it has nothing to be told from; "
+            "got 1."
+        )
+    if examples.loss == "infonce" and not has_own and not in_batch:
+        raise ValueError(
+            f"With `in_batch_negatives=False` every example needs negatives of its own{where}: "
+            "pass rows (anchor, positive, negative, ...), `mine_negatives='perc_pos'`, or an "
+            "`n_negatives` above 0 for class labels."
+        )
+
+
+def _read_examples(X: Any, y: Any, *, owner: str, name: str, missing: str) -> Examples:
+    """Read examples from the parameter `name` of `owner` and its `y`."""
+    check_choice(missing, name="missing", owner=owner, allowed=MISSING_POLICIES)
+    subject = f"The `{name}` parameter of `{owner}`"
+    raw = extract_rows(X, subject=subject, name=name)
+    clean_texts(raw, subject=subject, name=name, missing=missing)
+    n, k = len(raw[0]), len(raw)
+    if n < 2:
+        raise ValueError(
+            f"{subject} must hold at least 2 training examples; got {n}. Add examples."
+        )
+    targets = extract_targets(y, n=n, k=k, owner=owner, name=name)
+    texts, columns = index_texts(raw)
+    if targets is None:
+        check_rows(columns, subject=subject, name=name)
+        return Examples("rows", texts, columns)
+    if k == 2:
+        scores = read_scores(targets, owner, name)
+        return Examples("scores", texts, columns, scores=scores, loss="cosent")
+    labels, classes = read_labels(targets, owner)
+    examples = Examples("labels", texts, columns, labels=labels, classes=classes)
+    _check_classes(examples, owner)
+    return examples
+
+
+def _check_classes(examples: Examples, owner: str) -> None:
+    """Refuse a single class, and classes in which a text has no other as its positive."""
+    subject = f"The `y` parameter of `{owner}`"
+    if examples.labels is None or examples.classes is None:
+        return
+    if len(examples.classes) < 2:
+        raise ValueError(
+            f"{subject} must hold at least 2 classes, so that there is something to tell apart; "
+            f"got 1, {describe_value(examples.classes[0])}. Add examples of other classes."
+        )
+    sizes = np.bincount(examples._label_pairs()[1])  # (n_classes,)
+    lonely = np.flatnonzero(sizes < 2)
+    if len(lonely):
+        position = int((examples.labels == lonely[0]).argmax())
+        raise ValueError(
+            f"{subject} must give each class at least 2 different texts, so that each has a "
+            f"positive; got {len(lonely)} of {len(sizes)} classes with a single one, such as "
+            f"{describe_value(examples.classes[lonely[0]])} (y[{position}]). Add examples, or "
+            "drop or merge these classes."
+        )

@@ -1,0 +1,449 @@
+"""Examples -> a LoRA adapter: one plain loop.
+
+The way of the data: `run_training` -> `BatchPlan` (which texts meet) -> `_Learner.accumulate`
+(gradient cache over chunks of packed texts) -> AdamW. All randomness is a function of the seed and
+the step, so that a run resumed from a checkpoint ends in the same adapter as one that was never
+interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from skembed.adapters.adapter import Adapter
+from skembed.adapters.lora import DropoutMasks, TrainablePooling, insert_lora, share_weights
+from skembed.distributed import Processes
+from skembed.exceptions import TrainingError
+from skembed.history import STEP_COLUMNS, TrainingHistory
+from skembed.model.loaded import LoadedModel
+from skembed.model.network import load_pooling
+from skembed.training.batches import Batch, BatchPlan, TaskSampler, TextTable
+from skembed.training.losses import backward_in_chunks, batch_loss
+from skembed.training.state import Checkpoints
+from skembed.training.trainer import ContrastiveTrainer
+from skembed.training.validation import Embed, Validation
+
+__all__ = [
+    "CPU_CHUNK_TOKENS",
+    "CPU_KEPT_TOKENS",
+    "GATHERED_CHUNKS",
+    "N_VALIDATIONS",
+    "PROGRESS_DELAY_S",
+    "compute_learning_rate",
+    "run_training",
+]
+
+logger = logging.getLogger(__name__)
+PROGRESS_DELAY_S = 3.0
+CPU_CHUNK_TOKENS = 2_048
+# Tokens whose activations are held at once, where the chunk's size is left to us: a batch up to
+# this many is embedded once instead of twice.
+CPU_KEPT_TOKENS = 4_096
+N_VALIDATIONS = 10
+GATHERED_CHUNKS = 8  # of each process, whose vectors are exchanged at once
+
+
+@dataclass
+class _Progress:
+    """What changes during a run beside the weights."""
+
+    step: int = 0
+    history: TrainingHistory = field(default_factory=TrainingHistory)
+    best_score: float = -np.inf
+    n_worse: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict)
+    done: bool = False
+
+
+class _Learner:
+    """A view of the base model whose adapter has gradients, and its optimiser."""
+
+    def __init__(
+        self,
+        base: LoadedModel,
+        table: TextTable,
+        trainer: ContrastiveTrainer,
+        start: Adapter,
+        *,
+        seed: int,
+        processes: Processes | None = None,
+    ) -> None:
+        self.base, self.table, self.trainer, self.start = base, table, trainer, start
+        self.seed = seed
+        self.processes = Processes() if processes is None else processes
+        self.masks = DropoutMasks(start.settings.lora_dropout)
+        self.model = share_weights(base.model)
+        self.model.requires_grad_(False)
+        lora = {name: tensor.to(base.device, copy=True) for name, tensor in start.lora.items()}
+        self.lora = insert_lora(self.model, start.settings, lora, masks=self.masks)
+        self.pooling: dict[str, Tensor] = {}
+        if start.pooling:
+            weights = {n: t.to(base.device, copy=True) for n, t in start.pooling.items()}
+            layer = load_pooling(base.config, weights).requires_grad_(True)
+            self.pooling = dict(layer.named_parameters())
+            self.model.latent_attention_model = TrainablePooling(layer)
+        if trainer.gradient_checkpointing:
+            self.model.train()
+            backbone: Any = self.model.embedding_model
+            # Renamed during transformers 5; the old name warns.
+            renamed = getattr(backbone, "activation_checkpointing_enable", None)
+            enable = renamed or backbone.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": list(self.lora.values()), "weight_decay": trainer.weight_decay},
+                {"params": list(self.pooling.values()), "weight_decay": 0.0},
+            ],
+            lr=trainer.learning_rate,
+            fused=True,
+        )
+        self.parameters = {**self.lora, **{f"pooling.{n}": p for n, p in self.pooling.items()}}
+        self.on_grid = base.device.type == "cpu" and base.key.dtype != "float32"
+
+    def embed(self, rows: np.ndarray) -> Tensor:
+        """Unit vectors of rows of the table, of one prefix: (n, D) float32."""
+        batch = self.table.pack(rows, on_grid=self.on_grid).to(self.base.device)
+        vectors = self.model(batch)[: len(rows)]
+        return F.normalize(vectors, dim=-1)
+
+    def embed_all(self, rows: np.ndarray) -> np.ndarray:
+        """Unit vectors of any rows, without gradients and dropout, (n, D) on the host."""
+        out = np.empty((len(rows), self.base.config.hidden_size), dtype=np.float32)
+        chunks, _ = self._cut(rows)
+        size = GATHERED_CHUNKS * self.processes.size
+        active, self.masks.active = self.masks.active, False
+        try:
+            with torch.no_grad():
+                for block in (chunks[k : k + size] for k in range(0, len(chunks), size)):
+                    own, places = self._share(rows, block)
+                    vectors = [self.embed(rows[block[k]]) for k in own] or [self._no_rows()]
+                    counts = [len(place) for place in places]
+                    pieces = self.processes.gather_rows(torch.cat(vectors), counts)
+                    for place, piece in zip(places, pieces, strict=True):
+                        out[place] = piece.cpu().numpy()
+        finally:
+            self.masks.active = active
+        if not np.isfinite(out).all():
+            raise _diverged("A vector of the model in training is not finite", self.trainer)
+        return out
+
+    def _cut(self, rows: np.ndarray) -> tuple[list[np.ndarray], int]:
+        """Chunks of rows of the table, and how many of them may be kept with their graph."""
+        chunk_tokens, kept_tokens = self.processes.lowest(*self.chunk_budget())
+        n_kept = max(1, kept_tokens // chunk_tokens)
+        if self.trainer.batch_tokens == "auto":
+            total = int(self.table.lengths[rows].sum())
+            chunk_tokens = self.processes.fair_budget(total, chunk_tokens)
+        return self.table.cut(rows, chunk_tokens), n_kept
+
+    def _share(
+        self, rows: np.ndarray, chunks: list[np.ndarray]
+    ) -> tuple[list[int], list[np.ndarray]]:
+        """Numbers of this process's chunks, and the positions of every process's texts.
+
+        Even in tokens; positions are one chunk after the other.
+        """
+        lengths = self.table.lengths[rows]
+        shares = self.processes.share([int(lengths[chunk].sum()) for chunk in chunks])
+        none = np.empty(0, dtype=np.int64)
+        places = [np.concatenate([none, *(chunks[k] for k in share)]) for share in shares]
+        return shares[self.processes.rank], places
+
+    def _no_rows(self) -> Tensor:
+        """What a process embeds to which no chunk fell, (0, D)."""
+        return torch.empty((0, self.base.config.hidden_size), device=self.base.device)
+
+    def chunk_budget(self) -> tuple[int, int]:
+        """Tokens of a chunk, and tokens whose activations may be held at once."""
+        if self.trainer.batch_tokens != "auto":
+            return int(self.trainer.batch_tokens), int(self.trainer.batch_tokens)
+        if self.base.device.type != "cuda":
+            return CPU_CHUNK_TOKENS, CPU_KEPT_TOKENS
+        backbone = self.base.model.embedding_model.config
+        width = 4 * backbone.intermediate_size + 14 * backbone.hidden_size
+        if not self.trainer.gradient_checkpointing:
+            width *= backbone.num_hidden_layers
+        free, _ = torch.cuda.mem_get_info(self.base.device)
+        tokens = free // 3 // (2 * width)
+        tokens = int(np.clip(tokens, 256, 65_536))
+        return tokens, tokens
+
+    def accumulate(self, batch: Batch, step: int) -> Tensor:
+        """Add the gradient of a batch's loss to the parameters; the loss, detached."""
+        chunks, n_kept = self._cut(batch.texts)
+        own, places = self._share(batch.texts, chunks)
+        counts = [len(place) for place in places]
+        # Back to the order of batch.texts; chunks, and shares of them, are one after the other.
+        order = torch.from_numpy(np.argsort(np.concatenate(places))).to(self.base.device)
+
+        def prepare(k: int) -> None:
+            self.masks.key = (self.seed, step, own[k])
+
+        def embed(k: int) -> Tensor:
+            return self.embed(batch.texts[chunks[own[k]]])
+
+        def compute_loss(embeddings: Tensor) -> Tensor:
+            rows = self.processes.join_rows(embeddings, counts)
+            return batch_loss(rows[order], batch, self.trainer.temperature)
+
+        sizes = [len(chunks[k]) for k in own]
+        if sizes:
+            loss = backward_in_chunks(embed, sizes, compute_loss, n_kept=n_kept, prepare=prepare)
+        else:
+            loss = compute_loss(self._no_rows())
+        self.processes.sum_gradients(list(self.parameters.values()))
+        return loss
+
+    def update(self, rate: float) -> float:
+        """One step of the optimiser at this learning rate; the norm of the gradient."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        parameters = list(self.parameters.values())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.trainer.max_grad_norm)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    # State, for checkpoints and the best adapter
+
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of the trained weights on the CPU."""
+        return {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and the optimiser's moments, flat."""
+        tensors = {f"weights/{name}": tensor for name, tensor in self.weights().items()}
+        for name, parameter in self.parameters.items():
+            for kind, value in self.optimizer.state[parameter].items():
+                tensors[f"{kind}/{name}"] = value.detach().cpu().clone()
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from what `state` gave."""
+        for name, parameter in self.parameters.items():
+            with torch.no_grad():
+                parameter.copy_(tensors[f"weights/{name}"])
+            state = {
+                kind: tensors[f"{kind}/{name}"].to(self.base.device)
+                for kind in ("step", "exp_avg", "exp_avg_sq")
+                if f"{kind}/{name}" in tensors
+            }
+            if state:
+                self.optimizer.state[parameter] = state
+
+
+def run_training(
+    base: LoadedModel,
+    plan: BatchPlan,
+    start: Adapter,
+    *,
+    validation: Validation | None = None,
+    mine: Callable[[TaskSampler, Embed], np.ndarray] | None = None,
+    checkpoints: Checkpoints | None = None,
+    progress: bool | None = None,
+    processes: Processes | None = None,
+) -> tuple[Adapter, TrainingHistory]:
+    """Train an adapter.
+
+    Parameters
+    ----------
+    base : LoadedModel
+        The model; its weights are read, never written.
+    plan : BatchPlan
+        The examples, and the trainer's parameters.
+    start : Adapter
+        Sizes, and weights to start from; its pooling is empty where none is trained.
+    validation : Validation, optional
+        Score to take ten times during the run, and at its start and end.
+    mine : callable, optional
+        Gives the mined negatives of a task; called at the start of the run and, if the trainer
+        says `remine`, of each epoch.
+    checkpoints : Checkpoints, optional
+        Where the state is saved and resumed from.
+    progress : bool, optional
+        True shows a bar, False none, None one after three seconds.
+    processes : Processes, optional
+        Those that train together; None is this one alone. `checkpoints` is the first one's only.
+
+    Returns
+    -------
+    adapter : Adapter
+        The last one, or the best by validation where `early_stopping`.
+    history : TrainingHistory
+        What happened.
+
+    Raises
+    ------
+    TrainingError
+        When the loss or its gradient is not finite, or a batch has nothing to compare.
+    """
+    trainer, n_steps = plan.trainer, plan.n_steps
+    processes = Processes() if processes is None else processes
+    learner = _Learner(base, plan.table, trainer, start, seed=plan.seed, processes=processes)
+    saved = processes.on_first(lambda: None if checkpoints is None else checkpoints.read())
+    state = _Progress() if saved is None else _resume(learner, saved, plan)
+    history = state.history
+    bar = tqdm(
+        total=n_steps,
+        initial=state.step,
+        unit="step",
+        desc="training",
+        delay=0.0 if progress else PROGRESS_DELAY_S,
+        disable=progress is False or state.done,
+    )
+    try:
+        if validation is not None and state.step == 0:
+            _validate(learner, validation, state)
+        for step, listed in plan.iterate_steps(n_steps if state.done else state.step):
+            if mine is not None and plan.starts_epoch(step) and (step == 0 or trainer.remine):
+                for task in plan.tasks:
+                    if task.examples.loss == "infonce":
+                        task.mined = processes.agree(mine(task, learner.embed_all))
+            history.steps.append(taken := _take_step(learner, plan, step, listed))
+            state.step = step + 1
+            bar.update()
+            loss, speed = f"{taken['loss']:.3f}", f"{taken['examples_per_s']:.0f}"
+            bar.set_postfix(loss=loss, examples_per_s=speed, refresh=False)
+            if validation is not None and _is_due(state.step, n_steps):
+                _validate(learner, validation, state)
+                if trainer.early_stopping and state.n_worse >= trainer.patience:
+                    history.stopped = "early"
+                    break
+            if checkpoints is not None:
+                checkpoints.offer(state.step, lambda: _snapshot(learner, state, plan))
+        state.done = True
+    except KeyboardInterrupt:
+        if processes.size > 1:  # the others may be at another step
+            raise
+        history.stopped = "interrupted"
+        logger.warning("training was interrupted after %d of %d steps", state.step, n_steps)
+    finally:
+        bar.close()
+    return _finish(learner, state, plan, checkpoints), history
+
+
+def _finish(
+    learner: _Learner, state: _Progress, plan: BatchPlan, checkpoints: Checkpoints | None
+) -> Adapter:
+    """The last adapter or the best one, and the last state on disk."""
+    learner.processes.copy_first(list(learner.parameters.values()))
+    if plan.trainer.early_stopping and state.best:
+        weights = state.best
+    else:  # no loss has been taken since the last update
+        weights = learner.weights()
+        learner.embed_all(np.zeros(1, dtype=np.int64))
+    if checkpoints is not None and state.done:
+        checkpoints.write(*_snapshot(learner, state, plan))
+    pooling = {n.removeprefix("pooling."): t for n, t in weights.items() if n not in learner.lora}
+    lora = {name: weights[name] for name in learner.lora}
+    return Adapter(learner.start.settings, lora, pooling, learner.start.base_fingerprint)
+
+
+def _take_step(
+    learner: _Learner, plan: BatchPlan, step: int, listed: np.ndarray
+) -> dict[str, float]:
+    """Take one step of the optimiser; its row of the history."""
+    began = time.perf_counter()
+    batch = plan.build(step, listed)
+    loss = learner.accumulate(batch, step)
+    rate = compute_learning_rate(plan.trainer, step, plan.n_steps)
+    norm = learner.update(rate)
+    if not (torch.isfinite(loss) and np.isfinite(norm)):
+        what = "gradient" if torch.isfinite(loss) else "loss"
+        raise _diverged(
+            f"The {what} is not finite at step {step + 1} of {plan.n_steps}: loss {float(loss)}, "
+            f"gradient norm {norm}",
+            plan.trainer,
+        )
+    speed = batch.n_examples / (time.perf_counter() - began)
+    epoch = (step + 1) / plan.n_batches
+    values = (step + 1, epoch, float(loss), rate, norm, speed)
+    return dict(zip(STEP_COLUMNS, values, strict=True))
+
+
+def compute_learning_rate(trainer: ContrastiveTrainer, step: int, n_steps: int) -> float:
+    """Linear warm-up, then linear decay to zero at the last step."""
+    n_warmup = round(trainer.warmup_ratio * n_steps)
+    if step < n_warmup:
+        return trainer.learning_rate * ((step + 1) / n_warmup)
+    return trainer.learning_rate * ((n_steps - step) / max(1, n_steps - n_warmup))
+
+
+def _is_due(step: int, n_steps: int) -> bool:
+    """Whether a validation is due after this many steps."""
+    return step == n_steps or step * N_VALIDATIONS // n_steps > (
+        (step - 1) * N_VALIDATIONS // n_steps
+    )
+
+
+def _validate(learner: _Learner, validation: Validation, state: _Progress) -> None:
+    """Score the model, and keep its weights if it is the best so far."""
+    score = learner.processes.agree(validation.score(learner.embed_all))
+    state.history.validation_metric = validation.metric
+    state.history.validation.append({"step": state.step, "score": score})
+    if score > state.best_score:
+        state.best_score, state.n_worse = score, 0
+        if learner.trainer.early_stopping:
+            state.best, state.history.best_step = learner.weights(), state.step
+    else:
+        state.n_worse += 1
+
+
+def _diverged(what: str, trainer: ContrastiveTrainer) -> TrainingError:
+    """The error of a run that cannot go on."""
+    return TrainingError(
+        f"{what} (learning_rate={trainer.learning_rate}, temperature={trainer.temperature}). "
+        "Lower `learning_rate`, raise `temperature`, or use dtype='bfloat16' or 'float32' where "
+        "it is float16. The model is as it was before `fit`."
+    )
+
+
+def _snapshot(
+    learner: _Learner, state: _Progress, plan: BatchPlan
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything a resumed run needs: tensors, and plain values."""
+    tensors = learner.state()
+    tensors.update({f"best/{name}": value for name, value in state.best.items()})
+    for number, task in enumerate(plan.tasks):
+        if task.mined is not None:
+            tensors[f"mined/{number}"] = torch.from_numpy(task.mined)
+    values = {
+        "step": state.step,
+        "n_worse": state.n_worse,
+        "best_score": None if np.isinf(state.best_score) else state.best_score,
+        "done": state.done,
+        "history": asdict(state.history),
+    }
+    return tensors, values
+
+
+def _resume(
+    learner: _Learner, saved: tuple[dict[str, Tensor], dict[str, Any]], plan: BatchPlan
+) -> _Progress:
+    """The state saved last, put into the learner and the plan."""
+    tensors, values = saved
+    learner.restore(tensors)
+    for number, task in enumerate(plan.tasks):
+        if f"mined/{number}" in tensors:
+            task.mined = tensors[f"mined/{number}"].numpy()
+    best = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
+    logger.info("resumed at step %d of %d", values["step"], plan.n_steps)
+    return _Progress(
+        step=values["step"],
+        history=TrainingHistory(**values["history"]),
+        best_score=-np.inf if values["best_score"] is None else values["best_score"],
+        n_worse=values["n_worse"],
+        best=best,
+        done=values["done"],
+    )
