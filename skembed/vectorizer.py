@@ -299,9 +299,8 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     ) -> NVEmbedVectorizer:
         """Train an adapter and put it on; the estimator changes only when that has worked."""
         check_run(examples, trainer)
-        fitted: Adapter | None = getattr(self, "adapter_", None)
+        start: Adapter | None = getattr(self, "adapter_", None) if trainer.warm_start else None
         lease = self._shared_lease()
-        start = fitted if trainer.warm_start else None
         settings = find_settings(self._parameters(), lease, start)
         if settings.warning:
             warnings.warn(settings.warning, SkembedWarning, stacklevel=3)
@@ -319,8 +318,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         self.adapter_, self.history_ = result.adapter, result.history
         self._set_fitted(replace(resolved, adapter=result.adapter), settings.dim, X, n_columns)
         if result.n_truncated:
-            counts = result.n_truncated, result.n_texts
-            warn_truncated(*counts, self.max_length, stacklevel=4)
+            warn_truncated(result.n_truncated, result.n_texts, self.max_length, stacklevel=4)
         if result.history.stopped == "interrupted":
             warnings.warn(
                 f"Training was interrupted after {len(result.history)} steps; the adapter is the "
