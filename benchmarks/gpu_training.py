@@ -61,7 +61,6 @@ def build_plan(args: argparse.Namespace, vocabulary: int) -> BatchPlan:
         batch_size=args.batch,
         n_negatives=args.negatives,
         max_steps=args.steps,
-        batch_tokens=args.batch_tokens or "auto",
         gradient_checkpointing=args.checkpointing,
         learning_rate=1e-4,
         train_pooling=False,

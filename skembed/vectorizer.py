@@ -24,7 +24,7 @@ from skembed.inference.saving import read_settings, save_vectorizer
 from skembed.inference.settings import (
     OWNER,
     Parameters,
-    Settings,
+    ResolvedModel,
     check_parameters,
     describe_model,
     find_settings,
@@ -244,7 +244,8 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
                 stacklevel=2,
             )
             del self.adapter_, self.history_
-        self._set_fitted(self._make_encoder().settings, X, len(columns.columns))
+        settings = self._make_encoder().settings
+        self._set_fitted(settings.model, settings.dim, X, len(columns.columns))
         return self
 
     def fit_tasks(self, tasks: Sequence[TrainingTask]) -> NVEmbedVectorizer:
@@ -298,10 +299,12 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     ) -> NVEmbedVectorizer:
         """Train an adapter and put it on; the estimator changes only when that has worked."""
         check_run(examples, trainer)
-        fitted: Adapter | None = getattr(self, "adapter_", None)
+        start: Adapter | None = getattr(self, "adapter_", None) if trainer.warm_start else None
         lease = self._shared_lease()
-        start = fitted if trainer.warm_start else None
-        resolved = find_settings(self._parameters(), lease, start).model
+        settings = find_settings(self._parameters(), lease, start)
+        if settings.warning:
+            warnings.warn(settings.warning, SkembedWarning, stacklevel=3)
+        resolved = settings.model
         (base,) = load_resolved(replace(resolved, adapter=None, replicas=()), lease)
         result = fit_adapter(
             base,
@@ -313,10 +316,9 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             progress=True if trainer.verbose or self.verbose else None,
         )
         self.adapter_, self.history_ = result.adapter, result.history
-        self._set_fitted(self._make_encoder(stacklevel=4).settings, X, n_columns)
+        self._set_fitted(replace(resolved, adapter=result.adapter), settings.dim, X, n_columns)
         if result.n_truncated:
-            counts = result.n_truncated, result.n_texts
-            warn_truncated(*counts, self.max_length, stacklevel=4)
+            warn_truncated(result.n_truncated, result.n_texts, self.max_length, stacklevel=4)
         if result.history.stopped == "interrupted":
             warnings.warn(
                 f"Training was interrupted after {len(result.history)} steps; the adapter is the "
@@ -326,7 +328,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             )
         return self
 
-    def _set_fitted(self, settings: Settings, X: Any, n_columns: int) -> None:
+    def _set_fitted(self, model: ResolvedModel, dim: int, X: Any, n_columns: int) -> None:
         """The attributes that every `fit` sets."""
         self.n_features_in_ = n_columns
         names: Any = getattr(X, "columns", ())
@@ -334,8 +336,8 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             self.feature_names_in_ = np.asarray(names, dtype=object)
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
-        self.embedding_dim_ = settings.dim
-        self.model_ = describe_model(settings.model)
+        self.embedding_dim_ = dim
+        self.model_ = describe_model(model)
 
     def fit_transform(self, X: Any, y: Any = None) -> np.ndarray:
         """Fit, then transform the same texts; of rows of three and more, anchors and positives.

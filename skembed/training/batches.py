@@ -117,7 +117,7 @@ class TaskSampler:
 
     def draw_epoch(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Examples of one epoch, and for each the number of its repetition; any order."""
-        n = len(self.examples)
+        n = len(self.examples.columns)
         repeats = np.ones(n, dtype=np.int64)
         if self.classes is not None:
             sizes = np.diff(self.classes.starts)[self.classes.labels]
