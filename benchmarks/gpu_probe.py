@@ -220,7 +220,7 @@ def time_training(bench: Bench, base: LoadedModel, checkpointing: bool) -> dict[
     options.batch_tokens = None
     n_tokens = 2 * options.batch * length
     before = bench.start_memory()
-    history = train(base, build_plan(options, bench.sizes["vocab_size"]), options)
+    history = train(base, build_plan(options, bench.sizes["vocab_size"]))
     layers = bench.sizes["num_hidden_layers"]
     step_s = options.batch / float(history["examples_per_s"][1:].mean())
     return {
