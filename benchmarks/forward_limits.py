@@ -36,9 +36,9 @@ from skembed import NVEmbedVectorizer
 from skembed.inference.engine import CPU_BATCH_TOKENS
 from skembed.model import cpu_forward as fused
 from skembed.model import cpu_kernels as lean
+from skembed.model import pooling
 from skembed.model.config import NVEmbedConfig
 from skembed.model.loaded import LoadedModel
-from skembed.model import pooling
 from skembed.model.tokenization import PackedBatch, iterate_batches, pack_texts
 
 PEAK_SIZES = (1024, 2048)
