@@ -161,9 +161,8 @@ def run_backbone(backbone: Any, batch: PackedBatch, *, all_layers: bool = False)
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
     """Return the RMSNorm, ours or transformers', of (T, D)."""
-    return normalise_rms(
-        x, norm.weight, norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-    )[0]
+    eps: float = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    return normalise_rms(x, norm.weight, eps)[0]
 
 
 def _list_rotation(

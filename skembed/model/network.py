@@ -89,9 +89,9 @@ class NVEmbedModel(nn.Module):
     @property
     def runs_fused(self) -> bool:
         """Whether a pass would be the fused one, which records no gradients."""
-        ours = self.embedding_model.config._attn_implementation == ATTENTION_NAME
-        fusible = self.fuse and ours and self.attention_path == "grouped" and self.is_silu
-        return fusible and can_fuse(self.embedding_model.norm.weight)
+        is_stock = self.embedding_model.config._attn_implementation != ATTENTION_NAME
+        fusible = self.fuse and self.is_silu and self.attention_path == "grouped"
+        return fusible and not is_stock and can_fuse(self.embedding_model.norm.weight)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return the raw vectors, float32 (B, D), of a pack of B texts."""

@@ -86,8 +86,8 @@ class ModelSource:
 def resolve_source(model: str | os.PathLike[str], revision: str | None = None) -> ModelSource:
     """Find the folder of a bundled model, a local folder or a hub id, downloading if need be.
 
-    Without a revision a known model has its pinned commit, any other the main branch's, which is
-    recorded. Raises ModelNotFoundError.
+    Without a revision, a known model gets its pinned commit and any other the main branch's, which
+    is recorded. Raises ModelNotFoundError.
     """
     name = os.fspath(model)
     if name in BUNDLED_MODELS:
