@@ -1,10 +1,9 @@
-"""`fit` in several processes at once (torchrun, accelerate): one batch, shared out exactly.
+"""`fit` in several processes at once (torchrun, accelerate): one batch, shared exactly.
 
-Every process plans the same batches. Of each batch it embeds its share of the gradient cache's
-chunks; the embeddings are gathered, every process takes the loss of the whole batch, with all its
-negatives, and the gradient of that loss at its own embeddings, which it runs back through its own
-chunks. The sum of the weights' gradients over the processes is then the gradient of one process
-that did all of it: no collective has to be differentiated, and memory stays that of a chunk.
+Every process plans the same batches and embeds its share of each batch's chunks. The embeddings
+are gathered; every process computes the loss of the whole batch and runs the gradient at its own
+embeddings back through its own chunks. The sum of the weights' gradients over the processes is then
+the gradient of one process that did everything, and no collective has to be differentiated.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -27,23 +27,12 @@ LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _T = TypeVar("_T")
 
 
+@dataclass(frozen=True)
 class Processes:
-    """One process among those that train together; alone by default.
+    """One process among those that train together; alone by default."""
 
-    Attributes
-    ----------
-    rank : int
-        Number of this process, from 0.
-    size : int
-        How many there are.
-    """
-
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank = rank
-        self.size = size
-
-    def __repr__(self) -> str:
-        return f"Processes(rank={self.rank}, size={self.size})"
+    rank: int = 0
+    size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -51,7 +40,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, costs: Sequence[int]) -> list[list[int]]:
-        """Items of each process, ascending; costs even, and the same lists in every process."""
+        """Return the items of each process, ascending, of even costs; equal in every process."""
         shares: list[list[int]] = [[] for _ in range(self.size)]
         loads = np.zeros(self.size, dtype=np.int64)
         for item in np.argsort(-np.asarray(costs, dtype=np.int64), kind="stable").tolist():
@@ -61,36 +50,36 @@ class Processes:
         return [sorted(share) for share in shares]
 
     def fair_budget(self, total: int, budget: int) -> int:
-        """Tokens of a chunk, at most `budget`, so that all processes get about as many chunks."""
+        """Return the tokens of a chunk, at most `budget`, for about as many chunks per process."""
         if self.size == 1:
             return budget
         n_rounds = max(1, -(-total // (self.size * budget)))
         return max(1, -(-total // (self.size * n_rounds)))
 
-    def join_rows(self, own: Tensor, counts: Sequence[int]) -> Tensor:
-        """Rows of all processes, first to last, (sum of counts, D); only `own` has a gradient."""
+    def join_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the rows of all processes, (sum of counts, D); only this one's have a gradient."""
         if self.size == 1:
-            return own
-        pieces = self.gather_rows(own.detach(), counts)
-        pieces[self.rank] = own
+            return rows
+        pieces = self.gather_rows(rows.detach(), counts)
+        pieces[self.rank] = rows
         return torch.cat(pieces)
 
-    def gather_rows(self, own: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        """Rows (counts[k], D) of each process k, without gradient."""
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Return the rows (counts[k], D) of each process k, without gradient."""
         if self.size == 1:
-            return [own]
-        padded = own.new_zeros((max(counts), own.shape[1]))  # equal sizes: gloo takes no others
-        padded[: len(own)] = own
+            return [rows]
+        padded = rows.new_zeros((max(counts), rows.shape[1]))  # gloo takes equal sizes only
+        padded[: len(rows)] = rows
         pieces = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(pieces, padded)
         return [piece[:n] for piece, n in zip(pieces, counts, strict=True)]
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Put the sum over all processes into each gradient; where there is none, it is zero."""
+        """Replace each gradient by its sum over all processes; a missing one counts as zero."""
         if self.size == 1:
             return
         for parameter in parameters:
-            if parameter.grad is None:  # no chunk of the batch fell to this process
+            if parameter.grad is None:  # this process had no chunk of the batch
                 parameter.grad = torch.zeros_like(parameter)
         for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
@@ -100,52 +89,46 @@ class Processes:
                 gradient.copy_(summed.view_as(gradient))
 
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensors by those of the first process; equal processes have equal ones."""
+        """Overwrite tensors by those of the first process."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
     def lowest(self, *values: int) -> list[int]:
-        """The least of each value over all processes."""
+        """Return the least of each value over all processes."""
+        return [min(column) for column in zip(*self._gather(values), strict=True)]
+
+    def _gather(self, value: _T) -> list[_T]:
+        """Return the value of each process."""
         if self.size == 1:
-            return list(values)
+            return [value]
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, values)
-        return [min(column) for column in zip(*gathered, strict=True)]
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     def agree(self, value: _T) -> _T:
-        """The first process's value, in every process."""
+        """Return the first process's value in every process."""
         return self.on_first(lambda: value)
 
     def on_first(self, task: Callable[[], _T]) -> _T:
-        """What `task` gives in the first process, which alone runs it; its error, too."""
+        """Run `task` in the first process only; return its result, or raise its error, in all."""
         if self.size == 1:
             return task()
         outcome: list[Any] = [None, None]
         if self.is_first:
             try:
                 outcome = [task(), None]
-            except Exception as error:  # all of them stop with it, none waits for ever
+            except Exception as error:  # all processes stop with it, and none waits for ever
                 outcome = [None, error]
         dist.broadcast_object_list(outcome, src=0)
-        value, failure = outcome
+        result, failure = outcome
         if failure is not None:
             raise failure
-        result: _T = value
-        return result
+        return cast(_T, result)
 
     def check_same(self, identity: Mapping[str, str], *, owner: str) -> None:
-        """Refuse to train where the processes were given different things.
-
-        Raises
-        ------
-        ValueError
-            In every process; it names what differs, and where.
-        """
-        if self.size == 1:
-            return
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, dict(identity))
+        """Raise ValueError, in every process, if the processes were given different things."""
+        gathered = self._gather(dict(identity))
         for rank, other in enumerate(gathered):
             differing = [name for name in identity if other.get(name) != gathered[0].get(name)]
             if differing:
@@ -157,7 +140,7 @@ class Processes:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors in groups of at most `BUCKET_ELEMENTS`, larger ones by themselves."""
+    """Yield tensors in groups of at most `BUCKET_ELEMENTS`, larger ones alone."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET_ELEMENTS:
@@ -172,7 +155,7 @@ _active = Processes()
 
 
 def active_processes() -> Processes:
-    """The processes that a `fit` of now trains with."""
+    """Return the processes that a `fit` now trains with."""
     return _active
 
 
@@ -180,19 +163,18 @@ def active_processes() -> Processes:
 def join_processes(*, timeout_s: float = 1_800.0) -> Iterator[Processes]:
     """Train together with the other processes of a launch while this context lasts.
 
-    Under ``torchrun`` the process group is started, each process on the GPU of its local number
-    where there are GPUs, and ended again; a group that is running already (accelerate, Lightning)
-    is used as it is. Without either there is one process, and everything is as usual.
+    Under ``torchrun`` this starts the process group, each process on the GPU of its local rank if
+    there are GPUs, and ends it again. A running group (accelerate, Lightning) is used as it is.
+    Without either there is one process, and everything is as usual.
 
-    Inside, every process calls `fit` with the same texts and parameters, and ends up with the same
-    adapter. ``batch_size`` counts the examples of all processes together. Checkpoints and the
-    progress bar are the first process's alone. `transform` works in each process by itself.
+    Inside, every process calls `fit` with the same texts and parameters and gets the same adapter.
+    ``batch_size`` counts the examples of all processes together. Only the first process writes
+    checkpoints and shows a progress bar. `transform` works in each process separately.
 
     Parameters
     ----------
     timeout_s : float, default=1800
-        Seconds that a process waits for the others before it gives up, where the group is started
-        here.
+        Seconds that a process waits for the others, if this context starts the group.
 
     Yields
     ------
@@ -202,7 +184,7 @@ def join_processes(*, timeout_s: float = 1_800.0) -> Iterator[Processes]:
     Raises
     ------
     RuntimeError
-        When there are fewer GPUs than processes on this machine, or the others do not come.
+        When this machine has fewer GPUs than processes, or the others do not come in time.
 
     See Also
     --------
@@ -210,10 +192,9 @@ def join_processes(*, timeout_s: float = 1_800.0) -> Iterator[Processes]:
 
     Notes
     -----
-    The gradient is that of one process with the same batch, up to the order in which float32 sums
-    are taken; with ``batch_tokens`` set, dropout included. Equal machines are assumed: between
-    different kinds of GPU the weights may drift apart by rounding, and at the end the first
-    process's are taken.
+    The gradient is that of one process with the same batch, up to the order of float32 sums, and
+    with ``batch_tokens`` set, dropout included. Different kinds of GPU may let the weights drift
+    apart by rounding; the first process's weights are the result.
 
     References
     ----------
@@ -247,12 +228,12 @@ def join_processes(*, timeout_s: float = 1_800.0) -> Iterator[Processes]:
 
 
 def _is_launched() -> bool:
-    """Whether a launcher has told this process its place."""
+    """Tell whether a launcher has set this process's rank."""
     return all(name in os.environ for name in LAUNCH_VARIABLES)
 
 
 def _start_group(timeout_s: float) -> None:
-    """Start the process group, on the GPU of this process where there are GPUs."""
+    """Start the process group, on this process's GPU if there are GPUs."""
     backend = "gloo"
     if torch.cuda.is_available():
         local, n_devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()

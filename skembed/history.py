@@ -21,10 +21,10 @@ class TrainingHistory:
     Attributes
     ----------
     steps : list of dict
-        One entry an optimiser step: `step` (from 1), `epoch` (a float, from 0), `loss`,
+        One entry per optimiser step: `step` (from 1), `epoch` (a float, from 0), `loss`,
         `learning_rate`, `gradient_norm` (before clipping) and `examples_per_s`.
     validation : list of dict
-        One entry an evaluation: `step` (0 is the untrained model) and `score`.
+        One entry per evaluation: `step` (0 is the untrained model) and `score`.
     validation_metric : str
         What `score` is; "" without validation.
     best_step : int or None
@@ -40,11 +40,11 @@ class TrainingHistory:
     stopped: str = "finished"
 
     def __len__(self) -> int:
-        """Number of optimiser steps."""
+        """Return the number of optimiser steps."""
         return len(self.steps)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A column of `steps`, (n_steps,), or "score" of `validation`.
+        """Return a column of `steps`, (n_steps,), or "score" of `validation`.
 
         Raises
         ------
@@ -90,14 +90,14 @@ class TrainingHistory:
         ax.set_ylabel("loss")
         handles, labels = ax.get_legend_handles_labels()
         if self.validation:
-            other = ax.twinx()
-            at = [entry["step"] for entry in self.validation]
-            other.plot(at, self["score"], color="C1", marker="o", label=self.validation_metric)
-            other.set_ylabel(self.validation_metric)
+            right = ax.twinx()
+            scored = [entry["step"] for entry in self.validation]
+            right.plot(scored, self["score"], color="C1", marker="o", label=self.validation_metric)
+            right.set_ylabel(self.validation_metric)
             if self.best_step is not None:
-                other.axvline(self.best_step, color="C1", linestyle=":", linewidth=1, label="kept")
-            more, names = other.get_legend_handles_labels()
-            handles, labels = handles + more, labels + names
+                right.axvline(self.best_step, color="C1", linestyle=":", linewidth=1, label="kept")
+            more_handles, more_labels = right.get_legend_handles_labels()
+            handles, labels = handles + more_handles, labels + more_labels
         # Above the axes: inside them it would hide one of the two curves.
         ax.legend(
             handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False

@@ -1,10 +1,9 @@
 """An adapter: what one estimator learned, bound to a backbone that several estimators share.
 
-An `Adapter` holds the LoRA matrices and, where it was trained, the pooling layer. It never touches
-the model in the registry. `Adapter.bind` builds a *view* of that model: a module tree of its own
-whose parameters are the registered model's own tensors, with `LoraLinear` in the place of the
-adapted layers. So any number of adapters run on one copy of the base weights, also at once in
-several threads; a view goes with its adapter, and the base is never written to.
+`Adapter.bind` builds a *view* of the registered model: a second module tree on the same tensors,
+with `LoraLinear` in place of the adapted layers. So any number of adapters run on one copy of the
+base weights, also at once in several threads. A view goes with its adapter; the base is never
+written to.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,27 +80,27 @@ class Adapter:
     base_fingerprint: str
     _views: list[LoadedModel] = field(default_factory=list, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False)
-    _fits: NVEmbedConfig | None = field(default=None, repr=False)
+    _fits: NVEmbedConfig | None = field(default=None, repr=False)  # checked by `check_pooling`
 
     def __getstate__(self) -> dict[str, Any]:
-        """Sizes and weights; no view, no base weights."""
+        """Return sizes and weights, without views and base weights."""
         state = {"settings": self.settings, "base_fingerprint": self.base_fingerprint}
         for name in ("lora", "pooling"):
             state[name] = {key: value.numpy() for key, value in getattr(self, name).items()}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore; arrays become tensors again."""
+        """Restore the adapter; arrays become tensors again."""
         self.settings, self.base_fingerprint = state["settings"], state["base_fingerprint"]
         for name in ("lora", "pooling"):
-            # Copied: joblib's maps are read-only, and torch's own alignment gives equal bits.
+            # Copied: joblib maps files read-only, and torch's own alignment gives equal bits.
             tensors = {key: torch.tensor(value) for key, value in state[name].items()}
             setattr(self, name, tensors)
         self._views, self._lock, self._fits = [], threading.Lock(), None
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of what vectors depend on: base model, scale, weights; 32 hexadecimal digits."""
+        """Hash of base model, scale and weights, 32 hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=16)
         scale = [self.settings.r, float(self.settings.lora_alpha)]
         digest.update(json.dumps([self.base_fingerprint[:CONTENT_DIGITS], *scale]).encode())
@@ -122,7 +121,7 @@ class Adapter:
         return sum(tensor.nbytes for tensor in (*self.lora.values(), *self.pooling.values()))
 
     def bind(self, base: LoadedModel) -> LoadedModel:
-        """A view of the base model with this adapter in it, made once; safe under threads.
+        """Return a view of the base model with this adapter in it, built once; thread-safe.
 
         Raises
         ------
@@ -132,7 +131,7 @@ class Adapter:
         return self.bind_all([base])[0]
 
     def bind_all(self, bases: Sequence[LoadedModel]) -> list[LoadedModel]:
-        """A view, as `bind` gives it, of each of several copies of the base model.
+        """Return a view, as `bind` does, of each of several copies of the base model.
 
         Raises
         ------
@@ -142,16 +141,16 @@ class Adapter:
         for base in bases:
             self.check_base(base.key.fingerprint)
         with self._lock:
-            made = {id(view.base): view for view in self._views}
+            by_base = {id(view.base): view for view in self._views}
             for base in bases:
-                if id(base) not in made:
-                    made[id(base)] = self._build_view(base)
-            views = [made[id(base)] for base in bases]
-            self._views = list(dict.fromkeys(views))  # and no longer those of other devices
+                if id(base) not in by_base:
+                    by_base[id(base)] = self._build_view(base)
+            views = [by_base[id(base)] for base in bases]
+            self._views = list(dict.fromkeys(views))  # drops those of other devices
             return views
 
     def check_base(self, fingerprint: str) -> None:
-        """Refuse a base model that the adapter was not trained on."""
+        """Raise CheckpointError for a base model that the adapter was not trained on."""
         if fingerprint[:CONTENT_DIGITS] != self.base_fingerprint[:CONTENT_DIGITS]:
             raise CheckpointError(
                 "The adapter was trained on another model: weights, config.json or tokenizer of "
@@ -161,11 +160,11 @@ class Adapter:
             )
 
     def check_pooling(self, config: NVEmbedConfig) -> None:
-        """Refuse a model with another pooling than the one that was trained."""
-        found = {name: tuple(tensor.shape) for name, tensor in self.pooling.items()}
-        if not found or self._fits == config:  # once: at each use it would take a millisecond
+        """Raise CheckpointError for a model whose pooling is not the one that was trained."""
+        if not self.pooling or self._fits == config:  # once, because it takes a millisecond
             return
-        if found != pooling_shapes(config):
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.pooling.items()}
+        if shapes != pooling_shapes(config):
             raise CheckpointError(
                 "The adapter brings a trained pooling layer that is not of the kind "
                 f"{config.pooling!r}. Leave the `pooling` parameter of `NVEmbedVectorizer` as it "
@@ -174,14 +173,16 @@ class Adapter:
         self._fits = config
 
     def _build_view(self, base: LoadedModel) -> LoadedModel:
-        """The base's module tree, its tensors shared, the adapted layers and pooling replaced."""
+        """Return a tree on the base's tensors, with adapted layers and pooling replaced."""
         model = share_weights(base.model)
-        insert_lora(model, self.settings, self._on(base.device, self.lora))
+        lora = {name: tensor.to(base.device) for name, tensor in self.lora.items()}
+        insert_lora(model, self.settings, lora)
         for module in model.modules():
             if isinstance(module, LoraLinear):
                 module.freeze()
         if self.pooling:
-            pooling = load_pooling(base.config, self._on(base.device, self.pooling))
+            weights = {name: tensor.to(base.device) for name, tensor in self.pooling.items()}
+            pooling = load_pooling(base.config, weights)
             if isinstance(pooling, LatentAttention):
                 pooling = FoldedLatentAttention(pooling)
             model.latent_attention_model = pooling.to(base.key.compute_dtype)
@@ -189,13 +190,6 @@ class Adapter:
         model.eval().requires_grad_(False)
         key = replace(base.key, fingerprint=f"{base.key.fingerprint}+{self.fingerprint}")
         return LoadedModel(key, base.config, model, base.tokenizer, base)
-
-    @staticmethod
-    def _on(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on a device."""
-        return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-    # Files
 
     def save(
         self,
@@ -205,7 +199,7 @@ class Adapter:
         base_revision: str | None,
         pooling_kind: str | None = None,
     ) -> None:
-        """Write peft's two files, and the pooling's beside them; the configuration last."""
+        """Write peft's two files, the configuration last, and the pooling's if it was trained."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
         lora = {PEFT_PREFIX + name: tensor for name, tensor in self.lora.items()}
@@ -220,24 +214,18 @@ class Adapter:
             write_tensors(folder / POOLING_FILE, pooling)
         else:
             (folder / POOLING_FILE).unlink(missing_ok=True)
-        write_json(folder / ADAPTER_CONFIG_FILE, self._peft_config(base_name, base_revision))
-
-    def _peft_config(self, base_name: str, base_revision: str | None) -> dict[str, Any]:
-        """The adapter_config.json that peft reads."""
-        settings = self.settings
-        targets = settings.target_modules
-        return {
+        targets = self.settings.target_modules
+        config = {
+            **asdict(self.settings),
+            "target_modules": targets if isinstance(targets, str) else list(targets),
             "peft_type": "LORA",
             "task_type": "FEATURE_EXTRACTION",
             "base_model_name_or_path": base_name,
             "revision": base_revision,
             "inference_mode": True,
-            "r": settings.r,
-            "lora_alpha": settings.lora_alpha,
-            "lora_dropout": settings.lora_dropout,
-            "target_modules": targets if isinstance(targets, str) else list(targets),
             "bias": "none",
         }
+        write_json(folder / ADAPTER_CONFIG_FILE, config)
 
     @classmethod
     def load(cls, folder: Path, config: NVEmbedConfig, base_fingerprint: str) -> Adapter:
@@ -246,11 +234,10 @@ class Adapter:
         Raises
         ------
         CheckpointError
-            When a key is missing, foreign or misshapen, when the adapter was trained on another
-            model, or when it uses what this module does not compute.
+            When a key is missing, unexpected or of another shape, when the adapter was trained on
+            another model, or when it uses what skembed does not compute.
         """
-        values = read_json(folder / ADAPTER_CONFIG_FILE)
-        settings = read_settings(values, folder)
+        settings = read_settings(read_json(folder / ADAPTER_CONFIG_FILE), folder)
         header = read_header(folder / ADAPTER_WEIGHTS_FILE)
         lora = {
             model_layer(name): tensor
@@ -258,13 +245,14 @@ class Adapter:
         }
         check_keys(lora, expected_shapes(config, settings), folder / ADAPTER_WEIGHTS_FILE)
         pooling = {}
-        # Without its file a trained pooling must not fall back to the base model's in silence.
+        # A trained pooling without its file must not fall back silently to the base model's.
         if header.get("trained_pooling") or (folder / POOLING_FILE).is_file():
-            stored = read_tensors(folder / POOLING_FILE)
-            pooling = {n.removeprefix(POOLING_PREFIX): t for n, t in stored.items()}
+            pooling = {
+                name.removeprefix(POOLING_PREFIX): tensor
+                for name, tensor in read_tensors(folder / POOLING_FILE).items()
+            }
             check_keys(pooling, pooling_shapes(config), folder / POOLING_FILE)
-        trained_on = header.get("base_fingerprint", base_fingerprint)
-        adapter = cls(settings, lora, pooling, trained_on)
+        adapter = cls(settings, lora, pooling, header.get("base_fingerprint", base_fingerprint))
         adapter.check_base(base_fingerprint)
         return adapter
 
@@ -272,19 +260,19 @@ class Adapter:
 def merge_adapter(
     adapter: Adapter, tensors: Iterator[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """A checkpoint's tensors with the update added and the pooling replaced.
+    """Yield a checkpoint's tensors with the update added and the pooling replaced.
 
-    Computed in float32 and rounded once to the type each tensor is stored in.
+    The sums are in float32 and rounded once to the type each tensor is stored in.
     """
     layers = set(adapter.targets)
     for name, tensor in tensors:
         layer = name.removeprefix(BACKBONE_PREFIX).removesuffix(".weight")
-        pooled = adapter.pooling.get(name.removeprefix(POOLING_PREFIX))
+        trained = adapter.pooling.get(name.removeprefix(POOLING_PREFIX))
         if name.startswith(BACKBONE_PREFIX) and layer in layers:
             a, b = (adapter.lora[f"{layer}.lora_{kind}.weight"] for kind in "AB")
             merged = tensor.float() + adapter.settings.scaling * (b @ a)
             yield name, merged.to(tensor.dtype)
-        elif name.startswith(POOLING_PREFIX) and pooled is not None:
-            yield name, pooled.to(tensor.dtype)
+        elif name.startswith(POOLING_PREFIX) and trained is not None:
+            yield name, trained.to(tensor.dtype)
         else:
             yield name, tensor

@@ -1,9 +1,4 @@
-"""LoRA layers (arXiv 2106.09685) on weights that they share and never write to.
-
-peft has such a layer; its dropout draws from torch's global state, which a gradient cache cannot
-replay under threads, and its masks stay in memory until the backward pass. This one is held to
-peft's by tests.
-"""
+"""LoRA layers (arXiv 2106.09685) on weights that they share and never write to."""
 
 from __future__ import annotations
 
@@ -50,9 +45,9 @@ class LoraSettings:
 class DropoutMasks:
     """Dropout masks that can be drawn again.
 
-    A mask depends on the key set last and on the layer's number alone, so a forward pass repeated
-    under the same key (gradient cache, gradient checkpointing) sees the masks of the first one, in
-    whatever order, and torch's global random state is neither read nor moved.
+    A mask depends only on the key set last and on the layer's number. So a forward pass repeated
+    under the same key (gradient cache, gradient checkpointing) sees the same masks, and torch's
+    global random state is neither read nor changed.
     """
 
     def __init__(self, p: float) -> None:
@@ -61,29 +56,28 @@ class DropoutMasks:
         self.active = p > 0
 
     def draw(self, number: int, like: Tensor, key: tuple[int, ...] | None = None) -> Tensor:
-        """Ones for what the layer of this number keeps, zeros for the rest, as `like`."""
+        """Return ones for what the layer of this number keeps, zeros for the rest, as `like`."""
         seed = np.random.SeedSequence((*(self.key if key is None else key), number))
         if like.device.type != "cpu":
             generator = torch.Generator(like.device)
             generator.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> np.uint64(1)))
             drawn = torch.rand(like.shape, device=like.device, generator=generator)
             return (drawn >= self.p).to(like.dtype)
-        # Sixteen bits an entry, and bfloat16's one written as bits: torch's own masks are slow on a
-        # CPU, one random number after the other.
+        # Sixteen bits per entry, and bfloat16's 1.0 as bits: torch's own masks are slow on CPUs.
         n = like.numel()
         raw = np.random.SFC64(seed).random_raw(-(-n // 4)).view(np.uint16)[:n]
-        kept = raw >= np.uint16(min(round(self.p * 65536), 65535))
+        keep = raw >= np.uint16(min(round(self.p * 65536), 65535))
         if like.dtype == torch.bfloat16:
-            bits = np.multiply(kept, np.uint16(0x3F80), dtype=np.uint16)
+            bits = np.multiply(keep, np.uint16(0x3F80), dtype=np.uint16)
             return torch.from_numpy(bits).view(torch.bfloat16).view(like.shape)
-        return torch.from_numpy(kept.astype(np.float32)).to(like.dtype).view(like.shape)
+        return torch.from_numpy(keep.astype(np.float32)).to(like.dtype).view(like.shape)
 
 
 class _LoraFunction(torch.autograd.Function):
-    """``x W^T + b + s * (m * x) A^T B^T``; gradients for x, A and B, in as few passes as it takes.
+    """``x W^T + b + s * (m * x) A^T B^T`` with gradients for x, A and B.
 
-    Nothing of the size of the result is kept for the backward pass: x is the neighbouring layers'
-    too, and the mask m is drawn again. A quantised W is read again for it, too.
+    It keeps nothing of the size of the result for the backward pass: x is shared with neighbouring
+    layers, the mask m is drawn again, and a quantised W is converted again.
     """
 
     @staticmethod
@@ -126,25 +120,15 @@ class _LoraFunction(torch.autograd.Function):
 
 
 def _read(weight: Tensor | QuantizedLinear) -> Tensor:
-    """The weight as a tensor, (out, in); of a quantised layer a new one."""
+    """Return the weight (out, in); that of a quantised layer is a new tensor."""
     return weight if isinstance(weight, Tensor) else weight.weight
 
 
 class LoraLinear(nn.Module):
     """A linear layer with a low-rank update: ``x W^T + b + (lora_alpha / r) dropout(x) A^T B^T``.
 
-    Parameters
-    ----------
-    base : nn.Linear or QuantizedLinear
-        The layer adapted; it is shared and stays as it is.
-    a, b : nn.Parameter
-        Matrices A of shape (r, in) and B of shape (out, r), float32.
-    settings : LoraSettings
-        Scale and dropout.
-    masks : DropoutMasks or None
-        Where the masks come from; None for no dropout, as in use.
-    number : int
-        This layer's number, for its masks.
+    `base` is shared and stays as it is; A is (r, in) and B (out, r), both float32. There is no
+    dropout without `masks`, which are drawn by the layer's `number`.
     """
 
     def __init__(
@@ -163,12 +147,12 @@ class LoraLinear(nn.Module):
         self.scaling = settings.scaling
         self.masks = masks
         self.number = number
-        # Read when there are no gradients: the matrices in the model's type, the scale inside.
+        # For use without gradients: A and B in the model's type, B scaled and transposed.
         self._small: tuple[Tensor, Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the layer adapted."""
+        """The weight of the adapted layer."""
         return self.base.weight
 
     def freeze(self) -> None:
@@ -181,21 +165,17 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         flat = x.reshape(-1, x.shape[-1])  # (T, in)
-        if self._small is None:
-            draw, scaling = None, self.scaling
-            masks = self.masks
-            if masks is not None and masks.active:
-                draw = partial(masks.draw, self.number, key=masks.key)
-                scaling /= 1.0 - masks.p
-            base = self.base
-            weight = base if isinstance(base, QuantizedLinear) else base.weight
-            out = _LoraFunction.apply(
-                flat, weight, base.bias, self.lora_A, self.lora_B, draw, scaling
-            )
-        else:
+        if self._small is not None:
             a, b = self._small
-            out = self.base(flat)
-            out = out.addmm_(F.linear(flat, a), b)
+            out = self.base(flat).addmm_(F.linear(flat, a), b)
+            return out.view(*x.shape[:-1], -1)
+        draw, scaling = None, self.scaling
+        masks, base = self.masks, self.base
+        if masks is not None and masks.active:
+            draw = partial(masks.draw, self.number, key=masks.key)
+            scaling /= 1.0 - masks.p
+        weight = base if isinstance(base, QuantizedLinear) else base.weight
+        out = _LoraFunction.apply(flat, weight, base.bias, self.lora_A, self.lora_B, draw, scaling)
         return out.view(*x.shape[:-1], -1)
 
 
@@ -207,7 +187,7 @@ class TrainablePooling(nn.Module):
         self.pooling = pooling
 
     def forward(self, hidden_states: Any, segments: Tensor, counts: Tensor) -> Tensor:
-        """As the pooling's own: packed pooled tokens (P, D) -> (B, D) float32."""
+        """Packed pooled tokens (P, D), or one tensor per layer -> (B, D) float32."""
         first = hidden_states if isinstance(hidden_states, Tensor) else hidden_states[0]
         weights = {n: p.to(first.dtype) for n, p in self.pooling.named_parameters()}
         pooled: Tensor = functional_call(self.pooling, weights, (hidden_states, segments, counts))
@@ -215,7 +195,7 @@ class TrainablePooling(nn.Module):
 
 
 def share_weights(model: NVEmbedModel) -> NVEmbedModel:
-    """A second module tree on the same tensors; replacing its modules leaves the first alone."""
+    """Return a second module tree on the same tensors, whose modules can be replaced."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
@@ -227,12 +207,12 @@ def insert_lora(
     *,
     masks: DropoutMasks | None = None,
 ) -> dict[str, nn.Parameter]:
-    """Put a `LoraLinear` in the place of each layer that `lora` names; the new parameters."""
+    """Replace each layer that `lora` names by a `LoraLinear`; return the new parameters."""
     backbone = model.embedding_model
     parameters = {name: nn.Parameter(tensor.float()) for name, tensor in lora.items()}
     for number, layer in enumerate(sorted({name.rsplit(".", 2)[0] for name in lora})):
         base: Any = backbone.get_submodule(layer)
         a, b = (parameters[f"{layer}.lora_{kind}.weight"] for kind in "AB")
-        module = LoraLinear(base, a, b, settings, masks=masks, number=number)
-        backbone.set_submodule(layer, module)
+        adapted = LoraLinear(base, a, b, settings, masks=masks, number=number)
+        backbone.set_submodule(layer, adapted)
     return parameters

@@ -1,8 +1,4 @@
-"""Adapters on disk, in peft's format.
-
-peft decides which layers `target_modules` means and owns the file format
-(``adapter_config.json``, ``adapter_model.safetensors``).
-"""
+"""Adapters on disk, in peft's format: ``adapter_config.json``, ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
@@ -31,24 +27,24 @@ __all__ = [
 ]
 
 PEFT_PREFIX = "base_model.model."
-# Settings of peft that change the function and that this module does not compute, where they are
-# neither null, false, "none" nor empty.
+# Settings of peft that change the function, and that skembed does not compute, unless they are
+# null, false, "none" or empty.
 _REFUSED = (
     *("use_dora", "use_rslora", "bias", "lora_bias", "rank_pattern", "alpha_pattern"),
     *("layers_to_transform", "modules_to_save", "fan_in_fan_out", "exclude_modules"),
     *("trainable_token_indices", "target_parameters", "layer_replication", "use_qalora"),
     *("alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
 )
-# Starts that leave the base weights as they are; others ("pissa", "olora") move a part of them into
-# the adapter, which then fits no base on disk.
+# Initialisations that leave the base weights as they are; others ("pissa", "olora") move a part of
+# them into the adapter, which then fits no base on disk.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-# In the header of the weights stands as JSON what peft's configuration has no place for: peft
-# warns about names it does not know.
+# JSON in the header of the weights, for what peft's configuration has no names: peft warns about
+# names that it does not know.
 HEADER_KEY = "skembed"
 
 
 def read_settings(values: Mapping[str, Any], folder: Path) -> LoraSettings:
-    """The sizes in an adapter_config.json, and no setting that would change the function."""
+    """Return the sizes in an adapter_config.json; raise CheckpointError for other settings."""
     path = folder / ADAPTER_CONFIG_FILE
     kind = values.get("peft_type")
     if kind != "LORA":
@@ -83,22 +79,23 @@ def read_settings(values: Mapping[str, Any], folder: Path) -> LoraSettings:
 
 
 def model_layer(name: str) -> str:
-    """Layer name in `MistralModel` for a key of peft's, wherever the backbone was wrapped."""
-    name = name.removeprefix(PEFT_PREFIX)
-    return name.removeprefix(BACKBONE_PREFIX).removeprefix("model.")
+    """Return the layer's name in `MistralModel` for a key of peft's, however it was wrapped."""
+    for prefix in (PEFT_PREFIX, BACKBONE_PREFIX, "model."):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def check_keys(
-    found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: Path
+    stored: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: Path
 ) -> None:
-    """Names and shapes, both ways: nothing is filled in at random."""
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    wrong = [n for n in found if n in expected and tuple(found[n].shape) != expected[n]]
-    faults = [
-        f"{len(names)} {what}, such as {sorted(names)[0]}"
-        for what, names in (("missing", missing), ("unexpected", extra), ("misshapen", wrong))
-        if names
-    ]
+    """Raise CheckpointError where names or shapes differ: nothing is filled in at random."""
+    names = {
+        "missing": expected.keys() - stored.keys(),
+        "unexpected": stored.keys() - expected.keys(),
+        "misshapen": {n for n in stored if tuple(stored[n].shape) != expected.get(n)}
+        & expected.keys(),
+    }
+    faults = [f"{len(n)} {what}, such as {min(n)}" for what, n in names.items() if n]
     if faults:
         raise CheckpointError(
             f"The weights in {path} do not fit the base model and {ADAPTER_CONFIG_FILE}: "
@@ -108,13 +105,13 @@ def check_keys(
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What `Adapter.save` noted in the header of the weights; empty in a file of peft's."""
+    """Return what `Adapter.save` wrote to the header of the weights; empty in peft's files."""
     with open_tensors(path) as file:
         return dict(json.loads((file.metadata() or {}).get(HEADER_KEY, "{}")))
 
 
 def read_pooling_kind(folder: Path) -> str | None:
-    """The pooling that an adapter was trained with; None in a folder of peft's."""
+    """Return the pooling that an adapter was trained with; None in a folder of peft's."""
     path = folder / ADAPTER_WEIGHTS_FILE
     kind = read_header(path).get("pooling")
     if kind not in (None, *POOLINGS):

@@ -22,14 +22,9 @@ ALL_LINEAR = "all-linear"
 def start_lora(
     config: NVEmbedConfig, settings: LoraSettings, seed: np.random.SeedSequence
 ) -> dict[str, Tensor]:
-    """Fresh matrices: A uniform in ±1/sqrt(in) as in peft, B zero, so that nothing changes yet.
+    """Return fresh matrices: A uniform in ±1/sqrt(in) as in peft, B zero.
 
-    Raises
-    ------
-    ImportError
-        When peft is not installed.
-    ValueError
-        When `target_modules` names no linear layer of the backbone.
+    Raises ImportError without peft, ValueError for bad `target_modules`.
     """
     backbone = backbone_on_meta(config)
     generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint32)[0]))
@@ -37,14 +32,14 @@ def start_lora(
     for layer in find_targets(config, settings):
         base: Any = backbone.get_submodule(layer)
         bound = base.in_features**-0.5
-        a = torch.empty(settings.r, base.in_features).uniform_(-bound, bound, generator=generator)
-        lora[f"{layer}.lora_A.weight"] = a
+        a = torch.empty(settings.r, base.in_features)
+        lora[f"{layer}.lora_A.weight"] = a.uniform_(-bound, bound, generator=generator)
         lora[f"{layer}.lora_B.weight"] = torch.zeros(base.out_features, settings.r)
     return lora
 
 
 def find_targets(config: NVEmbedConfig, settings: LoraSettings) -> list[str]:
-    """Names of the layers that peft adapts under `target_modules`, sorted."""
+    """Return the names of the layers that peft adapts under `target_modules`, sorted."""
     peft = import_optional("peft", extra="train", purpose="training adapters")
     backbone = backbone_on_meta(config)
     targets = settings.target_modules
@@ -62,28 +57,28 @@ def find_targets(config: NVEmbedConfig, settings: LoraSettings) -> list[str]:
             peft.inject_adapter_in_model(lora_config, backbone)
     except (ValueError, re.error) as error:
         raise ValueError(f"{refusal}, which peft refuses: {error}") from error
-    found = [name for name, layer in backbone.named_modules() if hasattr(layer, "lora_A")]
-    # peft passes over a name that matches nothing, and adapts embeddings, too.
-    bad = sorted(set(found) - names)
+    adapted = sorted(name for name, layer in backbone.named_modules() if hasattr(layer, "lora_A"))
+    # peft ignores a name that matches nothing, and adapts embeddings too.
+    bad = [name for name in adapted if name not in names]
     if not isinstance(targets, str):
         bad += [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
     if bad:
-        raise ValueError(f"{refusal}, of which {bad[0]!r} is none.")
-    return sorted(found)
+        raise ValueError(f"{refusal}; {bad[0]!r} is not one of them.")
+    return adapted
 
 
 def expected_shapes(config: NVEmbedConfig, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
-    """The matrices an adapter must have, by peft's rule of names (which a test holds to peft)."""
+    """Return names and shapes of an adapter's matrices, by peft's rule of names."""
     targets = settings.target_modules
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in backbone_on_meta(config).named_modules():
         if not isinstance(layer, nn.Linear):
             continue
         if isinstance(targets, str):
-            wanted = targets.lower() == ALL_LINEAR or re.fullmatch(targets, name) is not None
+            adapted = targets.lower() == ALL_LINEAR or re.fullmatch(targets, name) is not None
         else:
-            wanted = any(name == target or name.endswith(f".{target}") for target in targets)
-        if wanted:
+            adapted = any(name == target or name.endswith(f".{target}") for target in targets)
+        if adapted:
             shapes[f"{name}.lora_A.weight"] = (settings.r, layer.in_features)
             shapes[f"{name}.lora_B.weight"] = (layer.out_features, settings.r)
     return shapes

@@ -1,4 +1,4 @@
-"""Attention over packed texts: three paths, none of them causal.
+"""Attention over packed texts on three paths, none of them causal.
 
 ========= =================================================================================
 path      attention of packed texts
@@ -10,12 +10,13 @@ padded    queries, keys and values padded to the longest text, with a key mask, 
           attention function only (any device; the fallback)
 ========= =================================================================================
 
-A path is registered with transformers under `ATTENTION_NAME`. `skembed.model.loaded` proves each
-one: changing the last token of a text must change its first position, and no other text.
+transformers knows them as `ATTENTION_NAME`. `skembed.model.loaded` proves each one: changing the
+last token of a text must change its first position, and no other text.
 """
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from skembed.model.cpu_kernels import LONGEST_PRODUCT, ProductAttention
+from skembed.model.cpu_kernels import LONGEST_PRODUCT, ProductAttention, attend_to_buckets
 from skembed.model.tokenization import PackedBatch
 
 if TYPE_CHECKING:
@@ -48,10 +49,9 @@ def _packed_attention(
     path: str,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention inside each text of a pack: (1, H, T, d_h) -> (1, T, H, d_h).
+    """Return attention inside each text of a pack: (1, H, T, d_h) -> (1, T, H, d_h).
 
-    The keywords that transformers passes and this function has no use for (sliding window,
-    position ids, cache) end in `_`.
+    transformers passes more keywords (sliding window, position ids, cache); they are ignored.
     """
     attend = {"grouped": _grouped, "varlen": _varlen, "padded": _padded}[path]
     return attend(query[0], key[0], value[0], packed, scaling, dropout).unsqueeze(0), None
@@ -61,11 +61,14 @@ def _grouped(
     q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float, dropout: float
 ) -> Tensor:
     """(H, T, d_h) -> (T, H, d_h), one call for each run of texts of equal length."""
-    if q.device.type == "cpu" and q.requires_grad and max(packed.lengths) <= LONGEST_PRODUCT:
+    on_cpu = q.device.type == "cpu"
+    if on_cpu and q.requires_grad and max(packed.lengths) <= LONGEST_PRODUCT:
         attended: Tensor = ProductAttention.apply(q, k, v, packed.lengths, scaling)
         return attended
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and not q.requires_grad:
-        return _grouped_on_tiles(q, k, v, packed, scaling)
+    if on_cpu and q.dtype == torch.bfloat16 and not any(x.requires_grad for x in (q, k, v)):
+        # torch's kernel takes up to twice as long where a length is no multiple of 16.
+        rows = [x.transpose(0, 1).contiguous() for x in (q * scaling, k, v)]
+        return attend_to_buckets(rows, packed.lengths[: packed.n_texts])
     heads, _, width = q.shape
     groups = heads // k.shape[0]
     if groups > 1:  # explicit: the CPU kernel takes equal head counts only
@@ -84,45 +87,9 @@ def _grouped(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _grouped_on_tiles(
-    q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float
-) -> Tensor:
-    """As `_grouped`, each run padded to a multiple of 16 positions with masked keys.
-
-    The processor's bfloat16 matrix units work on tiles of 16 rows; off the tiles the attention
-    kernel takes up to twice as long.
-    """
-    heads, _, width = q.shape
-    runs = _runs(packed.lengths)
-    sizes = [length * count for length, count in runs]
-    out = q.new_empty(q.shape[1], heads, width)
-    pieces = zip(*(x.split(sizes, dim=1) for x in (q, k, v)), out.split(sizes), strict=True)
-    for (length, count), (*piece, target) in zip(runs, pieces, strict=True):
-        filling = -length % 16
-        q_run, k_run, v_run = (
-            F.pad(x.unflatten(1, (count, length)).transpose(0, 1), (0, 0, 0, filling))
-            for x in piece
-        )  # (count, H, length + filling, d_h)
-        mask = None
-        if filling:
-            mask = q.new_zeros(1, 1, 1, length + filling)
-            mask[..., length:] = float("-inf")
-        attended = F.scaled_dot_product_attention(
-            q_run, k_run, v_run, attn_mask=mask, scale=scaling, enable_gqa=True
-        )
-        target.view(count, length, heads, width).copy_(attended[:, :, :length].transpose(1, 2))
-    return out
-
-
 def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Runs of equal neighbours: [5, 5, 3] -> [(5, 2), (3, 1)]."""
-    runs: list[tuple[int, int]] = []
-    for length in lengths:
-        if runs and runs[-1][0] == length:
-            runs[-1] = (length, runs[-1][1] + 1)
-        else:
-            runs.append((length, 1))
-    return runs
+    """Return runs of equal neighbours: [5, 5, 3] -> [(5, 2), (3, 1)]."""
+    return [(length, len(list(run))) for length, run in groupby(lengths)]
 
 
 def _varlen(
@@ -163,7 +130,7 @@ def _padded(
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """Mask of the packed attention: none; the attention function knows the texts' borders."""
+    """Return no mask: the attention function knows where texts begin and end."""
 
 
 AttentionInterface.register(ATTENTION_NAME, _packed_attention)

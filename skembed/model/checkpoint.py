@@ -1,12 +1,11 @@
 """Weights in and out of a model's folder, strictly and in bounded memory.
 
-Three layouts load: NV-Embed's (config.json with model_type "nvembed"; v1 and v2), a plain Mistral
-folder (model_type "mistral"), and what `save_checkpoint` writes, which is NV-Embed's layout again.
+Two layouts load: NV-Embed's (config.json with model_type "nvembed"), which `save_checkpoint` also
+writes, and a plain Mistral folder (model_type "mistral").
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -53,8 +52,13 @@ __all__ = [
 ]
 
 
+SHARD_BYTES = 5_000_000_000
+BACKBONE_PREFIX = "embedding_model."
+POOLING_PREFIX = "latent_attention_model."
+
+
 def read_pooling(source: ModelSource, config: NVEmbedConfig) -> dict[str, Tensor]:
-    """The checkpoint's pooling weights in their published form, float32; empty if it has none."""
+    """Return the pooling's weights in their published form, float32; empty if there are none."""
     return {
         name.removeprefix(POOLING_PREFIX): tensor.float().clone()
         for name, tensor in iterate_tensors(source, config)
@@ -63,71 +67,59 @@ def read_pooling(source: ModelSource, config: NVEmbedConfig) -> dict[str, Tensor
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, float32, on the CPU.
-
-    Raises
-    ------
-    CheckpointError
-        When the file is missing or damaged.
-    """
+    """Return all tensors of a safetensors file, float32, on the CPU."""
     with open_tensors(path) as file:
-        # Copied: nothing hangs on the file, and torch's own alignment gives equal bits.
+        # Copied, so that the file can close; torch's own alignment gives equal bits.
         return {name: file.get_tensor(name).to(torch.float32, copy=True) for name in file.keys()}
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file of an adapter, with the library's errors translated."""
+    """Open a safetensors file; raise CheckpointError if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError as error:
-        raise CheckpointError(f"The adapter folder lacks {path.name} ({path}).") from error
-    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"The folder {path.parent} lacks {path.name}.") from error
+    except SafetensorError as error:
         raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({error}). Copy it again."
+            f"{path} is truncated or not a safetensors file ({error}). Copy or download it again."
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file atomically: whole or not at all."""
+    """Write a safetensors file atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replace_file(path) as partial:
         save_file(plain, partial, metadata={"format": "pt", **(metadata or {})})
 
 
-logger = logging.getLogger(__name__)
-SHARD_BYTES = 5_000_000_000
-BACKBONE_PREFIX = "embedding_model."
-POOLING_PREFIX = "latent_attention_model."
-
-
 class WeightFiles:
-    """The safetensors files of a folder, seen as one mapping from model keys to tensors.
+    """The safetensors files of a folder as one mapping from `NVEmbedModel`'s names to tensors.
 
-    Keys are the names of `NVEmbedModel`; those of a plain Mistral folder are translated. Files are
-    mapped, not read, and each reading opens its file anew: pages of a closed mapping no longer
-    count as this process's memory, so loading needs little more than its result.
+    Each reading maps its file again: pages of a closed mapping no longer count as this process's
+    memory, so loading needs little more than its result.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = find_weight_files(folder)
         self.locations: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in self.files:
-            with _open_weights(path) as file:
+        for path in find_weight_files(folder):
+            with open_tensors(path) as file:
                 for key in file.keys():  # not a mapping: has no __iter__
                     name = _model_key(key)
                     self.locations[name] = (path, key)
                     self.shapes[name] = tuple(file.get_slice(key).get_shape())
 
     def read(self, name: str) -> Tensor:
-        """One tensor, mapped; copy it before the next one is read."""
+        """Return one tensor, mapped; copy it before reading the next one."""
         path, key = self.locations[name]
-        with _open_weights(path) as file:
+        with open_tensors(path) as file:
             tensor: Tensor = file.get_tensor(key)
         if not tensor.is_floating_point():
             raise CheckpointError(
@@ -137,59 +129,38 @@ class WeightFiles:
         return tensor
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str]) -> None:
-        """Compare names and shapes with the model's, both ways.
+        """Raise CheckpointError naming what is missing, unexpected or of another shape.
 
-        Raises
-        ------
-        CheckpointError
-            Naming what is missing, unexpected or of another shape.
+        Language-model heads and rotary buffers of older files are ignored, too.
         """
-        found = {name for name in self.shapes if not _is_ignored(name, ignored)}
-        missing, extra = sorted(set(expected) - found), sorted(found - set(expected))
-        wrong = [
-            f"{name} has {self.shapes[name]}, expected {expected[name]}"
-            for name in sorted(found & set(expected))
-            if self.shapes[name] != expected[name]
-        ]
-        faults = []
-        if missing:
-            faults.append(f"missing: {shorten(missing)}")
-        if extra:
-            faults.append(f"unexpected: {shorten(extra)}")
-        if wrong:
-            faults.append(f"wrong shape: {shorten(wrong)}")
-        if faults:
+        stored = {
+            name
+            for name in self.shapes
+            if not name.startswith(("lm_head.", *ignored))
+            and not name.endswith("rotary_emb.inv_freq")
+        }
+        faults = {
+            "missing": sorted(set(expected) - stored),
+            "unexpected": sorted(stored - set(expected)),
+            "wrong shape": [
+                f"{name} has {self.shapes[name]}, expected {expected[name]}"
+                for name in sorted(stored & set(expected))
+                if self.shapes[name] != expected[name]
+            ],
+        }
+        if any(faults.values()):
             raise CheckpointError(
                 f"The weights in {self.folder} do not fit its {CONFIG_FILE}; "
-                + "; ".join(faults)
+                + "; ".join(f"{what}: {shorten(names)}" for what, names in faults.items() if names)
                 + ". The two files belong to different models, or the copy is incomplete."
             )
 
 
-def _is_ignored(name: str, ignored: Sequence[str]) -> bool:
-    """Language-model heads and rotary buffers of older files, and a pooling not asked for."""
-    return name.startswith(("lm_head.", *ignored)) or name.endswith("rotary_emb.inv_freq")
-
-
 def _model_key(key: str) -> str:
-    """Key of `NVEmbedModel` for a key of any of the layouts."""
+    """Return `NVEmbedModel`'s name for a key of any of the layouts."""
     if key.startswith((BACKBONE_PREFIX, POOLING_PREFIX, "lm_head.")):
         return key
     return BACKBONE_PREFIX + key.removeprefix("model.")
-
-
-@contextmanager
-def _open_weights(path: Path) -> Iterator[Any]:
-    """A safetensors file, with the library's errors translated."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({error}). Copy or download it again."
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
 def load_model(
@@ -201,52 +172,27 @@ def load_model(
     attention_path: str,
     weight_format: str | None = None,
 ) -> NVEmbedModel:
-    """The model of a folder, each tensor converted and moved as it is read.
+    """Return the model of a folder in evaluation mode, its pooling unfolded.
 
-    Parameters
-    ----------
-    source : ModelSource
-        The folder.
-    config : NVEmbedConfig
-        Its configuration, as `read_config` gives it.
-    device, dtype : torch.device, torch.dtype
-        Where and in which type the weights end.
-    attention_path : str
-        See `skembed.model.network`.
-    weight_format : {"int8", "nf4"}, optional
-        How linear layers and word vectors of the backbone are stored; None keeps `dtype`.
-
-    Returns
-    -------
-    NVEmbedModel
-        In evaluation mode, without gradients, pooling in its published (unfolded) form.
-
-    Raises
-    ------
-    CheckpointError
-        When names, shapes or files are not what config.json says.
-    ImportError
-        When `weight_format` is "nf4" and bitsandbytes is not installed.
-
-    Warns
-    -----
-    FreshPoolingWarning
-        When the folder has no weights for the pooling.
+    Each tensor is converted and moved as it is read. `weight_format` is one of
+    `skembed.model.quantized.WEIGHT_FORMATS`. Raises CheckpointError where the files do not fit
+    config.json; warns with FreshPoolingWarning where there are no weights for the pooling.
     """
     model = _build_on_meta(source, config, attention_path)
     quantize = None if weight_format is None else make_quantizer(weight_format)
     for name, tensor in iterate_tensors(source, config, model):
         layer = name.rpartition(".")[0]
         if quantize is not None and name.startswith(BACKBONE_PREFIX):
-            small = quantize(model.get_submodule(layer), tensor.to(device), dtype)
-            if small is not None:
-                model.set_submodule(layer, small)
+            quantized = quantize(model.get_submodule(layer), tensor.to(device), dtype)
+            if quantized is not None:
+                model.set_submodule(layer, quantized)
                 continue
-        target = torch.empty(tensor.shape, dtype=dtype, device=device)
-        _set_parameter(model, name, target.copy_(tensor))
+        target = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+        parameter = nn.Parameter(target, requires_grad=False)
+        setattr(model.get_submodule(layer), name.rpartition(".")[2], parameter)
     if config.pooling_is_fresh:
         _warn_fresh_pooling(source, config)
-    # The rotary table is no weight: it is computed again, in float32, on the target device.
+    # The rotary table is not a weight: compute it again, in float32, on the target device.
     rotary = model.embedding_model.rotary_emb
     model.embedding_model.rotary_emb = type(rotary)(config=model.embedding_model.config).to(device)
     return model.eval().requires_grad_(False)
@@ -255,24 +201,10 @@ def load_model(
 def iterate_tensors(
     source: ModelSource, config: NVEmbedConfig, model: NVEmbedModel | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """All weights of a folder under the model's names, checked first, fresh pooling included.
+    """Yield all weights of a folder under the model's names, fresh pooling included.
 
-    Parameters
-    ----------
-    source, config : ModelSource, NVEmbedConfig
-        The folder and its configuration.
-    model : NVEmbedModel, optional
-        The model on the meta device, when it is at hand.
-
-    Yields
-    ------
-    name, tensor
-        In the stored type, mapped from the file: copy before taking the next.
-
-    Raises
-    ------
-    CheckpointError
-        When names, shapes or files are not what config.json says.
+    Names and shapes are checked first. Tensors are in the stored type and mapped from the file:
+    copy one before taking the next. `model` is on the meta device.
     """
     files = WeightFiles(source.folder)
     model = _build_on_meta(source, config) if model is None else model
@@ -291,25 +223,19 @@ def iterate_tensors(
 def _build_on_meta(
     source: ModelSource, config: NVEmbedConfig, attention_path: str = "grouped"
 ) -> NVEmbedModel:
-    """The model without memory for its weights."""
+    """Return the model without memory for its weights."""
     try:
         with torch.device("meta"):
             return NVEmbedModel(config, attention_path=attention_path)
-    except Exception as error:  # transformers and torch raise what they like
+    except Exception as error:  # transformers and torch raise all kinds
         raise CheckpointError(
             f"The {CONFIG_FILE} of {source.folder} describes no model that can be built: "
             f"{type(error).__name__}: {error}."
         ) from error
 
 
-def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor in the place of a parameter on the meta device."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
-
-
 def _start_pooling(pooling: nn.Module) -> dict[str, Tensor]:
-    """Fresh float32 weights from a fixed seed, without touching the global random state.
+    """Return fresh float32 weights from a fixed seed.
 
     Output projections of a latent layer start at zero, so that it equals mean pooling until it is
     trained.
@@ -332,11 +258,11 @@ def _start_pooling(pooling: nn.Module) -> dict[str, Tensor]:
 
 
 def _warn_fresh_pooling(source: ModelSource, config: NVEmbedConfig) -> None:
-    """Say that the pooling has not been trained, and what it equals."""
+    """Warn that the pooling has not been trained, and say how it starts."""
     start = "weights that equal mean pooling" if config.pooling == "latent" else "random weights"
     warnings.warn(
         f"{source.name!r} has no weights for {config.pooling!r} pooling: it starts with {start} "
-        "and wants training. Pass `pooling='mean'` for untrained use, or silence this with "
+        "and needs training first. Pass `pooling='mean'` for untrained use, or silence this with "
         "warnings.filterwarnings('ignore', category=skembed.FreshPoolingWarning).",
         FreshPoolingWarning,
         stacklevel=2,
@@ -353,22 +279,9 @@ def save_checkpoint(
 ) -> None:
     """Write a folder that `load_model` reads, config.json last.
 
-    An existing folder's config.json is removed first: a kill in between leaves a folder that
-    refuses to load, never a mixture of two models.
-
-    Parameters
-    ----------
-    folder : Path
-        Made if need be.
-    config : NVEmbedConfig
-        The architecture.
-    tensors : iterable of (name, tensor)
-        All weights under `NVEmbedModel`'s names, in the types to store; taken one shard (5 GB) at
-        a time.
-    tokenizer_folder : Path
-        Where the tokenizer files are copied from.
-    extra : mapping
-        File name -> JSON value to write beside.
+    An existing folder's config.json is removed first, so that an interrupted save leaves a folder
+    that refuses to load, never a mixture of two models. `tensors` are consumed one shard (5 GB) at
+    a time; `extra` maps the names of other JSON files to their values.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = {
@@ -376,7 +289,7 @@ def save_checkpoint(
         for name in TOKENIZER_FILES
         if (tokenizer_folder / name).is_file()
     }
-    _remove_partial(folder)  # those of a save that was killed
+    _remove_partial(folder)  # of an interrupted save
     try:
         shards = list(_write_shards(folder, tensors))
     except BaseException:
@@ -403,7 +316,7 @@ def save_checkpoint(
 def _write_shards(
     folder: Path, tensors: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Shards of at most 5 GB under temporary names, and the keys in each."""
+    """Write shards of at most 5 GB under temporary names; yield each path and its keys."""
     shard: dict[str, Tensor] = {}
     number, size = 0, 0
 

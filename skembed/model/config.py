@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from transformers import MistralConfig
@@ -13,28 +13,29 @@ from skembed.model.attention import ATTENTION_NAME
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["NVEmbedConfig", "NV_EMBED_LATENT_DEFAULTS"]
+__all__ = ["NVEmbedConfig"]
 
-# NV-Embed's config.json names no latent sizes; these are the published defaults.
-NV_EMBED_LATENT_DEFAULTS = {
-    "num_latents_value": 512,
-    "num_cross_heads": 8,
-    "output_normalize": True,
-    "hidden_dim": 4096,
-    "latent_dim": 4096,
-    "cross_dim_head": 4096,
-}
+_BACKBONE_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
+_BACKBONE_FIELDS = (
+    *_BACKBONE_SIZES,
+    *("hidden_act", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling"),
+)
+_LATENT_SIZES = ("num_latents_value", "num_cross_heads", "cross_dim_head", "latent_dim", "ff_mult")
+_LATENT_FIELDS = (*_LATENT_SIZES, "output_normalize")
 
 
 @dataclass(frozen=True)
 class NVEmbedConfig:
     """What a checkpoint is: the Mistral backbone, the pooling and its sizes.
 
-    Field names equal those of NV-Embed's config.json. `backbone` holds the arguments of
-    `MistralConfig`; `pooling_is_fresh` says that the checkpoint has no pooling weights.
+    Field names equal those of NV-Embed's config.json, which names no latent sizes: the defaults are
+    the published ones.
     """
 
-    backbone: dict[str, Any]
+    backbone: dict[str, Any]  # arguments of `MistralConfig`
     pooling: str = "latent"
     num_latents_value: int = 512
     num_cross_heads: int = 8
@@ -45,7 +46,7 @@ class NVEmbedConfig:
     is_mask_instruction: bool = True
     bos_token_id: int = 1
     eos_token_id: int = 2
-    pooling_is_fresh: bool = field(default=False, compare=False)
+    pooling_is_fresh: bool = field(default=False, compare=False)  # the checkpoint has no weights
 
     @property
     def hidden_size(self) -> int:
@@ -56,54 +57,34 @@ class NVEmbedConfig:
     def from_dict(cls, config: Mapping[str, Any], source: str) -> NVEmbedConfig:
         """Read a config.json of the NV-Embed layout or of a plain Mistral model.
 
-        Parameters
-        ----------
-        config : mapping
-            The parsed file.
-        source : str
-            Where it was read, for messages.
-
-        Raises
-        ------
-        CheckpointError
-            When it describes another kind of model.
+        `source` is for messages. Raises CheckpointError for another kind of model.
         """
         kind = config.get("model_type")
         if kind == "nvembed":
-            backbone = _read_backbone(_read_section(config, "text_config", source), source)
-            latent = {
-                **NV_EMBED_LATENT_DEFAULTS,
-                **_read_section(config, "latent_attention_config", source, default={}),
-            }
+            text_config = _read_section(config, "text_config", source)
+            backbone = _read_backbone(text_config, source)
+            latent = _read_section(config, "latent_attention_config", source, default={})
             _check_sizes(latent, _LATENT_SIZES, source)
+            bos, eos = _read_token_ids(text_config, source)
             return cls(
                 backbone=backbone,
                 pooling=config.get("pooling", "latent"),
                 is_mask_instruction=bool(config.get("is_mask_instruction", True)),
-                ff_mult=int(latent.get("ff_mult", 4)),
-                bos_token_id=_read_token_id(config["text_config"], "bos_token_id", 1, source),
-                eos_token_id=_read_token_id(config["text_config"], "eos_token_id", 2, source),
-                **{
-                    name: latent[name]
-                    for name in (
-                        "num_latents_value",
-                        "num_cross_heads",
-                        "cross_dim_head",
-                        "latent_dim",
-                        "output_normalize",
-                    )
-                },
+                bos_token_id=bos,
+                eos_token_id=eos,
+                **{name: latent[name] for name in _LATENT_FIELDS if name in latent},
             )
         if kind == "mistral":
             backbone = _read_backbone(config, source)
+            bos, eos = _read_token_ids(config, source)
             width = int(backbone["hidden_size"])
             return cls(
                 backbone=backbone,
                 num_latents_value=min(512, max(16, width // 8)),
                 cross_dim_head=width,
                 latent_dim=width,
-                bos_token_id=_read_token_id(config, "bos_token_id", 1, source),
-                eos_token_id=_read_token_id(config, "eos_token_id", 2, source),
+                bos_token_id=bos,
+                eos_token_id=eos,
                 pooling_is_fresh=True,
             )
         raise CheckpointError(
@@ -112,17 +93,7 @@ class NVEmbedConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The config.json of this model in NV-Embed's layout."""
-        values = asdict(self)
-        latent_names = (
-            "num_latents_value",
-            "num_cross_heads",
-            "cross_dim_head",
-            "latent_dim",
-            "ff_mult",
-            "output_normalize",
-        )
-        latent = {name: values[name] for name in latent_names}
+        """Return the config.json of this model in NV-Embed's layout."""
         return {
             "model_type": "nvembed",
             "architectures": ["NVEmbedModel"],
@@ -135,7 +106,7 @@ class NVEmbedConfig:
             "latent_attention_config": {
                 "model_type": "latent_attention",
                 "hidden_dim": self.hidden_size,
-                **latent,
+                **{name: getattr(self, name) for name in _LATENT_FIELDS},
             },
             "text_config": {
                 "model_type": "bidir_mistral",
@@ -146,7 +117,7 @@ class NVEmbedConfig:
         }
 
     def mistral_config(self) -> MistralConfig:
-        """Configuration of the backbone: no causal mask, no sliding window, our attention."""
+        """Return the backbone's configuration: no causal mask or sliding window, our attention."""
         config = MistralConfig(
             **{**self.backbone, "sliding_window": None, "use_cache": False, "pad_token_id": None}
         )
@@ -156,35 +127,6 @@ class NVEmbedConfig:
         return config
 
 
-_BACKBONE_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_parameters",
-    "rope_scaling",
-)
-
-_BACKBONE_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
-_LATENT_SIZES = ("num_latents_value", "num_cross_heads", "cross_dim_head", "latent_dim", "ff_mult")
-
-
 def _read_section(
     config: Mapping[str, Any],
     name: str,
@@ -192,7 +134,7 @@ def _read_section(
     *,
     default: Mapping[str, Any] | None = None,
 ) -> Mapping[str, Any]:
-    """An object inside config.json; where it is absent, the default if there is one."""
+    """Return an object inside config.json, or the default if it is absent."""
     section = config.get(name, default)
     if not isinstance(section, dict):
         raise CheckpointError(
@@ -203,7 +145,7 @@ def _read_section(
 
 
 def _check_sizes(values: Mapping[str, Any], names: Sequence[str], source: str) -> None:
-    """Refuse sizes that are no positive ints, before torch stumbles over them."""
+    """Refuse sizes that are not positive ints, before torch fails on them."""
     for name in names:
         value = values.get(name, 1)
         if type(value) is not int or value < 1:
@@ -213,23 +155,25 @@ def _check_sizes(values: Mapping[str, Any], names: Sequence[str], source: str) -
             )
 
 
-def _read_token_id(config: Mapping[str, Any], name: str, default: int, source: str) -> int:
-    """The id of a special token; null stands for the default, as in transformers."""
-    value = config.get(name)
-    if value is None:
-        return default
-    if type(value) is not int or value < 0:
-        raise CheckpointError(
-            f"The `{name}` in the config.json of {source} must be an int from 0 on; got {value!r}."
-        )
-    return value
+def _read_token_ids(config: Mapping[str, Any], source: str) -> tuple[int, int]:
+    """Return the ids of the begin and end tokens; null is the default, as in transformers."""
+    ids = []
+    for name, default in (("bos_token_id", 1), ("eos_token_id", 2)):
+        value = default if config.get(name) is None else config[name]
+        if type(value) is not int or value < 0:
+            raise CheckpointError(
+                f"The `{name}` in the config.json of {source} must be an int from 0 on; got "
+                f"{value!r}."
+            )
+        ids.append(value)
+    return ids[0], ids[1]
 
 
 def _read_backbone(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The arguments of `MistralConfig` that change the function computed."""
-    kept = {name: config[name] for name in _BACKBONE_FIELDS if config.get(name) is not None}
-    missing = sorted({"vocab_size", "hidden_size", "num_hidden_layers"} - set(kept))
+    """Return the arguments of `MistralConfig` that change the function computed."""
+    backbone = {name: config[name] for name in _BACKBONE_FIELDS if config.get(name) is not None}
+    missing = sorted({"vocab_size", "hidden_size", "num_hidden_layers"} - set(backbone))
     if missing:
         raise CheckpointError(f"The config.json of {source} lacks {', '.join(missing)}.")
-    _check_sizes(kept, _BACKBONE_SIZES, source)
-    return kept
+    _check_sizes(backbone, _BACKBONE_SIZES, source)
+    return backbone

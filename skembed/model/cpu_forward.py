@@ -1,18 +1,15 @@
 """The backbone's forward pass on CPUs: what follows a matrix product is done inside it.
 
-On a CPU the matrix products of a transformer run at the processor's own rate; what costs the rest
-is writing and reading activations between them. Here the activation, the product with the other
-branch and the residual sum are done by oneDNN while the result of the product is still in the
-registers, attention is two batched products over padded groups of texts, and the rotary embedding
-is two passes. That leaves per layer: nine products, two norms, two rotations, one softmax.
+On a CPU much of a transformer's time goes into writing and reading activations between matrix
+products. Here oneDNN applies the activation, the gate or the residual sum while the result of the
+product is still in the registers; attention is two batched products over padded groups of texts.
 
-The weights are those of the stock modules and stay there; up to `MAX_PACKED_BYTES` they are also
-kept in the order of oneDNN's kernels, which otherwise comes about anew at each call. A layer that
-is no plain `nn.Linear` (with LoRA, or quantised) is called as it is and its sums are done behind
-it.
+The weights are those of the stock modules. Models up to `MAX_PACKED_BYTES` also keep them in the
+order of oneDNN's kernels, which each call would otherwise make again. A layer other than a plain
+`nn.Linear` (with LoRA, or quantised) is called as it is.
 
-The fused product is the operator that `torch.compile` writes into its own CPU code. Where torch
-has none, or the processor none for the type, the same steps run one after the other.
+The fused product is the operator that `torch.compile` writes into its own CPU code. Where torch or
+the processor lacks it for a type, the same steps run one after the other.
 """
 
 from __future__ import annotations
@@ -29,25 +26,21 @@ from skembed.model.tokenization import PackedBatch
 
 __all__ = ["MAX_PACKED_BYTES", "can_fuse", "fused_linear", "pack_weights", "run_backbone"]
 
-MAX_PACKED_BYTES = 1 << 28  # the second copy of larger models would be missed elsewhere
+MAX_PACKED_BYTES = 1 << 28  # a second copy of larger models takes too much memory
 _ACTIVATIONS = {"silu": "swish", "gelu": "gelu"}
 _PACKED = "_skembed_packed"  # attribute of a weight
 _FUSED_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _find_operator() -> Any:
-    """Return oneDNN's product with a pointwise step behind it, or None."""
-    if not torch.backends.mkldnn.is_available():
-        return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-
-
-_POINTWISE = _find_operator()
+# oneDNN's product with a pointwise step behind it, where torch has it.
+_POINTWISE: Any = None
+if torch.backends.mkldnn.is_available():
+    _POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 @cache
 def _has_product(dtype: torch.dtype) -> bool:
-    """Tell whether oneDNN's product takes a type on this processor; it is tried once."""
+    """Try once whether oneDNN's product takes a type on this processor."""
     if _POINTWISE is None or dtype not in _FUSED_DTYPES:
         return False
     try:  # bfloat16 is refused by processors without AVX512 or AMX
@@ -60,16 +53,16 @@ def _has_product(dtype: torch.dtype) -> bool:
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether products with this tensor may run without a record for gradients, on a CPU."""
+    """Tell whether products with this tensor run on a CPU and need no gradients."""
     return x.device.type == "cpu" and not torch.is_grad_enabled() and x.dtype in _FUSED_DTYPES
 
 
 def pack_weights(model: nn.Module) -> None:
-    """Keep the matrices of a model in the order of the kernels, beside the layers' own.
+    """Keep a copy of each matrix in the order of oneDNN's kernels, as an attribute of the weight.
 
-    They hang on the weights, go with them, and are passed over once a weight is written to. Those
-    of linear layers are packed, and those that a module names in `fused_weights`; nothing is for
-    models above `MAX_PACKED_BYTES`, on other devices, and where torch lacks the operator.
+    These are the weights of linear layers and those that a module names in `fused_weights`. A copy
+    is ignored once its weight is written to. Nothing is packed in models above `MAX_PACKED_BYTES`,
+    on other devices, and where torch lacks the operator.
     """
     reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
     if reorder is None:
@@ -80,16 +73,16 @@ def pack_weights(model: nn.Module) -> None:
             weights.append(module.weight)
         weights.extend(getattr(module, name) for name in getattr(module, "fused_weights", ()))
     weights = [w for w in weights if w.device.type == "cpu" and _has_product(w.dtype)]
-    weights = [w for w in weights if not w.is_inference()]  # those have no version
+    weights = [w for w in weights if not w.is_inference()]  # inference tensors have no version
     if sum(weight.nbytes for weight in weights) <= MAX_PACKED_BYTES:
         for weight in weights:
             setattr(weight, _PACKED, (weight._version, reorder(weight.detach())))
 
 
 def _read_packed(weight: Tensor) -> Tensor:
-    """Return the packed form of a weight, or itself where there is none of its present values."""
-    kept: tuple[int, Tensor] | None = getattr(weight, _PACKED, None)
-    return kept[1] if kept is not None and kept[0] == weight._version else weight
+    """Return the packed copy of a weight, or the weight where there is no current copy."""
+    version, packed = getattr(weight, _PACKED, (None, weight))
+    return packed if version is not None and version == weight._version else weight
 
 
 def fused_linear(
@@ -101,23 +94,10 @@ def fused_linear(
     times: Tensor | None = None,
     plus: Tensor | None = None,
 ) -> Tensor:
-    """``x W^T + b``, then at most one of: an activation, a product, a sum.
+    """Return ``x W^T + b``, (T, out), after at most one of: an activation, a product, a sum.
 
-    Parameters
-    ----------
-    x : Tensor, shape (T, in)
-        Inputs. On a CPU and without gradients all of it is one operation.
-    weight, bias : Tensor, shapes (out, in) and (out,)
-        The layer.
-    activation : {"silu", "gelu"}, optional
-        Applied to the result.
-    times, plus : Tensor, shape (T, out), optional
-        Multiplied with the result, or added to it.
-
-    Returns
-    -------
-    Tensor, shape (T, out)
-        Of the inputs' type.
+    `activation` is "silu" or "gelu"; `times` and `plus` are (T, out). On a CPU and without
+    gradients all of it is one operation.
     """
     if can_fuse(x) and _has_product(x.dtype):
         weight = _read_packed(weight)
@@ -151,7 +131,7 @@ def _apply(
     times: Tensor | None = None,
     plus: Tensor | None = None,
 ) -> Tensor:
-    """Return a layer of (T, in), fused with the step behind it where it is a plain one."""
+    """Return a layer's result (T, out), fused with the step behind it if the layer is plain."""
     if type(layer) is nn.Linear:
         return fused_linear(
             x, layer.weight, layer.bias, activation=activation, times=times, plus=plus
@@ -160,21 +140,11 @@ def _apply(
 
 
 def run_backbone(backbone: Any, batch: PackedBatch, *, all_layers: bool = False) -> list[Tensor]:
-    """The forward pass of transformers' `MistralModel` over packed texts.
+    """Run transformers' `MistralModel` with SiLU over packed texts.
 
-    Parameters
-    ----------
-    backbone : MistralModel
-        With SiLU as activation; its linear layers may be replaced by others of the same shape.
-    batch : PackedBatch
-        Of T positions. Rows of its filling hold no meaning in the result.
-    all_layers : bool, default=False
-        Return the result of every layer, and not of the last one alone.
-
-    Returns
-    -------
-    list of Tensor, shape (T, D) each
-        The last one is behind the final norm.
+    Its linear layers may be replaced by others of the same shape. Returns the (T, D) result of the
+    last layer, or of every layer, the last one after the final norm. Rows of filling are
+    meaningless.
     """
     hidden = backbone.embed_tokens(batch.input_ids)
     scaling: float = backbone.layers[0].self_attn.scaling
@@ -190,23 +160,18 @@ def run_backbone(backbone: Any, batch: PackedBatch, *, all_layers: bool = False)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
-    """Return RMSNorm of (T, D)."""
-    return normalise_rms(x, norm.weight, _read_eps(norm))[0]
-
-
-def _read_eps(norm: Any) -> float:
-    """Return the epsilon of our norm or of transformers' own."""
+    """Return the RMSNorm, ours or transformers', of (T, D)."""
     eps: float = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-    return eps
+    return normalise_rms(x, norm.weight, eps)[0]
 
 
 def _list_rotation(
     backbone: Any, position_ids: Tensor, scaling: float, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor]]:
-    """Cosine and sine (T, heads * d) of the rotation of queries, scaled, and of keys.
+    """Return cosine and sine (T, heads * d) of the rotation of queries, scaled, and of keys.
 
     The sine of the first half of a head is negative, so that a rotation is ``x cos + swap(x) sin``.
-    Both are repeated for all heads here, once, and not in each layer.
+    Both are repeated for all heads once, not in each layer.
     """
     precise = torch.empty(0, device=position_ids.device)  # float32
     cos, sin = (
@@ -215,15 +180,15 @@ def _list_rotation(
     half = cos.shape[1] // 2
     sin = torch.cat([-sin[:, :half], sin[:, half:]], dim=1)
     config = backbone.config
-    uses = ((config.num_attention_heads, scaling), (config.num_key_value_heads, 1.0))
+    sides = ((config.num_attention_heads, scaling), (config.num_key_value_heads, 1.0))
     return [
         ((cos * factor).to(dtype).repeat(1, heads), (sin * factor).to(dtype).repeat(1, heads))
-        for heads, factor in uses
+        for heads, factor in sides
     ]
 
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor], width: int) -> Tensor:
-    """Rotary embedding of (T, heads * d), d being `width`."""
+    """Return the rotary embedding of (T, heads * d), where d is `width`."""
     cos, sin = rotation
     swapped = x.view(len(x), -1, width).roll(width // 2, dims=-1).view(x.shape)
     return (x * cos).addcmul_(swapped, sin)

@@ -1,8 +1,8 @@
-"""Forward and backward passes of the backbone's small steps, written for CPUs.
+"""Forward and backward passes of the backbone's small steps on CPUs.
 
-Beside the large matrix products, a training step on a CPU spends its time on norms, activations and
-attention on short texts, and its memory on autograd's records of them. Each function here computes
-what the stock module does and keeps only its inputs for the backward pass.
+Besides the large matrix products, a training step on a CPU spends its time on norms, activations
+and attention over short texts, and its memory on what autograd records of them. Each function here
+computes what the stock module does and keeps only its inputs for the backward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 __all__ = [
     "GatedSiluFunction",
     "LONGEST_PRODUCT",
-    "LeanActivation",
+    "LeanMLP",
     "LeanRMSNorm",
     "ProductAttention",
     "RMSNormFunction",
@@ -30,10 +30,9 @@ __all__ = [
 
 
 class LeanRMSNorm(nn.Module):
-    """RMSNorm in two passes over the data, for CPUs, where stock RMSNorm takes six.
+    """RMSNorm in two passes over the data, where the stock one takes six, on the stock weight.
 
-    The mean of squares is taken in float32 as in the stock module; in bfloat16 the scale of a row
-    is rounded once more. Shares the stock module's weight.
+    In bfloat16 the scale of a row is rounded once more than in the stock module.
     """
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
@@ -47,50 +46,18 @@ class LeanRMSNorm(nn.Module):
         return normed
 
 
-class LeanActivation(nn.Module):
-    """The stock MLP's activation, fused with the product with the other branch.
+class LeanMLP(nn.Module):
+    """The stock SiLU MLP on the same three layers; it keeps fewer activations for training."""
 
-    On CPUs writing into newly allocated memory costs more than the arithmetic on it. The stock
-    MLP's own forward stays; it multiplies what this returns.
-    """
-
-    def __init__(self, stock: nn.Module, *, is_silu: bool = False) -> None:
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
         super().__init__()
-        self.stock = stock
-        self.is_silu = is_silu
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
-    def forward(self, gate: Tensor) -> Any:
-        """(..., I) -> a factor to multiply with the other branch, or the plain activation."""
-        if gate.requires_grad:
-            return _GatedFactor(gate) if self.is_silu else self.stock(gate)
-        return _InPlaceFactor(self.stock(gate))
-
-
-class _InPlaceFactor:
-    """A tensor that may be overwritten by its product."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def __mul__(self, other: Tensor) -> Tensor:
-        if other.requires_grad:
-            return self.tensor * other
-        return self.tensor.mul_(other)
-
-    __rmul__ = __mul__
-
-
-class _GatedFactor:
-    """A gate whose product with the other branch keeps its inputs only."""
-
-    def __init__(self, gate: Tensor) -> None:
-        self.gate = gate
-
-    def __mul__(self, other: Tensor) -> Tensor:
-        product: Tensor = GatedSiluFunction.apply(self.gate, other)
-        return product
-
-    __rmul__ = __mul__
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        product = GatedSiluFunction.apply(self.gate_proj(x), self.up_proj(x))  # (..., I)
+        projected: Tensor = self.down_proj(product)
+        return projected
 
 
 # Share of a bucket's length that each of its texts has; the rest is padding. Without gradients
@@ -101,7 +68,7 @@ LONGEST_PRODUCT = 1_024  # tokens; the matrix of scores grows with their square
 
 
 def normalise_rms(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm of (..., D), and the scale of each row (..., 1), at least in float32."""
+    """Return the RMSNorm of (..., D) and the scale of each row, (..., 1), at least float32."""
     precise = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
     scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -109,7 +76,7 @@ def normalise_rms(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """``x / sqrt(mean(x^2) + eps) * w``; the mean in float32 at the least."""
+    """``x / sqrt(mean(x^2) + eps) * w``, the mean at least in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -137,7 +104,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class GatedSiluFunction(torch.autograd.Function):
-    """``silu(gate) * up``, keeping the two and not their product's parts."""
+    """``silu(gate) * up``; keeps its two inputs for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -157,66 +124,46 @@ class GatedSiluFunction(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Neighbouring texts of similar length, padded to one length L.
+    """Neighbouring texts of similar length, padded to one length L."""
 
-    Attributes
-    ----------
-    start, stop : int
-        Their rows in the pack.
-    count, length : int
-        Texts and padded length; `count` may hold a few of nothing, so that sizes repeat.
-    gather : Tensor of int64, shape (count, length)
-        Row, from `start`, that stands at each padded place.
-    kept : Tensor of int64, shape (stop - start,)
-        Padded place of each row.
-    mask : Tensor of bool, shape (count, 1, length - shortest)
-        True where a key from position `shortest` on is padding.
-    shortest : int
-        Tokens that each text has at the least; `length` where nothing is padded.
-    """
-
-    start: int
-    stop: int
-    count: int
-    length: int
-    gather: Tensor
-    kept: Tensor
-    mask: Tensor
-    shortest: int
+    start: int  # first row in the pack
+    stop: int  # behind the last row
+    count: int  # texts, possibly with a few empty ones, so that sizes repeat
+    length: int  # padded length L
+    gather: Tensor  # int64 (count, L): the row, counted from `start`, of each padded position
+    kept: Tensor  # int64 (stop - start,): the padded position of each row
+    mask: Tensor  # bool (count, 1, L - shortest): True where a key from `shortest` on is padding
+    shortest: int  # tokens of the shortest text; L where nothing is padded
 
     @cached_property
     def _rows(self) -> dict[int, tuple[Tensor, Tensor]]:
         return {}
 
     def find_rows(self, heads: int) -> tuple[Tensor, Tensor]:
-        """Where heads come from and go to, when each is a row of its own.
+        """Return the row of (rows * heads, d) at each position of (count, heads, L, d), and back.
 
-        Returns
-        -------
-        padded : Tensor of int64, shape (count * heads * length,)
-            Row of (rows * heads, d) that stands at each place of (count, heads, length, d).
-        packed : Tensor of int64, shape (rows * heads,)
-            The way back.
+        Both are int64, of shapes (count * heads * L,) and (rows * heads,).
         """
         if heads not in self._rows:
             head = torch.arange(heads)
             padded = self.gather[:, None] * heads + head[:, None]  # (count, heads, length)
-            text, place = self.kept // self.length, self.kept % self.length
-            packed = (text[:, None] * heads + head) * self.length + place[:, None]
+            text, position = self.kept // self.length, self.kept % self.length
+            packed = (text[:, None] * heads + head) * self.length + position[:, None]
             self._rows[heads] = padded.reshape(-1), packed.reshape(-1)
         return self._rows[heads]
 
 
 @lru_cache(maxsize=64)
 def plan_buckets(lengths: tuple[int, ...], *, tight: bool = False) -> tuple[_Bucket, ...]:
-    """Buckets of a pack whose texts have these lengths, sorted or not.
+    """Return the buckets of a pack whose texts have these lengths, sorted or not.
 
-    `tight` ones hold less padding and have more different sizes.
+    `tight` buckets hold less padding and come in more sizes.
     """
     share = _SHORTEST_SHARE_TIGHT if tight else _SHORTEST_SHARE
     buckets, first, start = [], 0, 0
     while first < len(lengths):
-        length, step = _round_length(lengths[first])
+        step = 8 if lengths[first] <= 64 else 32  # each new length costs preparation
+        length = -(-lengths[first] // step) * step
         least = min(share * length, length - step + 1)
         last = first + 1
         while last < len(lengths) and least <= lengths[last] <= length:
@@ -246,16 +193,10 @@ def plan_buckets(lengths: tuple[int, ...], *, tight: bool = False) -> tuple[_Buc
     return tuple(buckets)
 
 
-def _round_length(length: int) -> tuple[int, int]:
-    """Up to a multiple of 8, of 32 above 64, and that step: each new size costs preparation."""
-    step = 8 if length <= 64 else 32
-    return -(-length // step) * step, step
-
-
 def _round_count(count: int, *, tight: bool) -> int:
-    """Up to one of four numbers an octave: oneDNN keeps code and memory for each size it meets.
+    """Return the next of four numbers per octave; below 8 any number if `tight`, else a power of 2.
 
-    Below 8 any number if `tight`, else a power of two.
+    oneDNN keeps code and memory for each size that it meets.
     """
     if count < 8:
         return count if tight else 1 << (count - 1).bit_length()
@@ -264,18 +205,10 @@ def _round_count(count: int, *, tight: bool) -> int:
 
 
 def attend_to_buckets(rows: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
-    """Attention inside each text of a pack, without a record for gradients.
+    """Return attention inside each text, (T, H, d), for tensors without gradients.
 
-    Parameters
-    ----------
-    rows : list of Tensor
-        Queries (T, H, d), already scaled, keys and values (T, K, d).
-    lengths : tuple of int
-        Tokens of each text; rows behind the last text come out as zeros.
-
-    Returns
-    -------
-    Tensor, shape (T, H, d)
+    `rows` are scaled queries (T, H, d), keys and values (T, K, d). Rows behind the last text are
+    zeros in the result.
     """
     out = torch.empty_like(rows[0])
     for bucket in plan_buckets(lengths, tight=True):
@@ -291,7 +224,7 @@ def attend_to_buckets(rows: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
 
 
 def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, bucket: _Bucket) -> Tensor:
-    """Attention by torch's fused kernel, which never holds all scores: (n K, G L, d) -> same."""
+    """Return attention, (n K, G L, d), by torch's fused kernel, which never holds all scores."""
     by_head = [x.view(bucket.count, -1, bucket.length, x.shape[2]) for x in (q, k, v)]
     mask = None
     if bucket.shortest < bucket.length:
@@ -305,9 +238,8 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, bucket: _Bucket) -> Tenso
 class ProductAttention(torch.autograd.Function):
     """Attention inside each text of a pack, from plain matrix products.
 
-    The backward pass of torch's fused CPU kernel is slow on short texts in bfloat16. Scores
-    are computed again in the backward pass instead of kept; heads that share keys stand in the rows
-    of one product.
+    The backward pass of torch's fused CPU kernel is slow on short texts in bfloat16. This one
+    recomputes the scores. Heads that share keys are rows of one product.
     """
 
     @staticmethod
@@ -349,7 +281,10 @@ class ProductAttention(torch.autograd.Function):
 def _split(
     rows: list[Tensor], bucket: _Bucket, shared: int = 0, *, zero: bool = False
 ) -> list[Tensor]:
-    """Rows (T, heads, d) of a bucket as (n K, G L, d): G query heads a key head."""
+    """Return the bucket's rows of each (T, heads, d) as (n K, G L, d): G query heads per key head.
+
+    `shared` is K; 0 reads it from the last of `rows`. `zero` clears padded positions.
+    """
     shared = shared or rows[-1].shape[1]
     split = []
     for x in rows:
@@ -357,26 +292,21 @@ def _split(
         padded = x[bucket.start : bucket.stop].flatten(0, 1)
         padded = padded.index_select(0, bucket.find_rows(heads)[0])
         if zero:
+            empty = torch.ones(bucket.count * bucket.length, dtype=torch.bool)
+            empty[bucket.kept] = False
             by_text = padded.view(bucket.count, heads, bucket.length, width)
-            by_text.masked_fill_(_rows_of_nothing(bucket), 0)
+            by_text.masked_fill_(empty.view(bucket.count, 1, bucket.length, 1), 0)
         split.append(padded.view(bucket.count * shared, -1, width))
     return split
 
 
-def _rows_of_nothing(bucket: _Bucket) -> Tensor:
-    """True at padded places, (n, 1, L, 1)."""
-    empty = torch.ones(bucket.count * bucket.length, dtype=torch.bool)
-    empty[bucket.kept] = False
-    return empty.view(bucket.count, 1, bucket.length, 1)
-
-
 def _scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
-    """(n K, G L, d), (n K, L, d) -> (n K, G L, L)."""
+    """Return the scaled scores (n K, G L, L) of (n K, G L, d) and (n K, L, d)."""
     return torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
 
 
 def _probabilities(scores: Tensor, bucket: _Bucket) -> Tensor:
-    """Softmax of the scores (n K, G L, L) in their place, padded keys left out."""
+    """Return the softmax of scores (n K, G L, L), in place, over all but padded keys."""
     if bucket.shortest < bucket.length:
         by_text = scores.view(bucket.count, -1, bucket.length)
         by_text[..., bucket.shortest :].masked_fill_(bucket.mask, float("-inf"))
@@ -384,7 +314,7 @@ def _probabilities(scores: Tensor, bucket: _Bucket) -> Tensor:
 
 
 def _merge_into(out: Tensor, x: Tensor, bucket: _Bucket) -> None:
-    """The inverse of `_split`: (n K, G L, d) -> the bucket's rows of `out` (T, heads, d)."""
+    """Write (n K, G L, d) to the bucket's rows of `out`, (T, heads, d): the inverse of `_split`."""
     heads, width = out.shape[1:]
     target = out[bucket.start : bucket.stop].view(-1, width)
     torch.index_select(x.view(-1, width), 0, bucket.find_rows(heads)[1], out=target)

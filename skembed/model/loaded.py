@@ -24,27 +24,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelKey:
-    """What makes two loaded models the same one.
-
-    `dtype` is that of weights and activations, or that of weights, a plus sign and that of
-    activations: "bfloat16", "int8+bfloat16".
-    """
+    """What makes two loaded models the same one."""
 
     fingerprint: str
     pooling: str
     device: str
-    dtype: str
+    dtype: str  # of weights and activations; "int8+bfloat16" where the two differ
     attention_path: str
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Type of activations."""
-        found: torch.dtype = getattr(torch, self.dtype.rpartition("+")[2])
-        return found
+        dtype: torch.dtype = getattr(torch, self.dtype.rpartition("+")[2])
+        return dtype
 
     @property
     def weight_format(self) -> str | None:
-        """How weights are stored, where it is not the type of activations."""
+        """How weights are stored, or None where it is the type of activations."""
         return self.dtype.rpartition("+")[0] or None
 
 
@@ -60,14 +56,13 @@ class LoadedModel:
     device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
-        """Note where the weights are."""
+        """Set `device` from the key."""
         self.device = torch.device(self.key.device)
 
     @property
     def weight_bytes(self) -> int:
         """Memory of weights and folded matrices, in bytes."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(x.nbytes for x in (*self.model.parameters(), *self.model.buffers()))
 
 
 def load_registered(key: ModelKey, source: ModelSource, config: NVEmbedConfig) -> LoadedModel:
@@ -92,7 +87,7 @@ def load_registered(key: ModelKey, source: ModelSource, config: NVEmbedConfig) -
 
 
 def load_tokenizer(folder: Path, config: NVEmbedConfig) -> TextTokenizer:
-    """The tokenizer of a model folder with the ids that config.json names."""
+    """Return the tokenizer of a model folder with the ids that config.json names."""
     return TextTokenizer.from_folder(
         folder, bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
     )
@@ -104,25 +99,24 @@ _proven: set[tuple[str, str, torch.dtype, str]] = set()
 def prove_bidirectional(model: NVEmbedModel, device: torch.device) -> None:
     """Check once per process that an attention path sees the whole text and nothing else.
 
-    For one text, two of equal length, and texts of different lengths: changing the last token of a
-    text must change its first position, and must not change its neighbour. Raises CausalLeakError
-    for a path that is causal, or mixes texts.
+    Changing the last token of a text must change its first position, and must not change its
+    neighbour. Raises CausalLeakError for a path that is causal or mixes texts.
     """
-    dtype = next(model.embedding_model.parameters()).dtype
+    dtype = model.embedding_model.norm.weight.dtype
     proof = (model.attention_path, device.type, dtype, transformers.__version__)
     if proof in _proven:
         return
     try:
-        for model.fuse in (True, False):  # one pass for use, the other for training
-            _prove_pass(model, device)
+        for fuse in (True, False):  # one pass for use, the other for training
+            model.fuse = fuse
+            _prove_pass(model, device, dtype)
     finally:
         model.fuse = True
     _proven.add(proof)
 
 
-def _prove_pass(model: NVEmbedModel, device: torch.device) -> None:
-    """What `prove_bidirectional` says, for the forward pass that the model is set to."""
-    dtype = next(model.embedding_model.parameters()).dtype
+def _prove_pass(model: NVEmbedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Check the forward pass that the model is set to, as `prove_bidirectional` says."""
     vocabulary = int(model.config.backbone["vocab_size"])
     for lengths in ((6,), (6, 6), (9, 4)):
         texts = [(torch.arange(n) * 7 + 11 * k + 5) % vocabulary for k, n in enumerate(lengths)]
@@ -130,7 +124,7 @@ def _prove_pass(model: NVEmbedModel, device: torch.device) -> None:
         texts[0] = texts[0].clone()
         texts[0][-1] = (texts[0][-1] + 1) % vocabulary
         moved = (_first_positions(model, texts, device) - before).abs().amax(dim=1)
-        noise = 0.02 * before.abs().max()  # of rounding in bfloat16; the neighbour's moves by 0
+        noise = 0.02 * before.abs().max()  # rounding in bfloat16
         if not moved[0] > 0 or (moved[1:] > noise).any():
             fault = "mixes neighbouring texts" if moved[0] > 0 else "is causal"
             raise CausalLeakError(
@@ -143,7 +137,7 @@ def _prove_pass(model: NVEmbedModel, device: torch.device) -> None:
 def _first_positions(
     model: NVEmbedModel, texts: list[torch.Tensor], device: torch.device
 ) -> torch.Tensor:
-    """Last hidden state of each text's first token, float32 (B, D)."""
+    """Return the last hidden state of each text's first token, float32 (B, D)."""
     batch = pack_texts([text.numpy() for text in texts], 0).to(device)
     with torch.inference_mode():
         hidden = model.hidden_states(batch)

@@ -1,11 +1,8 @@
 """Poolings: token vectors of packed texts -> one vector per text.
 
-All poolings take the backbone's last hidden states of the *pooled* tokens only, packed one text
-after the other, because none of them mixes tokens of different texts and NV-Embed's latent layer
-works on each token by itself. Instruction tokens therefore never reach this module.
-
-Attribute names equal the keys of the published NV-Embed checkpoints (prefix
-``latent_attention_model.``), so that loading is a checked copy.
+All poolings take hidden states of the *pooled* tokens only, packed one text after the other:
+NV-Embed's latent layer works on each token by itself, so instruction tokens never reach it.
+Attribute names equal the keys of the published checkpoints.
 
 Sources: NV-Embed, arXiv 2405.17428, section 3.2; multi-layer trainable pooling, arXiv 2409.02727.
 """
@@ -40,7 +37,7 @@ POOLINGS = ("latent", "mean", "eos", "multilayer")
 
 
 def segment_mean(values: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
-    """Mean of packed rows per text, in float32: (P, D), (P,), (B,) -> (B, D)."""
+    """Return the mean of packed rows per text, in float32: (P, D), (P,), (B,) -> (B, D)."""
     total = values.new_zeros(len(counts), values.shape[-1], dtype=torch.float32)
     total.index_add_(0, segments, values.float())
     return total / counts.clamp(min=1).unsqueeze(1)
@@ -61,7 +58,7 @@ class PreNorm(nn.Module):
 
 
 def _blocks(layer: nn.Module) -> tuple[Any, Any]:
-    """The attention and the feed-forward block of a layer (typed Any: torch types modules so)."""
+    """Return the attention and the feed-forward block of a layer."""
     attend, feed_forward = layer.get_submodule("cross_attend_blocks").children()
     return attend, feed_forward
 
@@ -81,7 +78,7 @@ class CrossAttention(nn.Module):
         return x.unflatten(-1, (self.heads, self.dim_head)).transpose(-3, -2)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        """Attention of (..., N, query_dim) over (..., M, context_dim) -> (..., N, query_dim)."""
+        """Attend from (..., N, query_dim) to (..., M, context_dim) -> (..., N, query_dim)."""
         k, v = self.to_kv(context).chunk(2, dim=-1)
         q, k, v = (self.split_heads(x) for x in (self.to_q(queries), k, v))
         attended = (q @ k.transpose(-1, -2) * self.dim_head**-0.5).softmax(-1) @ v
@@ -93,23 +90,19 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, dim: int, mult: int) -> None:
         super().__init__()
-        # The activation stands between them in the checkpoint's numbering: 0, (1), 2.
+        # "1" is the activation in the checkpoint's numbering.
         self.net = nn.ModuleDict(
             {"0": nn.Linear(dim, 2 * mult * dim), "2": nn.Linear(mult * dim, dim)}
         )
 
-    def activate(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., mult * D), before the last projection."""
-        value, gate = self.net["0"](x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.net["2"](self.activate(x))
+        value, gate = self.net["0"](x).chunk(2, dim=-1)
+        return self.net["2"](value * F.gelu(gate))
 
 
 class LatentAttention(nn.Module):
-    """NV-Embed's latent-attention layer in its published form, used for training.
+    """NV-Embed's latent-attention layer (arXiv 2405.17428, section 3.2) in its published form.
 
     Tokens are the queries; ``num_latents`` trained vectors are keys and values. With
     ``H`` the token vectors and ``Z`` the latents::
@@ -119,24 +112,7 @@ class LatentAttention(nn.Module):
         H2 = H1 + GEGLU(LN_ff(H1))
         e  = mean of H2 over the pooled tokens of a text        (float32)
 
-    Parameters
-    ----------
-    hidden_dim : int
-        Width D of the token vectors.
-    latent_dim : int
-        Width of the latents.
-    num_latents : int
-        Number r of latents.
-    num_heads : int
-        Number of attention heads.
-    dim_head : int
-        Width d_h of one head; NV-Embed takes the full hidden width.
-    ff_mult : int
-        Widening of the gated feed-forward block; 4 in NV-Embed.
-
-    References
-    ----------
-    arXiv 2405.17428, section 3.2, and the released reference implementation.
+    In NV-Embed a head is as wide (``dim_head``) as the token vectors.
     """
 
     def __init__(
@@ -158,7 +134,7 @@ class LatentAttention(nn.Module):
         )
 
     def transform_tokens(self, hidden_states: Tensor) -> Tensor:
-        """Token vectors after the layer: (P, D) -> (P, D)."""
+        """Return the token vectors after the layer: (P, D) -> (P, D)."""
         attend, feed_forward = _blocks(self)
         context = attend.norm_context(self.latents)
         hidden_states = attend.fn(attend.norm(hidden_states), context) + hidden_states
@@ -179,8 +155,8 @@ class LatentAttention(nn.Module):
 class FoldedLatentAttention(nn.Module):
     r"""Inference form of `LatentAttention`: the same function with far fewer multiplications.
 
-    Keys and values come from the latents alone, so all that follows them is constant. For head i,
-    with rows written as vectors, ``x`` the normalised token without the affine part of LN_q
+    Keys and values depend on the latents alone, so they fold into the matrices around them. For
+    head i, with rows as vectors, ``x`` the normalised token without the affine part of LN_q
     (weight ``w``, bias ``b``), ``W_q,i`` of shape (d_h, D) and ``k_i``, ``v_i`` of shape (r, d_h)::
 
         scores_i = ((x * w + b) W_q,i^T) k_i^T / sqrt(d_h)
@@ -191,14 +167,11 @@ class FoldedLatentAttention(nn.Module):
 
     so a token costs ``2 H r D`` multiplications instead of ``2 H d_h (D + r)``. For 512 latents
     and 8 heads of 4,096 that is 33.6 million against 302 million, and A and U hold 33.6 million
-    weights where W_q, W_kv and W_out hold 537 million (1 GB less in bfloat16).
-    The affine part of LN_ff goes into the first feed-forward matrix in the same way. The last
-    matrix is linear, so it moves behind the mean over tokens, where it meets one vector a text::
+    weights where W_q, W_kv and W_out hold 537 million.
+    The affine part of LN_ff folds into the first feed-forward matrix in the same way. The last
+    matrix moves behind the mean over tokens, where it meets one vector per text::
 
         mean_t (W_2 g_t + b_2) = W_2 (mean_t g_t) + b_2
-
-    Equality with the published form is exact algebra; floating-point differences are tested
-    to 1e-5 in float32.
     """
 
     keys: Tensor  # (H * r, D)
@@ -255,7 +228,7 @@ class FoldedLatentAttention(nn.Module):
 
 
 def _fold_attention(layer: LatentAttention) -> tuple[Tensor, Tensor, Tensor]:
-    """A (H * r, D), c (H * r,), U (H * r, D) of the docstring above, head by head in float32."""
+    """Return A (H * r, D), c (H * r,) and U (H * r, D) of `FoldedLatentAttention`, in float32."""
     attend, _ = _blocks(layer)
     attention: CrossAttention = attend.fn
     width = attention.dim_head
@@ -283,7 +256,7 @@ def _fold_attention(layer: LatentAttention) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class MeanPooling(nn.Module):
-    """Mean over the pooled tokens; no parameters."""
+    """Mean over the pooled tokens."""
 
     def forward(self, hidden_states: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
         """Packed pooled tokens (P, D), their text (P,), tokens per text (B,) -> (B, D) float32."""
@@ -291,7 +264,7 @@ class MeanPooling(nn.Module):
 
 
 class EosPooling(nn.Module):
-    """The last token of each text (end-of-sequence, or the last kept token when truncated)."""
+    """Last token of each text: end-of-sequence, or the last one before the cut."""
 
     def forward(self, hidden_states: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
         """Packed pooled tokens (P, D), their text (P,), tokens per text (B,) -> (B, D) float32."""
@@ -302,21 +275,14 @@ class EosPooling(nn.Module):
 class MultiLayerPooling(nn.Module):
     """Trainable pooling over the layers of the backbone (arXiv 2409.02727).
 
-    Each layer is first averaged over the pooled tokens, which gives S of shape (B, layers, D).
-    A trained matrix W of one row a layer is added; then the latents are the queries and the layers
-    the keys and values (the opposite of NV-Embed)::
+    Each layer is averaged over the pooled tokens, which gives S of shape (B, layers, D). A trained
+    matrix W of one row per layer is added. Then the latents are the queries and the layers the keys
+    and values, the opposite of NV-Embed::
 
         X = softmax(LN(Z) W_q ([k | v] = LN(S + W) W_kv)_k^T / sqrt(d_h)) v W_out + Z
         X = GEGLU(LN(X)) + X;   e = mean of X over the latents
 
-    Parameters
-    ----------
-    hidden_dim : int
-        Width D of the token vectors and of the latents.
-    num_layers : int
-        Number of backbone layers.
-    num_latents, num_heads, dim_head, ff_mult : int
-        Sizes; 768, 32, 2,048 and 4 in the paper's code.
+    The paper's code has 768 latents and 32 heads of 2,048.
     """
 
     def __init__(
@@ -339,7 +305,7 @@ class MultiLayerPooling(nn.Module):
         )
 
     def forward(self, layers: Sequence[Tensor], segments: Tensor, counts: Tensor) -> Tensor:
-        """One (P, D) tensor a layer, text of each token (P,), counts (B,) -> (B, D) float32."""
+        """One (P, D) tensor per layer, text of each token (P,), counts (B,) -> (B, D) float32."""
         attend, feed_forward = _blocks(self)
         means = [segment_mean(layer, segments, counts) for layer in layers]
         states = torch.stack(means, dim=1).to(self.latents.dtype)  # (B, layers, D)

@@ -1,18 +1,18 @@
-"""Layers whose weights take one byte, or half of one, and are read at each use.
+"""Layers whose weights take one byte or half of one.
 
-Only weights are quantised. They become numbers of the layer's type again right before the product,
-which then runs as always: activations lose nothing, and a text's vector does not depend on the
-texts beside it. Memory falls to a half or a quarter of bfloat16's; speed does not rise.
+Only weights are quantised; they are converted back right before the product. So activations lose
+nothing, and a text's vector does not depend on the texts beside it. Memory falls to a half or a
+quarter of bfloat16's; speed does not rise.
 
 ========= ============== ======================================================================
-format    bytes a weight a weight read back
+format    bytes a weight a weight converted back
 ========= ============== ======================================================================
 int8      1              integer times the scale of its row (its output); any device
 nf4       0.52           one of 16 quantiles of a normal distribution times the scale of its block
                          of 64 (QLoRA, arXiv 2305.14314); bitsandbytes, CUDA or CPU
 ========= ============== ======================================================================
 
-Word vectors are int8 in both formats: only the rows that are looked up are read back.
+Word vectors are int8 in both formats: only the rows that are looked up are converted.
 """
 
 from __future__ import annotations
@@ -45,23 +45,14 @@ class QuantizedLinear(nn.Module):
     """``x W^T`` with a weight that is stored smaller than it is computed with.
 
     It never changes, so that the views of several adapters share the layer itself.
-
-    Attributes
-    ----------
-    in_features, out_features : int
-        As of `torch.nn.Linear`.
-    dtype : torch.dtype
-        Type of the weight as it is read, and of activations.
-    bias : None
-        Mistral's layers have none.
     """
 
-    bias: None = None
+    bias: None = None  # Mistral's layers have none
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.out_features, self.in_features = shape
-        self.dtype = dtype
+        self.out_features, self.in_features = weight.shape
+        self.dtype = dtype  # of the weight as it is used, and of activations
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedLinear:
         """Return the layer itself."""
@@ -80,8 +71,11 @@ class QuantizedLinear(nn.Module):
 class Int8Linear(QuantizedLinear):
     """A weight as int8 with a scale for each output."""
 
+    codes: Tensor  # int8 (out, in)
+    scales: Tensor  # (out, 1)
+
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        super().__init__((weight.shape[0], weight.shape[1]), dtype)
+        super().__init__(weight, dtype)
         codes, scales = quantize_rows(weight)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales.to(dtype))
@@ -89,13 +83,14 @@ class Int8Linear(QuantizedLinear):
     @property
     def weight(self) -> Tensor:
         """The weight as a new tensor, (out, in)."""
-        codes: Any = self.codes
-        read: Tensor = codes * self.scales  # of the scales' type, in one pass
-        return read
+        return self.codes * self.scales  # of the scales' type, in one pass
 
 
 class Int8Embedding(nn.Module):
     """Word vectors as int8 with a scale for each of them."""
+
+    codes: Tensor  # int8 (vocabulary, D)
+    scales: Tensor  # (vocabulary, 1)
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
@@ -106,37 +101,34 @@ class Int8Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., D)."""
-        codes: Any = self.codes
-        scales: Any = self.scales
-        found: Tensor = codes[ids] * scales[ids]
-        return found
+        return self.codes[ids] * self.scales[ids]
 
 
 class Nf4Linear(QuantizedLinear):
     """A weight as NF4, the scales of its blocks quantised once more, by bitsandbytes."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        super().__init__((weight.shape[0], weight.shape[1]), dtype)
+        super().__init__(weight, dtype)
         self._functional = _import_bitsandbytes()
         packed, state = self._functional.quantize_4bit(
             weight.to(dtype), blocksize=_BLOCK, compress_statistics=True, quant_type="nf4"
         )
         self.register_buffer("packed", packed)
-        self.register_buffer("scales", state.absmax)  # counted as memory; read through the state
+        self.register_buffer("scales", state.absmax)  # counts as memory; used through the state
         self._state = state
 
     @property
     def weight(self) -> Tensor:
         """The weight as a new tensor, (out, in)."""
-        read: Tensor = self._functional.dequantize_4bit(self.packed, self._state)
-        return read
+        weight: Tensor = self._functional.dequantize_4bit(self.packed, self._state)
+        return weight
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes, int8 (out, in), and the scale of each row, float32 (out, 1).
 
-    The scale is the row's largest magnitude over 127, rounded up to a number of bfloat16, so that
-    every type reads the same scale, and a row has no error that all its weights share.
+    The scale is the row's largest magnitude over 127, rounded up to a bfloat16 number: the same in
+    every type.
     """
     weight = weight.float()
     scales = weight.abs().amax(dim=1, keepdim=True) / _MAX_INT8
@@ -146,13 +138,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make_quantizer(weight_format: str) -> Callable[[nn.Module, Tensor, torch.dtype], Any]:
-    """Return what turns a layer and its weight into a quantised layer, or None for other layers.
-
-    Raises
-    ------
-    ImportError
-        When the format needs bitsandbytes and it is not installed.
-    """
+    """Return a function that quantises a layer with its weight; other layers give None."""
     linear: type[QuantizedLinear] = {"int8": Int8Linear, "nf4": Nf4Linear}[weight_format]
     if linear is Nf4Linear:
         _import_bitsandbytes()
@@ -168,5 +154,5 @@ def make_quantizer(weight_format: str) -> Callable[[nn.Module, Tensor, torch.dty
 
 
 def _import_bitsandbytes() -> Any:
-    """The functions of bitsandbytes."""
+    """Return bitsandbytes' functions; raise ImportError where it is not installed."""
     return import_optional("bitsandbytes", extra="quantize", purpose="dtype='nf4'").functional

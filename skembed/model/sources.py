@@ -1,7 +1,7 @@
 """A model's name -> its folder, configuration and fingerprint.
 
-A name is that of a bundled model, a local folder or a hub id. Only safetensors, JSON and tokenizer
-files are read or downloaded; no code, no pickles.
+A name is that of a bundled model, a local folder or a hub id. Only safetensors and JSON files are
+read or downloaded: no code, no pickles.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-
 BUNDLED_MODELS = ("skembed-mini",)
 # The revisions whose embeddings NV-Embed's authors and mteb report.
 PINNED_REVISIONS = {
@@ -69,53 +68,26 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 POOLING_FILE = "pooling.safetensors"  # beside an adapter that trained the pooling layer
 INDEX_FILE = "model.safetensors.index.json"
 WHOLE_HASH_BYTES = 256 * 1024**2
-CONTENT_DIGITS = 16  # of a fingerprint: those that copies of a model have in common
+CONTENT_DIGITS = 16  # of a fingerprint: equal for all copies of a model
 _unpacked: dict[str, tempfile.TemporaryDirectory[str]] = {}
 _unpacking = threading.Lock()
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model folder on this machine, and what it was asked for by.
+    """A model folder on this machine."""
 
-    Attributes
-    ----------
-    name : str
-        The `model` parameter that led here.
-    folder : Path
-        Where the files are.
-    revision : str or None
-        Commit of the hub repository; None for local folders.
-    adapter_folder : Path or None
-        Where an adapter is, when that is what was asked for; `folder` is then its base model's.
-    """
-
-    name: str
+    name: str  # the `model` parameter that led here
     folder: Path
-    revision: str | None = None
-    adapter_folder: Path | None = None
+    revision: str | None = None  # commit of the hub repository
+    adapter_folder: Path | None = None  # of an adapter; `folder` is then its base model's
 
 
 def resolve_source(model: str | os.PathLike[str], revision: str | None = None) -> ModelSource:
     """Find the folder of a bundled model, a local folder or a hub id, downloading if need be.
 
-    Parameters
-    ----------
-    model : str or path
-        ``"skembed-mini"``, a folder, or a hub id such as ``"nvidia/NV-Embed-v2"``.
-    revision : str, optional
-        Branch, tag or commit of a hub id. None takes the pinned commit of a known model, and the
-        main branch of any other, whose commit is then recorded.
-
-    Returns
-    -------
-    ModelSource
-        With the commit that was resolved.
-
-    Raises
-    ------
-    ModelNotFoundError
-        When there is no such folder, or the hub cannot give it.
+    Without a revision, a known model gets its pinned commit and any other the main branch's, which
+    is recorded. Raises ModelNotFoundError.
     """
     name = os.fspath(model)
     if name in BUNDLED_MODELS:
@@ -136,7 +108,7 @@ def resolve_source(model: str | os.PathLike[str], revision: str | None = None) -
 
 
 def _resolve_adapter(name: str, folder: Path) -> ModelSource:
-    """An adapter's folder and the base model it names; a folder may hold both."""
+    """Return an adapter's folder and its base model's, which may be the same."""
     if (folder / CONFIG_FILE).is_file():
         return ModelSource(name, folder, adapter_folder=folder)
     values = read_json(folder / ADAPTER_CONFIG_FILE)
@@ -151,7 +123,7 @@ def _resolve_adapter(name: str, folder: Path) -> ModelSource:
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
             f"The adapter in {folder} was trained on {base!r}, which is not to be found. Put that "
-            f"model there, or write its place into base_model_name_or_path of "
+            f"model there, or write its path into base_model_name_or_path of "
             f"{ADAPTER_CONFIG_FILE}. {error}"
         ) from error
     if source.adapter_folder is not None:
@@ -163,13 +135,7 @@ def _resolve_adapter(name: str, folder: Path) -> ModelSource:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises
-    ------
-    CheckpointError
-        When the file is missing, unreadable or something else.
-    """
+    """Return a JSON object; raise CheckpointError if the file is missing or anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -184,13 +150,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _looks_like_hub_id(name: str) -> bool:
-    """True for ``owner/name`` that no path would be written as."""
+    """Tell whether a name is ``owner/name`` and not written like a path."""
     parts = name.split("/")
     return len(parts) == 2 and all(p and p[0] not in ".~" and "\\" not in p for p in parts)
 
 
 def _download(name: str, revision: str | None) -> ModelSource:
-    """Snapshot of a hub repository: safetensors, JSON and tokenizer files only."""
+    """Download safetensors and JSON files of a hub repository, or find them in its cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -199,26 +165,26 @@ def _download(name: str, revision: str | None) -> ModelSource:
         RevisionNotFoundError,
     )
 
-    wanted = f"{name!r} at revision {revision or 'main'!r}"
-    # The base classes name the errors of the HTTP library below (proxies, broken transfers), which
-    # is another one in every few releases of the hub's.
+    repository = f"{name!r} at revision {revision or 'main'!r}"
+    # The base classes are errors of the HTTP library below (proxies, broken transfers), which
+    # changes between releases of huggingface_hub.
     bases = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
     transfer_errors: tuple[type[Exception], ...] = (OSError, ValueError, *bases)
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED_FILES))
     except GatedRepoError as error:
         raise ModelNotFoundError(
-            f"The hub model {wanted} asks for consent to its licence. Accept it on the model's "
+            f"The hub model {repository} asks for consent to its licence. Accept it on the model's "
             "page, then log in with `hf auth login`."
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ModelNotFoundError(
-            f"The hub has no model {wanted}, or it is private. Check the spelling and the "
+            f"The hub has no model {repository}, or it is private. Check the spelling and the "
             "`revision` parameter, or pass a local folder."
         ) from error
     except transfer_errors as error:
         raise ModelNotFoundError(
-            f"There is no folder {name!r} here, and the hub model {wanted} is neither in the "
+            f"There is no folder {name!r} here, and the hub model {repository} is neither in the "
             "local hub cache nor could it be downloaded (offline?). Download it on a connected "
             "machine with `hf download`, copy the folder, and pass its path as `model`; or use "
             "the bundled 'skembed-mini'."
@@ -228,16 +194,12 @@ def _download(name: str, revision: str | None) -> ModelSource:
 
 
 def read_config(source: ModelSource, pooling: str | None = None) -> NVEmbedConfig:
-    """The configuration of a model folder, with another pooling if asked.
+    """Return the configuration of a model folder, with another pooling if asked.
 
-    Raises
-    ------
-    CheckpointError
-        When config.json is missing, unreadable or of another kind of model.
+    Raises CheckpointError where config.json is unreadable or of another kind of model.
     """
     path = source.folder / CONFIG_FILE
-    values = read_json(path)
-    config = NVEmbedConfig.from_dict(values, str(source.folder))
+    config = NVEmbedConfig.from_dict(read_json(path), str(source.folder))
     if config.pooling not in POOLINGS:
         raise CheckpointError(
             f"The pooling in {path} must be one of {list(POOLINGS)}; got {config.pooling!r}."
@@ -248,19 +210,18 @@ def read_config(source: ModelSource, pooling: str | None = None) -> NVEmbedConfi
 
 
 def shorten(items: Sequence[str], limit: int = 5) -> str:
-    """The first few of many names."""
+    """Return the first few of many names, joined."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
 
 
 def find_weight_files(folder: Path) -> list[Path]:
-    """The shards of the index file, or the single file."""
+    """Return the shards of the index file, or the single file."""
     index = folder / INDEX_FILE
     if index.is_file():
         try:
-            shards = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted(set(weight_map.values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index: {error}.") from error
         absent = [name for name in shards if not (folder / name).is_file()]
@@ -285,17 +246,12 @@ def find_weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint_weights(source: ModelSource) -> str:
-    """Hash of what the folder's vectors depend on: weights, configuration, tokenizer.
+    """Return a hash, 32 hexadecimal digits, of weights, configuration and tokenizer.
 
-    Files up to 256 MiB are hashed whole. Of larger ones the header, the first 4 KiB of each of
-    4,096 evenly spaced places, the size and the time of the last change are: reading 16 GB to look
-    up one vector would cost more than the vector.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits. The first 16 are a hash of the content alone (of the samples, in a
-        large file): equal for copies on two machines. The others depend on the times as well.
+    Of files above 256 MiB only 4,096 evenly spaced samples of 4 KiB, the size and the time of the
+    last change are hashed: reading 16 GB to look up one vector would cost more than the vector.
+    The first 16 digits depend on the content (or samples) alone, and are equal for copies on two
+    machines; the others depend on the times as well.
     """
     content = hashlib.blake2b(digest_size=CONTENT_DIGITS // 2)
     state = hashlib.blake2b(digest_size=CONTENT_DIGITS // 2)
@@ -322,7 +278,7 @@ def _hash_file(path: Path, digest: hashlib.blake2b) -> None:
 
 @lru_cache(maxsize=256)
 def _content_hash(path: str, state: tuple[int, int, int, int]) -> bytes:
-    """Hash of a file in the state given (size, change times, inode), remembered."""
+    """Return the hash of a file in this state (size, change times, inode), remembered."""
     size = state[0]
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
@@ -330,14 +286,14 @@ def _content_hash(path: str, state: tuple[int, int, int, int]) -> bytes:
             while block := file.read(1 << 20):
                 digest.update(block)
         else:
-            for place in range(0, size, size // 4_096):
-                file.seek(place)
+            for position in range(0, size, size // 4_096):
+                file.seek(position)
                 digest.update(file.read(4_096))
     return digest.digest()
 
 
 def pack_folder(source: ModelSource) -> dict[str, bytes]:
-    """Content of all files that make a model, its adapter's too, to travel in a pickle."""
+    """Return name and content of all files of a model and its adapter, for a pickle."""
     names = [CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES]
     paths = [source.folder / name for name in names]
     if source.adapter_folder is not None:
@@ -348,7 +304,7 @@ def pack_folder(source: ModelSource) -> dict[str, bytes]:
 
 
 def unpack_folder(files: Mapping[str, bytes]) -> Path:
-    """A temporary folder with these files, one per content and process, gone at its end."""
+    """Return a temporary folder with these files, one per content; the process's end deletes it."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(files):
         digest.update(name.encode() + hashlib.blake2b(files[name]).digest())

@@ -1,19 +1,15 @@
 """Texts -> token ids -> packed batches, and which positions are pooled.
 
-The rules are NV-Embed's (arXiv 2405.17428, and the behaviour of the released reference):
-
-- the end-of-sequence string is appended to every text before tokenisation, so that a text which is
-  cut at `max_length` loses it;
-- the tokenizer puts the begin-of-sequence token in front;
-- with an instruction, the begin-of-sequence token and the instruction take part in attention but
-  not in the pool.
+The rules are NV-Embed's (arXiv 2405.17428, and the released reference). The end-of-sequence string
+is appended before tokenisation, so that a text cut at `max_length` loses it. With an instruction,
+the begin-of-sequence token and the instruction take part in attention but not in the pool.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,45 +34,26 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Token ids of several texts, one text after the other.
+    """Token ids of several texts, one text after the other."""
 
-    Attributes
-    ----------
-    input_ids, position_ids : Tensor of int64, shape (T,)
-    lengths : tuple of int, length B
-        Tokens of each text; equal lengths side by side make the grouped path fast. One more,
-        of padding, may follow.
-    n_texts : int
-        Texts, padding not counted.
-    cu_seqlens : Tensor of int32, shape (B + 1,)
-        Where each text begins; the last entry is T.
-    pool_index : Tensor of int64, shape (P,)
-        Positions in the pack that are pooled.
-    pool_segments : Tensor of int64, shape (P,)
-        The text each pooled position belongs to, ascending.
-    pool_counts : Tensor of float32, shape (B,)
-        Pooled tokens of each text, at least 1; rows of nothing may follow.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    lengths: tuple[int, ...]
-    n_texts: int
-    cu_seqlens: Tensor
-    pool_index: Tensor
-    pool_segments: Tensor
-    pool_counts: Tensor
+    input_ids: Tensor  # int64 (T,)
+    position_ids: Tensor  # int64 (T,)
+    lengths: tuple[int, ...]  # tokens of each text; equal neighbours make the grouped path fast
+    n_texts: int  # a text of padding may follow them in `lengths`, empty ones in `pool_counts`
+    cu_seqlens: Tensor  # int32 (B + 1,): where each text begins, and T
+    pool_index: Tensor  # int64 (P,): positions that are pooled
+    pool_segments: Tensor  # int64 (P,): the text of each pooled position, ascending
+    pool_counts: Tensor  # float32 (B,): pooled tokens of each text, at least 1
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The batch on another device; to CUDA through pinned memory, without waiting."""
+        """Return the batch on another device; to CUDA through pinned memory, without waiting."""
         pin = device.type == "cuda"
-        moved = {}
-        for name in self.__dataclass_fields__:
-            if name not in ("lengths", "n_texts"):
-                tensor: Tensor = getattr(self, name)
-                tensor = tensor.pin_memory() if pin else tensor
-                moved[name] = tensor.to(device, non_blocking=pin)
-        return PackedBatch(lengths=self.lengths, n_texts=self.n_texts, **moved)
+        moved: dict[str, Any] = {
+            name: (x.pin_memory() if pin else x).to(device, non_blocking=pin)
+            for name, x in vars(self).items()
+            if isinstance(x, Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -85,22 +62,16 @@ class EncodedTexts:
 
     ids: list[np.ndarray]  # int32, at most `max_length` each
     lengths: np.ndarray  # int64 (n,)
-    pool_start: int  # first pooled position of every text: 0, or behind the instruction
+    pool_start: int  # first pooled position of every text: 0, or the first after the instruction
     n_truncated: int  # texts that were longer than `max_length`
 
 
 class TextTokenizer:
-    """A checkpoint's tokenizer.json with NV-Embed's rules around it; safe under threads.
+    """A checkpoint's tokenizer.json with NV-Embed's rules around it; thread-safe.
 
     The `tokenizers` library reads the file itself: no tokenizer class is looked up by name, so
-    nothing in the folder can ask for custom code.
-
-    Parameters
-    ----------
-    tokenizer : tokenizers.Tokenizer
-        The tokenizer; its own padding and truncation are switched off.
-    bos_token_id, eos_token_id : int
-        Ids of the begin- and end-of-sequence tokens.
+    nothing in the folder can ask for custom code. The tokenizer's own padding and truncation are
+    switched off.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, bos_token_id: int, eos_token_id: int) -> None:
@@ -118,7 +89,7 @@ class TextTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, *, bos_token_id: int, eos_token_id: int) -> TextTokenizer:
-        """Read ``tokenizer.json`` of a model folder; CheckpointError where that is unreadable."""
+        """Read the ``tokenizer.json`` of a model folder; raise CheckpointError if unreadable."""
         path = find_tokenizer_file(folder)
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -127,12 +98,11 @@ class TextTokenizer:
         return cls(tokenizer, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
 
     def count_prefix(self, prefix: str) -> int:
-        """Positions that an instruction prefix keeps out of the pool, begin token included.
+        """Return how many positions an instruction keeps out of the pool, begin token included.
 
         The reference counts the tokens of the prefix alone, without a begin token. Its template
-        ends with a space, which alone is a token and in front of a word is not: that token too
-        many makes up for the begin token. A prefix without the space lacks it, so one is added,
-        and so for a tokenizer that makes no token of a space at the end.
+        ends with a space, which is a token at the end but not before a word; that extra token makes
+        up for the begin token. Where a prefix has no such token, one is added.
         """
         if not prefix:
             return 0
@@ -145,9 +115,9 @@ class TextTokenizer:
     def encode(
         self, texts: Sequence[str], *, prefix: str, max_length: int, mask_prefix: bool = True
     ) -> EncodedTexts:
-        """Token ids of ``prefix + text + end``, cut at `max_length`.
+        """Return the token ids of ``prefix + text + end``, cut at `max_length`.
 
-        Raises ValueError where the instruction alone fills that.
+        Raises ValueError where the instruction alone fills `max_length`.
         """
         pool_start = self.count_prefix(prefix)
         if pool_start >= max_length:
@@ -169,7 +139,7 @@ class TextTokenizer:
 
 
 def find_tokenizer_file(folder: Path) -> Path:
-    """The ``tokenizer.json`` of a model folder; CheckpointError where there is none."""
+    """Return the path of a model folder's ``tokenizer.json``; raise CheckpointError if missing."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(
@@ -182,14 +152,11 @@ def find_tokenizer_file(folder: Path) -> Path:
 def pack_texts(
     ids: Sequence[np.ndarray], pool_start: int, *, on_grid: bool = False, coarse: bool = False
 ) -> PackedBatch:
-    """Texts one after the other, with everything the model needs to know of their borders.
+    """Return a batch, on the CPU, of texts that are each longer than `pool_start`.
 
-    Each text must be longer than `pool_start`, its first pooled position. The batch is on the CPU;
-    the model's first ``len(ids)`` rows are the texts'.
-
-    `on_grid` fills up to one of few sizes, with a text of padding at the end and rows of nothing in
-    the result: on CPUs each new size of a product in oneDNN costs up to milliseconds of preparation
-    and memory that stays. `coarse` takes one of fewer sizes yet, for a batch among many.
+    `on_grid` pads to one of few sizes, with a text of padding at the end and empty rows in the
+    result, because oneDNN spends up to milliseconds and lasting memory on each new size of a
+    product. `coarse` takes even fewer sizes, for a batch among many.
     """
     lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
     tokens = np.concatenate(ids).astype(np.int64)
@@ -199,19 +166,19 @@ def pack_texts(
         tokens = np.concatenate([tokens, np.zeros(filling, np.int64)])
         lengths = np.append(lengths, filling) if filling else lengths
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    position = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
-    pooled = np.flatnonzero(position[: starts[len(ids)]] >= pool_start)
+    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    pooled = np.flatnonzero(positions[: starts[len(ids)]] >= pool_start)
     segments = np.repeat(np.arange(len(ids)), pool_counts)
     if on_grid:
         filling = round_up(len(pooled), coarse=coarse) - len(pooled)
         pooled = np.concatenate([pooled, np.zeros(filling, np.int64)])
         segments = np.concatenate([segments, np.full(filling, len(ids))])
         pool_counts = np.append(pool_counts, filling)
-        n_rows = round_up(len(pool_counts), coarse=True)  # one small product a batch sees them
+        n_rows = round_up(len(pool_counts), coarse=True)  # few sizes: one small product uses them
         pool_counts = np.pad(pool_counts, (0, n_rows - len(pool_counts)))
     return PackedBatch(
         input_ids=torch.from_numpy(tokens),
-        position_ids=torch.from_numpy(position),
+        position_ids=torch.from_numpy(positions),
         lengths=tuple(lengths.tolist()),
         n_texts=len(ids),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
@@ -222,7 +189,7 @@ def pack_texts(
 
 
 def round_up(size: int, *, coarse: bool = False) -> int:
-    """The next size of the grid: steps of 16 up to 256, of 64 above; coarse, powers of two."""
+    """Return the next size of the grid: steps of 16 up to 256, then of 64; coarse: powers of 2."""
     if coarse:
         return max(16, 1 << (size - 1).bit_length())
     step = 16 if size <= 256 else 64
@@ -232,11 +199,11 @@ def round_up(size: int, *, coarse: bool = False) -> int:
 def iterate_batches(
     lengths: np.ndarray, batch_tokens: int, *, shortest: float = 0.0
 ) -> Iterator[np.ndarray]:
-    """Positions of texts, longest first, in batches of at most `batch_tokens` tokens.
+    """Yield positions of texts, longest first, in batches of at most `batch_tokens` tokens.
 
-    Longest first, so that a batch too large for the memory shows at once and the time left is
-    never underestimated. A text above the budget forms a batch by itself. `shortest` is the least
-    length in a batch as a share of its longest; it bounds what padding can cost.
+    Longest first, so that a batch too large for the memory fails at once and the time left is
+    never underestimated. A text above the budget forms its own batch. `shortest` is the least
+    length in a batch as a share of its longest; it bounds the cost of padding.
     """
     order = np.argsort(-lengths, kind="stable")
     falling = -lengths[order]
