@@ -87,8 +87,8 @@ _LOCKED_ERRNOS = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 def hold_lock(path: Path, *, subject: str) -> Iterator[None]:
     """Hold the lock file `path`, or raise BlockingIOError if another process holds it.
 
-    `subject` begins the sentence of the error. The file goes when the block ends; a process that
-    was killed holds no lock. A warning says where the file system has no locks.
+    `subject` begins the sentence of the error. The file is deleted when the block ends; a
+    process that was killed holds no lock. Warns if the file system has no locks.
     """
     file = _open_locked(path, subject=subject)
     try:

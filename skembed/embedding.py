@@ -111,7 +111,7 @@ def _find_call(vectorizer: Any, side: str | None) -> Callable[[_Texts], Any] | N
 
 def _describe_vectorizer(vectorizer: Any, *, subject: str, others: str = "") -> TypeError:
     """Return the error for what cannot embed; `others` says what else is allowed."""
-    got = (
+    actual = (
         f"the class {vectorizer.__name__}, not an instance"
         if isinstance(vectorizer, type)
         else f"an object of type {type(vectorizer).__name__}"
@@ -119,7 +119,7 @@ def _describe_vectorizer(vectorizer: Any, *, subject: str, others: str = "") -> 
     return TypeError(
         f"{subject} must be {others}an object with `transform`, such as NVEmbedVectorizer(), an "
         "object with `encode`, or with `encode_query` and `encode_document`, such as a "
-        f"SentenceTransformer, or a callable; got {got}."
+        f"SentenceTransformer, or a callable; got {actual}."
     )
 
 

@@ -86,7 +86,7 @@ def normalize_rows(vectors: npt.ArrayLike) -> Vectors:
 def paired_dot(left: npt.ArrayLike, right: npt.ArrayLike) -> Vectors:
     """Return the dot product of each row of `left` with the same row of `right`, float32, (n,).
 
-    Raises TypeError for what holds no numbers, ValueError where the shapes differ.
+    Raises TypeError for anything but numbers, ValueError where the shapes differ.
     """
     left = check_vectors(left, name="left", owner="paired_dot")
     right = check_vectors(right, name="right", owner="paired_dot")
@@ -108,7 +108,7 @@ def check_vectors(
 ) -> Vectors:
     """Return `vectors` as float32, (n, dim); without a copy if they are that already.
 
-    Raises TypeError for what holds no numbers, ValueError for another shape or width.
+    Raises TypeError for anything but numbers, ValueError for another shape or width.
     """
     subject = f"The `{name}` parameter of `{owner}`"
     if hasattr(vectors, "tocsr"):
@@ -134,7 +134,7 @@ def check_index_pairs(
 ) -> tuple[Indices, Indices] | None:
     """Return (indptr, indices) of a CSR-like set of pairs as int64, checked against the sizes.
 
-    Raises TypeError for what is no pair of int arrays, ValueError for a wrong length or range.
+    Raises TypeError for anything but a pair of int arrays, ValueError for a wrong length or range.
     """
     if pairs is None:
         return None

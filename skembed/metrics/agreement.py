@@ -32,7 +32,7 @@ def v_measure(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     Raises
     ------
     ValueError
-        If there are no labels, or not equally many.
+        If there are no labels, or the lengths differ.
 
     Examples
     --------
@@ -59,7 +59,7 @@ def ami(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     Raises
     ------
     ValueError
-        If there are no labels, or not equally many.
+        If there are no labels, or the lengths differ.
 
     Examples
     --------
@@ -86,7 +86,7 @@ def spearman(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     Raises
     ------
     TypeError, ValueError
-        If one holds no finite numbers, there are fewer than two, or not equally many.
+        If there are fewer than two scores, one is no finite number, or the lengths differ.
 
     Examples
     --------
@@ -113,7 +113,7 @@ def pearson(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     Raises
     ------
     TypeError, ValueError
-        If one holds no finite numbers, there are fewer than two, or not equally many.
+        If there are fewer than two scores, one is no finite number, or the lengths differ.
 
     Examples
     --------

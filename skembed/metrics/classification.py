@@ -35,7 +35,7 @@ def accuracy(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     Raises
     ------
     ValueError
-        If there are no labels, or not equally many.
+        If there are no labels, or the lengths differ.
 
     Examples
     --------
@@ -64,7 +64,7 @@ def f1(y_true: npt.ArrayLike, y_pred: npt.ArrayLike, *, average: str = "macro") 
     Raises
     ------
     TypeError, ValueError
-        If there are no labels or not equally many, or `average` is unknown.
+        If there are no labels, the lengths differ, or `average` is unknown.
 
     Examples
     --------
@@ -131,7 +131,7 @@ def classification_metrics(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> dict
     Raises
     ------
     ValueError
-        If there are no labels, or not equally many.
+        If there are no labels, or the lengths differ.
 
     Notes
     -----

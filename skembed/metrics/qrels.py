@@ -93,7 +93,7 @@ def search_to_run(
 
 
 def check_grades(grades: Any, *, owner: str) -> Ints:
-    """Return grades as int64; raise TypeError for fractions and for what is no number."""
+    """Return grades as int64; raise TypeError for anything but whole numbers."""
     array = np.asarray(grades)
     if array.dtype.kind not in "iub":
         whole = array.dtype.kind == "f" and bool(np.all(array == np.floor(array)))
@@ -167,14 +167,14 @@ def check_ids(ids: Any, *, owner: str) -> Ids | None:
     return np.array(values, dtype=object if values and isinstance(values[0], str) else np.int64)
 
 
-def check_new_ids(ids: Ids, known: Ids, *, owner: str) -> None:
-    """Raise TypeError for ids of another type than the known ones, ValueError for known ids."""
+def check_new_ids(ids: Ids, old_ids: Ids, *, owner: str) -> None:
+    """Raise TypeError for ids of another type than the old ones, ValueError for an old one."""
     subject = f"The `ids` parameter of `{owner}`"
-    if len(ids) and ids.dtype != known.dtype:
-        kind = "str" if known.dtype == object else "int"
+    if len(ids) and ids.dtype != old_ids.dtype:
+        kind = "str" if old_ids.dtype == object else "int"
         raise TypeError(f"{subject} must hold {kind}, as `ids_` does.")
-    known_ids = set(known.tolist())
-    repeated = next((value for value in ids.tolist() if value in known_ids), None)
+    old = set(old_ids.tolist())
+    repeated = next((value for value in ids.tolist() if value in old), None)
     if repeated is not None:
         raise ValueError(
             f"{subject} must hold new ids; {repeated!r} is there already. To replace a document, "
@@ -182,9 +182,9 @@ def check_new_ids(ids: Ids, known: Ids, *, owner: str) -> None:
         )
 
 
-def find_positions(ids: Ids, known: Ids, *, owner: str) -> npt.NDArray[np.int64]:
-    """Return the position of each id among the known ones, (n,); ValueError for others."""
-    positions = {value: i for i, value in enumerate(known.tolist())}
+def find_positions(ids: Ids, all_ids: Ids, *, owner: str) -> npt.NDArray[np.int64]:
+    """Return the position of each id among all ids, (n,); ValueError for an unknown one."""
+    positions = {value: i for i, value in enumerate(all_ids.tolist())}
     absent = [value for value in ids.tolist() if value not in positions]
     if absent:
         raise ValueError(
@@ -204,7 +204,7 @@ def read_relevance(
 ) -> dict[Any, dict[Any, int]]:
     """Return ``{query_id: {document_id: grade}}`` for every query.
 
-    Raises TypeError for what is no judgment, ValueError for a query without one, and where no
+    Raises TypeError for anything but judgments, ValueError for a query without one, and if no
     judged document is among the documents.
     """
     subject = f"The `{name}` parameter of `{owner}`"

@@ -26,8 +26,8 @@ class HnswGraph:
     """Graph over the vectors of documents, each under a label that is never used again.
 
     It holds a copy of the vectors in float16; pickles and copies contain the graph itself. One
-    thread adds and removes: of vectors added in parallel, usearch leaves some out of reach of every
-    search. A search uses as many threads as torch, since usearch's own choice spins on a busy
+    thread adds and removes, since usearch leaves some vectors unreachable when they are added in
+    parallel. A search uses as many threads as torch, since usearch's own choice spins on a busy
     machine.
     """
 

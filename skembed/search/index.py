@@ -160,7 +160,7 @@ class DocumentIndex:
         ).indices
 
 
-def prepare_vectors(vectors: Any, similarity: str, *, owner: str) -> Vectors:
+def prepare_vectors(vectors: npt.ArrayLike, similarity: str, *, owner: str) -> Vectors:
     """Return vectors as float32, of unit length for "cosine"; a copy only where they change.
 
     Raises ValueError where float32 cannot hold a value.
