@@ -12,6 +12,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,7 +63,7 @@ RULE = re.compile(r"^[-=~^+|#*_ .`]+$")
 
 
 class Module:
-    """What the syntax tree of a source file says of public objects."""
+    """Public objects of a source file, read from its syntax tree."""
 
     def __init__(self, parts: tuple[str, ...], tree: ast.Module) -> None:
         self.stem = parts[-1]
@@ -162,7 +163,7 @@ def make_texts() -> dict[str, dict[str, list[list[str]]]]:
 
 
 def fold(text: str) -> str:
-    """Return what two copies of a text have in common: letters, in lower case."""
+    """Return the letters of a text in lower case, which two copies of it share."""
     return re.sub(r"[^a-z]+", " ", text.lower()).strip()
 
 
@@ -195,7 +196,7 @@ def plain_paragraphs(text: str) -> list[str]:
 
 
 def prose_lines(text: str) -> Iterator[str]:
-    """Drop directives, literal blocks, doctests and tables; a bullet starts a sentence."""
+    """Yield the lines without directives, literal blocks, doctests, tables and bullets."""
     deeper_than: int | None = None
     in_doctest = False
     for line in inspect.cleandoc(text).splitlines():
@@ -218,11 +219,20 @@ def prose_lines(text: str) -> Iterator[str]:
         yield BULLET.sub("", ADMONITION.sub("", stripped))
 
 
+def format_json(versions: dict[str, str], texts: dict[str, dict[str, list[list[str]]]]) -> str:
+    """Return the content of the file, with one passage a line."""
+    dump = partial(json.dumps, ensure_ascii=False)
+    labels = []
+    for label, groups in texts.items():
+        rows = [f"{dump(name)}: [" + ",\n".join(map(dump, groups[name])) + "]" for name in groups]
+        labels.append(f"{dump(label)}: {{\n" + ",\n".join(rows) + "\n}")
+    return f'{{"versions": {dump(versions)}, "texts": {{\n' + ",\n".join(labels) + "\n}}\n"
+
+
 def main() -> None:
     """Write the file."""
     versions = {name: version(name) for name in PACKAGES.values()}
-    content = {"versions": versions, "texts": make_texts()}
-    FILE.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    FILE.write_text(format_json(versions, make_texts()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Files that are whole or not there, and one writer at a time.
+"""Files written in one step, and locks that keep a second writer away.
 
-The lock is dropped by the operating system when its process dies.
+The operating system releases a lock when its process dies.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["hold_lock", "replace_file", "sync_folder", "write_bytes", "write_jso
 
 @contextlib.contextmanager
 def replace_file(path: Path, *, partial: Path | None = None) -> Iterator[Path]:
-    """Yield a hidden name beside `path` to write to, which becomes `path` in one step at the end.
+    """Yield a hidden path beside `path` to write to, which replaces `path` in one step at the end.
 
-    The content goes through to the disk first. If the block fails, `path` stays as it was and
-    nothing is left behind. Writers that may meet give a `partial` of their own.
+    The content is flushed to the disk first. If the block fails, `path` stays as it was and nothing
+    is left behind. Writers that may run at the same time pass a `partial` of their own.
     """
     partial = partial or path.with_name(f".{path.name}.partial")
     try:
@@ -46,7 +46,7 @@ def write_bytes(path: Path, content: bytes, *, partial: Path | None = None) -> N
 
 
 def write_json(path: Path, value: Any, *, partial: Path | None = None) -> None:
-    """Write a JSON file in one step, its keys sorted."""
+    """Write a JSON file in one step, with sorted keys."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     write_bytes(path, text.encode(), partial=partial)
 
@@ -70,7 +70,7 @@ if sys.platform == "win32":
 
     def _try_lock(file: BinaryIO) -> None:
         """Lock the file or raise OSError at once."""
-        file.seek(1 << 30)  # far behind the holder's name, so that others can read that
+        file.seek(1 << 30)  # far behind the holder's name, which others may read
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 else:
     import fcntl
@@ -80,25 +80,25 @@ else:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-_TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
+_LOCKED_ERRNOS = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 
 
 @contextlib.contextmanager
 def hold_lock(path: Path, *, subject: str) -> Iterator[None]:
-    """Hold the lock file `path`, or raise BlockingIOError where another process holds it.
+    """Hold the lock file `path`, or raise BlockingIOError if another process holds it.
 
-    `subject` begins the sentence of the error. Nothing is left behind, and a process that was
-    killed holds nothing. Where the file system has no locks, a warning says so.
+    `subject` begins the sentence of the error. The file is deleted when the block ends; a
+    process that was killed holds no lock. Warns if the file system has no locks.
     """
     file = _open_locked(path, subject=subject)
     try:
-        with contextlib.suppress(OSError):  # on a full disk the lock stays without a name
+        with contextlib.suppress(OSError):  # on a full disk the lock file stays empty
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             file.flush()
         yield
     finally:
-        # Before it is unlocked: a process that opened it meanwhile sees that it is gone.
+        # Deleted before it is unlocked, so that a process that opened it meanwhile can tell.
         with contextlib.suppress(OSError):
             path.unlink()
         with contextlib.suppress(OSError):
@@ -106,7 +106,7 @@ def hold_lock(path: Path, *, subject: str) -> Iterator[None]:
 
 
 def _open_locked(path: Path, *, subject: str) -> BinaryIO:
-    """Open and lock the file of that path, not one that its last holder has just deleted."""
+    """Return the open and locked file of that path, not one that its last holder just deleted."""
     while True:
         file: BinaryIO = path.open("a+b")
         try:
@@ -114,37 +114,32 @@ def _open_locked(path: Path, *, subject: str) -> BinaryIO:
             if _is_same(file, path):
                 return file
         except OSError as error:
-            if error.errno not in _TAKEN:
+            if error.errno not in _LOCKED_ERRNOS:
                 _warn_unlocked(path, subject=subject)
                 return file
-            holder = _read_holder(path)
+            holder = ""
+            with contextlib.suppress(OSError):
+                holder = path.read_text(encoding="utf-8", errors="replace")
             file.close()
             raise BlockingIOError(
                 errno.EWOULDBLOCK,
-                f"{subject} is being written by another run ({holder}). Wait for its end, or "
-                "write to another path",
+                f"{subject} is being written by another run ({holder or 'unknown process'}). Wait "
+                "for its end, or write to another path",
                 str(path),
             ) from None
         file.close()
 
 
 def _is_same(file: BinaryIO, path: Path) -> bool:
-    """Tell whether an open file is still the one of that path."""
+    """Return whether an open file is still the one at that path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _read_holder(path: Path) -> str:
-    """Return what the holder wrote of itself."""
-    with contextlib.suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace") or "unknown process"
-    return "unknown process"
-
-
 def _warn_unlocked(path: Path, *, subject: str) -> None:
-    """Say that nothing keeps a second writer away."""
+    """Warn that nothing keeps a second writer away."""
     warnings.warn(
         f"{subject} cannot be locked: the file system of {str(path.parent)!r} has no locks. Make "
         "sure that only one process writes there.",

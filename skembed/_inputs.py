@@ -1,7 +1,6 @@
 """Texts, pairs and labels, read from any supported container and checked.
 
-`check_texts` turns any supported container into plain lists of ``str``. Texts themselves are never
-quoted in an error: they may be long, or private.
+No error quotes a text, which may be long, or private.
 """
 
 from __future__ import annotations
@@ -38,63 +37,21 @@ MISSING_POLICIES = ("error", "empty", "zero", "nan")
 
 
 class TextColumns(NamedTuple):
-    """One column of texts, or two for pairs.
+    """One column of texts, or two for pairs."""
 
-    Attributes
-    ----------
-    columns : list of list of str
-        One or two lists of n texts each. Lone surrogates are replaced by U+FFFD,
-        missing entries by the empty text. The lists belong to the caller.
-    missing : list of ndarray of shape (n,), dtype bool
-        One mask per column; True where the text was missing.
-    """
-
+    # The lists belong to the caller. Lone surrogates are U+FFFD, missing texts are empty.
     columns: list[list[str]]
-    missing: list[npt.NDArray[np.bool_]]
+    missing: list[npt.NDArray[np.bool_]]  # a mask (n,) for each column
 
 
 def check_texts(X: Any, *, owner: str, missing: str = "error", name: str = "X") -> TextColumns:
-    """Turn a container of texts, or of pairs of texts, into plain lists.
+    """Return texts or pairs of any supported container as lists, and masks of missing ones.
 
-    Costs one pass over the items and one list per column; strings are shared with
-    the input, which is left as it was.
-
-    Parameters
-    ----------
-    X : list, tuple, ndarray, Series or DataFrame of str
-        Texts: a list, tuple or other sequence; an ndarray (object, str or
-        StringDType) of shape (n,) or (n, 1); a pandas or polars Series, or a frame
-        of one column. Pairs: a sequence of 2-tuples or 2-lists, an ndarray of shape
-        (n, 2), or a frame of two columns. May be empty.
-    owner : str
-        Name of the estimator or function to name in errors.
-    missing : {"error", "empty", "zero", "nan"}, default="error"
-        "error" refuses None, NaN, pandas' NA and NaT, and polars' null. All others
-        mark them in the mask; what they turn into is the caller's affair.
-    name : str, default="X"
-        Name of the argument to name in errors.
-
-    Returns
-    -------
-    TextColumns
-        Columns and masks, in input order.
-
-    Raises
-    ------
-    TypeError
-        If `X` is a bare text, bytes, a number, an unordered or one-shot container,
-        or a sparse matrix; or if an item is not a text.
-    ValueError
-        If `X` has neither one nor two columns, if rows are not pairs, if a text is
-        missing under ``missing="error"``, or if `missing` is unknown.
-
-    Examples
-    --------
-    >>> from skembed._inputs import check_texts
-    >>> check_texts(["a cat", "a dog"], owner="NVEmbedVectorizer").columns
-    [['a cat', 'a dog']]
-    >>> check_texts([("a cat", "a dog")], owner="NVEmbedVectorizer").columns
-    [['a cat'], ['a dog']]
+    A list, tuple or other sequence of texts, 2-tuples or 2-lists; an ndarray of shape (n,), (n, 1)
+    or (n, 2); a pandas or polars Series, or a frame of one or two columns. The input is left as it
+    was. "error" refuses None, NaN, pandas' NA and NaT, and polars' null; any other policy only
+    marks them in the mask. Raises TypeError for another container or an item that is no text,
+    ValueError for rows that are no pairs, another number of columns and missing texts.
     """
     check_choice(missing, name="missing", owner=owner, allowed=MISSING_POLICIES)
     subject = f"The `{name}` parameter of `{owner}`"
@@ -112,14 +69,7 @@ def check_texts(X: Any, *, owner: str, missing: str = "error", name: str = "X") 
 
 
 def count_columns(X: Any) -> int:
-    """Text columns of a container as it looks: 1 for single texts, more for pairs and rows.
-
-    Looks at the shape or the first item only; whether `X` is in order is for others to check.
-
-    >>> from skembed._inputs import count_columns
-    >>> count_columns([("a cat", "a feline", "a dog")])
-    3
-    """
+    """Return the number of text columns, from the shape or the first item; `X` is not checked."""
     shape = getattr(X, "shape", None)
     if shape is not None:
         return int(shape[1]) if len(shape) == 2 else 1
@@ -129,14 +79,9 @@ def count_columns(X: Any) -> int:
 
 
 def replace_surrogates(text: str) -> str:
-    r"""Return `text` with each lone surrogate replaced by U+FFFD, so that UTF-8 can hold it.
+    """Return `text` with each lone surrogate replaced by U+FFFD, so that UTF-8 can encode it.
 
-    A high surrogate followed by a low one is joined to the character the two stand for.
-    A text without surrogates is returned as it is.
-
-    >>> from skembed._inputs import replace_surrogates
-    >>> replace_surrogates("caf\udce9") == "caf\ufffd"
-    True
+    A high surrogate followed by a low one is joined to the character that the two stand for.
     """
     if text.isascii():
         return text
@@ -148,7 +93,7 @@ def replace_surrogates(text: str) -> str:
 
 
 def extract_columns(X: Any, *, subject: str) -> list[list[Any]]:
-    """Return the columns of any supported container as fresh lists; items unchecked."""
+    """Return the columns of any supported container as new lists; items are not checked."""
     if isinstance(X, str):
         raise TypeError(
             f"{subject} must be a list, array or column of texts; got a bare str. Wrap it: [text]."
@@ -185,7 +130,7 @@ def _extract_array(X: npt.NDArray[Any], *, subject: str) -> list[list[Any]]:
     if array.ndim == 2:
         _check_width(array.shape[1], subject=subject)
     kind = array.dtype.kind
-    # A column that is missing throughout usually arrives as float NaN.
+    # A column without any text usually arrives as float NaN.
     if array.size and kind not in "OUT" and not (kind == "f" and np.isnan(array).all()):
         step = "Decode it: np.char.decode(X, 'utf-8')." if kind == "S" else "Pass the raw texts."
         raise TypeError(
@@ -197,7 +142,7 @@ def _extract_array(X: npt.NDArray[Any], *, subject: str) -> list[list[Any]]:
 
 
 def _split_pairs(rows: list[Any], *, subject: str, name: str) -> list[list[Any]]:
-    """Split rows of two texts into two columns."""
+    """Return two columns for rows of two texts."""
     for position, row in enumerate(rows):
         if not isinstance(row, (list, tuple)):
             raise TypeError(
@@ -219,7 +164,7 @@ def clean_column(
 ) -> npt.NDArray[np.bool_]:
     """Make every item of `column` a clean str, in place; return the mask of missing ones, (n,)."""
     mask = np.zeros(len(column), dtype=np.bool_)
-    # Two passes at C speed settle the common case; the loops run only where needed.
+    # Two passes at C speed settle the common case; the rest runs only where needed.
     if not set(map(type, column)) <= {str}:
         for position, item in enumerate(column):
             if type(item) is str:
@@ -235,19 +180,14 @@ def clean_column(
                     f"{name}[{position}]{suffix} is {describe_type(item)}. {_item_step(item)}"
                 )
     if not all(map(str.isascii, column)):
-        for position, text in enumerate(column):
-            if not text.isascii():
-                try:
-                    text.encode("utf-8")
-                except UnicodeEncodeError:
-                    column[position] = replace_surrogates(text)
+        column[:] = map(replace_surrogates, column)
     return mask
 
 
 def _refuse_missing(
     masks: list[npt.NDArray[np.bool_]], *, subject: str, name: str, suffixes: list[str]
 ) -> None:
-    """Raise if any text is missing, naming the first place and the count."""
+    """Raise if any text is missing, naming the first position and the count."""
     count = sum(int(mask.sum()) for mask in masks)
     if not count:
         return
@@ -274,14 +214,14 @@ def _check_width(n_columns: int, *, subject: str) -> None:
 
 
 def is_instance_of(value: Any, module: str, class_name: str) -> bool:
-    """Tell whether `value` is of a class of `module`, without importing that module."""
-    # An object of the class can only exist once something has imported its module.
+    """Return whether `value` is of a class of `module`, without importing that module."""
+    # An object of the class can exist only after something has imported its module.
     cls = getattr(sys.modules.get(module), class_name, None)
     return isinstance(cls, type) and isinstance(value, cls)
 
 
 def is_missing(item: Any) -> bool:
-    """Tell whether `item` stands for a missing text: None, NaN, NaT, pandas' NA."""
+    """Return whether `item` stands for a missing text: None, NaN, NaT, pandas' NA."""
     if item is None or item is np.ma.masked:
         return True
     if isinstance(item, (float, np.floating)):
@@ -292,7 +232,7 @@ def is_missing(item: Any) -> bool:
 
 
 def _next_step(X: Any) -> str:
-    """Say how to turn a container of the wrong kind into a list of texts."""
+    """Return how to turn a container of the wrong kind into a list of texts."""
     if isinstance(X, (bytes, bytearray, memoryview)):
         return "Decode and wrap it: [data.decode('utf-8')]."
     if isinstance(X, Mapping):
@@ -309,7 +249,7 @@ def _next_step(X: Any) -> str:
 
 
 def _item_step(item: Any) -> str:
-    """Say what to do about an item that is not a text."""
+    """Return what to do about an item that is not a text."""
     if isinstance(item, (bytes, bytearray)):
         return "Decode it: item.decode('utf-8')."
     if isinstance(item, (list, tuple)):
@@ -321,8 +261,8 @@ def _item_step(item: Any) -> str:
 
 
 def check_labels(X: Any, y: Any, *, owner: str) -> npt.NDArray[Any]:
-    """Return the labels of the rows of X, (n,) or (n, n_labels); at least two classes."""
-    # Not above: scikit-learn imports pandas, which texts alone never need.
+    """Return the labels of the rows of X, (n,) or (n, n_labels), of at least two classes."""
+    # Not at the top: scikit-learn imports pandas, which texts alone never need.
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_consistent_length, column_or_1d
 
@@ -346,7 +286,7 @@ def check_labels(X: Any, y: Any, *, owner: str) -> npt.NDArray[Any]:
             )
     else:
         check_classification_targets(labels)
-    # A bare str has a length, too; it and what has none get errors of their own.
+    # A bare str has a length, too; others report it, and what has no length.
     if not isinstance(X, (str, bytes)) and (hasattr(X, "__len__") or hasattr(X, "shape")):
         check_consistent_length(X, labels)
     return labels
@@ -371,12 +311,11 @@ def refuse_missing_labels(labels: npt.NDArray[Any], *, owner: str) -> None:
 
 
 def refuse_foreign_labels(y: Any, classes: Any, *, owner: str) -> None:
-    """Raise ValueError if `fit` saw none of the labels: they are of another kind."""
+    """Raise ValueError if `fit` saw none of the labels, which are then of another kind."""
     labels = np.asarray(y)
     if labels.ndim != 1 or not len(labels) or isinstance(classes, list):
         return
-    known = set(np.asarray(classes).tolist())
-    if not known.intersection(labels.tolist()):
+    if not set(np.asarray(classes).tolist()).intersection(labels.tolist()):
         raise ValueError(
             f"The `y` parameter of `{owner}.score` must hold labels that `fit` saw, at least "
             f"some; got none of them. They are {name_some(classes)}, of dtype "
@@ -385,18 +324,13 @@ def refuse_foreign_labels(y: Any, classes: Any, *, owner: str) -> None:
 
 
 def name_some(labels: Any) -> str:
-    """Name the first few labels."""
+    """Return the first three labels as text."""
     shown = ", ".join(repr(label) for label in np.asarray(labels)[:3].tolist())
     return f"{shown}, ..." if len(labels) > 3 else shown
 
 
 def read_labels(labels: Any, n: int, *, name: str, owner: str) -> npt.NDArray[Any]:
-    """Return class labels as an array of str, int or bool, (n,).
-
-    >>> from skembed._inputs import read_labels
-    >>> read_labels([1.0, 2.0], 2, name="labels", owner="ClusteringTask")
-    array([1, 2])
-    """
+    """Return class labels as an array of str, int or bool, (n,); whole floats become int."""
     subject = f"The `{name}` parameter of `{owner}`"
     array = np.asarray(labels)
     if array.shape != (n,):
@@ -419,12 +353,7 @@ def read_labels(labels: Any, n: int, *, name: str, owner: str) -> npt.NDArray[An
 
 
 def kind_of(label: Any) -> str | None:
-    """Return "str", "bool" or "int" for a label, None for what is none.
-
-    >>> from skembed._inputs import kind_of
-    >>> kind_of(1.0), kind_of(1.5)
-    ('int', None)
-    """
+    """Return "str", "bool" or "int" for a label, whole floats included; None for anything else."""
     if isinstance(label, str):
         return "str"
     if isinstance(label, (bool, np.bool_)):

@@ -1,8 +1,7 @@
-"""Parameters held to their type and range, with one sentence for every error.
+"""Checks of parameters' types and ranges, with one sentence for every error.
 
-The ``check_*`` functions hold one parameter each to its type and range and return it as a built-in
-Python value. All messages read "The `top_k` parameter of `Retriever` must be an int in [1, 42]; got
-0.", followed by the next step.
+Each ``check_*`` function returns its parameter as a built-in Python value. All messages read "The
+`top_k` parameter of `Retriever` must be an int in [1, 42]; got 0.", followed by the next step.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def describe_type(value: Any) -> str:
 
 
 def describe_value(value: Any) -> str:
-    """Return a short form of a parameter's value, or its type where that would be long."""
+    """Return a short form of a parameter's value, or its type where that is long."""
     if isinstance(value, str):
         return repr(str(value)) if len(value) <= 60 else f"a str of {len(value)} characters"
     if value is None or isinstance(value, (bool, np.bool_, int, float, np.number)):
@@ -60,7 +59,7 @@ def _describe_interval(low: float | None, high: float | None, inclusive: _Inclus
 
 
 def _is_within(value: float, low: float | None, high: float | None, inclusive: _Inclusive) -> bool:
-    """Tell whether `value` lies between the bounds that are given."""
+    """Return whether `value` lies between the bounds that are given."""
     if low is not None and (value < low or (value == low and inclusive in ("right", "neither"))):
         return False
     return high is None or not (
@@ -71,12 +70,8 @@ def _is_within(value: float, low: float | None, high: float | None, inclusive: _
 def check_choice(value: Any, *, name: str, owner: str, allowed: Sequence[_T]) -> _T:
     """Return the member of `allowed` that equals `value`.
 
-    Raises TypeError if no allowed value has the type of `value`, else ValueError with
-    the nearest string suggested.
-
-    >>> from skembed._validation import check_choice
-    >>> check_choice("mean", name="pooling", owner="NVEmbedVectorizer", allowed=["mean", "eos"])
-    'mean'
+    Raises TypeError if no allowed value has the type of `value`, else ValueError with the nearest
+    string suggested.
     """
     same_type = [
         option
@@ -101,13 +96,7 @@ def check_choice(value: Any, *, name: str, owner: str, allowed: Sequence[_T]) ->
 
 @overload
 def check_int(
-    value: Any,
-    *,
-    name: str,
-    owner: str,
-    low: int | None = ...,
-    high: int | None = ...,
-    allow_none: Literal[False] = ...,
+    value: Any, *, name: str, owner: str, low: int | None = ..., high: int | None = ...
 ) -> int: ...
 
 
@@ -132,16 +121,10 @@ def check_int(
     high: int | None = None,
     allow_none: bool = False,
 ) -> int | None:
-    """Return `value` as a built-in int within [low, high]; None leaves a side open.
+    """Return `value` as a built-in int between `low` and `high`, both included.
 
-    numpy integers count as int, booleans and floats do not. Raises TypeError for the
-    type, ValueError for the range. With `allow_none`, None passes as None.
-
-    >>> from skembed._validation import check_int
-    >>> check_int(0, name="top_k", owner="Retriever", low=1, high=42)
-    Traceback (most recent call last):
-    ...
-    ValueError: The `top_k` parameter of `Retriever` must be an int in [1, 42]; got 0.
+    Any integer type counts, booleans do not. Raises TypeError for the type, ValueError for the
+    range. With `allow_none`, None passes as None.
     """
     if value is None and allow_none:
         return None
@@ -162,7 +145,6 @@ def check_real(
     low: float | None = ...,
     high: float | None = ...,
     inclusive: _Inclusive = ...,
-    allow_none: Literal[False] = ...,
 ) -> float: ...
 
 
@@ -191,13 +173,9 @@ def check_real(
 ) -> float | None:
     """Return `value` as a finite built-in float between `low` and `high`.
 
-    `inclusive` says which bounds may be reached. Ints and numpy numbers count, booleans
-    do not. Raises TypeError for the type, ValueError for NaN, infinity and the range.
-    With `allow_none`, None passes as None.
-
-    >>> from skembed._validation import check_real
-    >>> check_real(1, name="temperature", owner="ContrastiveTrainer", low=0, inclusive="right")
-    1.0
+    `inclusive` says which bounds are allowed. Ints and numpy numbers count, booleans do not. Raises
+    TypeError for the type, ValueError for NaN, infinity and the range. With `allow_none`, None
+    passes as None.
     """
     if value is None and allow_none:
         return None
@@ -218,14 +196,7 @@ def check_bool(value: Any, *, name: str, owner: str) -> bool:
 
 
 @overload
-def check_string(
-    value: Any,
-    *,
-    name: str,
-    owner: str,
-    allow_empty: bool = ...,
-    allow_none: Literal[False] = ...,
-) -> str: ...
+def check_string(value: Any, *, name: str, owner: str, allow_empty: bool = ...) -> str: ...
 
 
 @overload
@@ -239,12 +210,8 @@ def check_string(
 ) -> str | None:
     """Return `value` as a built-in str.
 
-    Raises TypeError for the type, ValueError for "" unless `allow_empty`. With
-    `allow_none`, None passes as None.
-
-    >>> from skembed._validation import check_string
-    >>> check_string("skembed-mini", name="model", owner="NVEmbedVectorizer")
-    'skembed-mini'
+    Raises TypeError for the type, ValueError for "" unless `allow_empty`. With `allow_none`, None
+    passes as None.
     """
     if value is None and allow_none:
         return None
@@ -257,31 +224,26 @@ def check_string(
 
 
 def _parameter_message(value: Any, *, name: str, owner: str, expected: str) -> str:
-    """Return the one sentence that all parameter errors share."""
+    """Return the sentence that all parameter errors share."""
     return f"The `{name}` parameter of `{owner}` must be {expected}; got {describe_value(value)}."
 
 
 def import_optional(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Import a module that only some installations have; `module` may be dotted.
+    """Return a module that only some installations have; `module` may be dotted.
 
-    `purpose` begins the error's sentence, such as "`EmbeddingMapDisplay`"; `extra` is the
-    extra of skembed to install. Raises ImportError if the module, or one that it needs,
-    is not installed, or is installed but broken.
-
-    >>> from skembed._validation import import_optional
-    >>> import_optional("json", extra="plot", purpose="The example").__name__
-    'json'
+    `purpose` begins the error's sentence, such as "`EmbeddingMapDisplay`"; `extra` is the extra of
+    skembed to install. Raises ImportError if the module, or one that it needs, is absent or broken.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         absent = error.name or module
         package = module.partition(".")[0]
-        via = "" if absent.partition(".")[0] == package else f" (imported by `{package}`)"
-        wanted = absent if via else package
+        missing = f"`{package}`"
+        if absent.partition(".")[0] != package:
+            missing = f"`{absent}` (imported by `{package}`)"
         raise ImportError(
-            f"{purpose} needs `{wanted}`{via}, which is not installed. "
-            f"Run: pip install skembed[{extra}]",
+            f"{purpose} needs {missing}, which is not installed. Run: pip install skembed[{extra}]",
             name=absent,
         ) from error
     except ImportError as error:

@@ -33,7 +33,7 @@ under BSD licences, which lie beside the file (docstrings.LICENSES.md).
 
 A docstring gives passages of up to three kinds: its summary, its extended description and its
 notes; long ones are split between paragraphs. Code, formulas, tables, references and reST markup
-are taken out, and so are module paths, which would give the label away. A paragraph found under
+are removed, and so are module paths, which would give the label away. A paragraph found under
 several labels is dropped and one repeated under a single label is kept once, so that boilerplate
 neither decides a label nor repeats across objects. All passages about a function, or about a
 class and its methods, share one group: split by `groups`, or parts of one docstring end up on
@@ -106,15 +106,15 @@ def load_docstrings(*, min_per_class: int = 45) -> Bunch:
     True
     """
     check_int(min_per_class, name="min_per_class", owner="load_docstrings", low=1)
-    source = importlib.resources.files("skembed") / "data" / "docstrings.json"
-    recorded = json.loads(source.read_text(encoding="utf-8"))
+    file = importlib.resources.files("skembed") / "data" / "docstrings.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
     by_label = {
         label: [
             _Passage(label, f"{label}.{group}", f"{label}.{name}", kind, text)
             for group, rows in groups.items()
             for name, kind, text in rows
         ]
-        for label, groups in recorded["texts"].items()
+        for label, groups in content["texts"].items()
     }
     target_names = [label for label, rows in by_label.items() if len(rows) >= min_per_class]
     if not target_names:
@@ -123,13 +123,13 @@ def load_docstrings(*, min_per_class: int = 45) -> Bunch:
             f"[1, {max(map(len, by_label.values()))}]; got {min_per_class}."
         )
     passages = [passage for label in target_names for passage in by_label[label]]
-    return _make_bunch(passages, target_names, recorded["versions"])
+    return _make_bunch(passages, target_names, content["versions"])
 
 
 def _make_bunch(
     passages: list[_Passage], target_names: list[str], versions: dict[str, str]
 ) -> Bunch:
-    """Number the labels and describe the set."""
+    """Return the data set, with its labels numbered and its description filled in."""
     pairs = _make_pairs(passages)
     position = {label: index for index, label in enumerate(target_names)}
     groups = np.array([passage.group for passage in passages])

@@ -33,43 +33,12 @@ def embed(
     dim: int | None = None,
     sparse: bool = False,
 ) -> Vectors:
-    """Embed texts and check the vectors.
+    """Return the vectors of texts, (n_texts, dim): finite float32, or CSR with `sparse`.
 
-    Takes ``encode_{side}``, else ``transform``, else ``encode``, else calls the encoder itself.
-    Without texts, the encoder is not asked where `dim` is known.
-
-    Parameters
-    ----------
-    vectorizer : object with `transform` or `encode`, or callable
-        Takes a list of texts and returns an array-like of shape (n_texts, dim).
-    texts : sequence of str
-        The texts, or what else the encoder takes.
-    side : {"query", "document"}, optional
-        None where there is but one kind of text: then ``transform`` goes first.
-    owner : str
-        Name of the estimator or function to name in errors.
-    dim : int, optional
-        Width that the vectors must have.
-    sparse : bool, default=False
-        Let a sparse matrix through, as CSR.
-
-    Returns
-    -------
-    ndarray of float32, or CSR matrix of float32, shape (n_texts, dim)
-        Finite numbers, in input order.
-
-    Raises
-    ------
-    TypeError
-        If `vectorizer` is none, or returns a sparse matrix or what is no number.
-    ValueError
-        If it returns another shape, or NaN or infinity.
-
-    Examples
-    --------
-    >>> from skembed.embedding import embed
-    >>> embed(lambda texts: [[len(text), 1] for text in texts], ["a cat"], owner="f")
-    array([[5., 1.]], dtype=float32)
+    Calls ``encode_{side}``, else ``transform``, else ``encode``, else the encoder itself; without a
+    side, ``transform`` first. If `dim` is given, vectors must have that width, and the encoder is
+    not called for no texts. Raises TypeError if `vectorizer` cannot embed or returns a sparse
+    matrix or anything but numbers, ValueError for another shape, NaN or infinity.
     """
     n = len(texts)
     if not n and dim is not None:
@@ -91,7 +60,7 @@ def embed(
     if array.ndim != 2 or array.shape[0] != n or dim not in (None, array.shape[1]):
         expected = f"({n}, {'dim' if dim is None else dim})"
         raise ValueError(f"{subject} an array of shape {expected}; got shape {array.shape}.")
-    with np.errstate(over="ignore"):  # what is too large for float32 is refused as infinite
+    with np.errstate(over="ignore"):  # values too large for float32 are refused as infinite
         array = array.astype(np.float32, copy=False)
     is_finite = np.isfinite(array.data if is_sparse else array)
     if not is_finite.all():
@@ -106,12 +75,7 @@ def embed(
 def embed_pairs(
     vectorizer: Any, pairs: Sequence[_Texts], *, owner: str, dim: int | None = None
 ) -> tuple[Vectors, Vectors]:
-    """Embed the first texts of pairs as queries, the second as documents, (n_pairs, dim) each.
-
-    >>> from skembed.embedding import embed_pairs
-    >>> embed_pairs(lambda texts: [[len(text)] for text in texts], (["a"], ["an"]), owner="f")[1]
-    array([[2.]], dtype=float32)
-    """
+    """Return the vectors of the first texts of pairs as queries, of the second as documents."""
     queries = embed(vectorizer, pairs[0], "query", owner=owner, dim=dim)
     documents = embed(vectorizer, pairs[1], "document", owner=owner, dim=dim)
     if queries.shape[1] != documents.shape[1]:
@@ -123,28 +87,19 @@ def embed_pairs(
 
 
 def is_transformer(vectorizer: Any) -> bool:
-    """Tell whether an encoder has `transform`, so that it is cloned and fitted.
-
-    >>> from skembed.embedding import is_transformer
-    >>> is_transformer(len)
-    False
-    """
+    """Return whether an encoder has `transform`, so that it is cloned and fitted."""
     return callable(getattr(vectorizer, "transform", None))
 
 
 def check_vectorizer(vectorizer: Any, *, subject: str, others: str = "") -> None:
-    """Raise TypeError unless both sides of `vectorizer` can be embedded.
-
-    >>> from skembed.embedding import check_vectorizer
-    >>> check_vectorizer(len, subject="The `vectorizer` parameter of `Retriever`")
-    """
+    """Raise TypeError unless both sides of `vectorizer` can be embedded."""
     if not all(_find_call(vectorizer, side) for side in ("query", "document")):
         raise _describe_vectorizer(vectorizer, subject=subject, others=others)
 
 
 def _find_call(vectorizer: Any, side: str | None) -> Callable[[_Texts], Any] | None:
-    """Return what embeds the texts of a side; None where there is nothing."""
-    if isinstance(vectorizer, (type, str, bytes)):  # whose own `encode` is another
+    """Return what embeds the texts of a side, None if there is nothing."""
+    if isinstance(vectorizer, (type, str, bytes)):  # str has an `encode` of another kind
         return None
     names = [f"encode_{side}", "transform", "encode"]
     for name in names if side else ["transform", "encode", "encode_query"]:
@@ -155,8 +110,8 @@ def _find_call(vectorizer: Any, side: str | None) -> Callable[[_Texts], Any] | N
 
 
 def _describe_vectorizer(vectorizer: Any, *, subject: str, others: str = "") -> TypeError:
-    """Return the error for what cannot embed; `others` says what else it may be."""
-    got = (
+    """Return the error for what cannot embed; `others` says what else is allowed."""
+    actual = (
         f"the class {vectorizer.__name__}, not an instance"
         if isinstance(vectorizer, type)
         else f"an object of type {type(vectorizer).__name__}"
@@ -164,17 +119,14 @@ def _describe_vectorizer(vectorizer: Any, *, subject: str, others: str = "") -> 
     return TypeError(
         f"{subject} must be {others}an object with `transform`, such as NVEmbedVectorizer(), an "
         "object with `encode`, or with `encode_query` and `encode_document`, such as a "
-        f"SentenceTransformer, or a callable; got {got}."
+        f"SentenceTransformer, or a callable; got {actual}."
     )
-
-
-# Columns of texts
 
 
 def check_text_column(
     X: Any, *, vectorizer: Any, owner: str, name: str = "X", min_rows: int = 1
 ) -> list[str | None]:
-    """Return the texts of one column as a list, None where one is missing and may be.
+    """Return the texts of one column as a list, None for a missing text where those are allowed.
 
     Raises as `check_texts`, and ValueError for pairs and for fewer texts than `min_rows`.
     """
@@ -189,7 +141,7 @@ def check_text_column(
 def check_pair_columns(
     X: Any, *, vectorizer: Any, owner: str, name: str = "X", min_rows: int = 1
 ) -> tuple[list[str | None], list[str | None]]:
-    """Return the two columns of pairs of texts as lists, None where one is missing and may be.
+    """Return the two columns of pairs of texts as lists, None for a missing text where allowed.
 
     Raises as `check_texts`, and ValueError for single texts and fewer pairs than `min_rows`.
     """
@@ -207,7 +159,7 @@ def check_pair_columns(
 def _read_columns(
     X: Any, vectorizer: Any, *, owner: str, name: str, min_rows: int
 ) -> list[list[str | None]]:
-    """Return one or two columns of texts; missing ones by the vectorizer's own rule."""
+    """Return one or two columns of texts; missing ones by the vectorizer's policy."""
     subject = f"The `{name}` parameter of `{owner}` must hold"
     kind = getattr(getattr(X, "dtype", None), "kind", None)
     if kind in ("f", "i", "u") and getattr(X, "ndim", 0) == 2:

@@ -1,8 +1,8 @@
 """Errors and warnings of skembed that a caller may want to catch.
 
-Anything that is simply a wrong value, type or state is a ``ValueError``,
-``TypeError``, ``ImportError`` or scikit-learn's ``NotFittedError``. The classes
-below exist where code outside would react in its own way::
+Anything that is simply a wrong value, type or state is a ``ValueError``, ``TypeError``,
+``ImportError`` or scikit-learn's ``NotFittedError``. A class below exists where callers
+would react in their own way::
 
     Exception
     +-- SkembedError

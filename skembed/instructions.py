@@ -9,18 +9,18 @@ Notes
 Where the texts (data/instructions.json) come from:
 
 - Retrieval, STS and Summarization: the instructions.json released with NV-Embed-v2,
-  complete. It has no entry for CQADupstack, so neither has the registry.
+  complete. It has no entry for CQADupstack, and neither does the registry.
 - Classification, Clustering, Reranking and PairClassification: the list of
-  E5-Mistral, to which NV-Embed's model card points by way of the paper's table. That
-  table was not at hand; the strings are written down from memory of the field and may
-  differ from it in detail. Scores that hang on them should name the text used.
+  E5-Mistral, to which NV-Embed's model card points through the paper's table. That
+  table was not available; the strings are written from memory and may differ from it
+  in detail. Scores that depend on them should name the text used.
 
 What the document side carries: retrieval documents are bare, except for
-QuoraRetrieval, as released. STS and SummEval carry the text on both sides. The other
-tasks are not settled by a source; here, tasks whose texts are all of one kind
-(Classification, Clustering, PairClassification, and reranking of duplicate questions or
-of titles by a title) carry it on both sides, and MindSmallReranking (articles by a
-browsing history) on the query side only.
+QuoraRetrieval, as released. STS and SummEval carry the text on both sides. No source
+settles the other tasks; here, tasks whose texts are all of one kind (Classification,
+Clustering, PairClassification, and reranking of duplicate questions or of titles by a
+title) carry it on both sides, and MindSmallReranking (articles by a browsing history)
+on the query side only.
 
 References
 ----------
@@ -63,7 +63,7 @@ TASK_TYPES = (
     "Summarization",
 )
 
-# The words that only a template writes; inside a task text they would come out twice.
+# Words of the template; inside a task text they would appear twice.
 _TEMPLATE_WORDS = re.compile(
     r"\binstruct:|^\s*query:|\{instruction\}", re.IGNORECASE | re.MULTILINE
 )
@@ -135,13 +135,7 @@ def list_instructions(task_type: str | None = None) -> list[str]:
     """
     if task_type is not None:
         check_choice(task_type, name="task_type", owner="list_instructions", allowed=TASK_TYPES)
-    return sorted(
-        {
-            instruction.name
-            for instruction in INSTRUCTIONS.values()
-            if task_type in (None, instruction.task_type)
-        }
-    )
+    return sorted({i.name for i in INSTRUCTIONS.values() if task_type in (None, i.task_type)})
 
 
 def resolve_instruction(
@@ -156,12 +150,12 @@ def resolve_instruction(
     Parameters
     ----------
     value : str or None
-        The name of a known task, in any case; or a task text of one's own, which must
-        contain a space; or None or a blank string for no instruction.
+        The name of a known task, in any case; or a task text, which must contain a
+        space; or None or a blank string for no instruction.
     name, owner : str
         Parameter and estimator to name in errors.
     side : {"query", "document"}, default="query"
-        The side to look a task name up for. A text of one's own is taken as it is.
+        The side to look a task name up for. A task text is taken as it is.
 
     Returns
     -------
@@ -174,7 +168,7 @@ def resolve_instruction(
         If `value` is neither a str nor None.
     ValueError
         If `value` is a single word but no known task (the nearest is suggested), or if
-        it already holds words of the template, which would then come out twice.
+        it already holds words of the template, which would then appear twice.
 
     Examples
     --------
@@ -190,9 +184,9 @@ def resolve_instruction(
     text = check_string(value, name=name, owner=owner, allow_empty=True, allow_none=True)
     if text is None or not text.strip():
         return None
-    known = _NAMES.get(text.strip().casefold())
-    if known is not None:
-        instruction = INSTRUCTIONS[known]
+    task_name = _NAMES.get(text.strip().casefold())
+    if task_name is not None:
+        instruction = INSTRUCTIONS[task_name]
         return instruction.query if side == "query" else instruction.document
     if _TEMPLATE_WORDS.search(text):
         raise ValueError(
@@ -206,7 +200,7 @@ def resolve_instruction(
 
 
 def is_task_name(value: str | None) -> bool:
-    """True where a value names a known task, so that both of its sides are known."""
+    """Return whether a value names a known task, so that both of its sides are known."""
     return value is not None and value.strip().casefold() in _NAMES
 
 
@@ -223,33 +217,9 @@ def _unknown_name_message(text: str, *, name: str, owner: str) -> str:
 
 
 def check_template(template: str, *, owner: str = "NVEmbedVectorizer") -> str:
-    """Return `template` if it has the one field ``{instruction}``, once, and no other.
+    """Return `template` if it has the field ``{instruction}`` exactly once, and no other.
 
-    Parameters
-    ----------
-    template : str
-        A format string; literal braces are doubled, as for `str.format`.
-    owner : str
-        Estimator to name in errors.
-
-    Returns
-    -------
-    str
-        `template`, unchanged.
-
-    Raises
-    ------
-    TypeError
-        If `template` is not a str.
-    ValueError
-        If the field is absent, repeated or modified, if there are other fields, or if
-        braces do not match.
-
-    Examples
-    --------
-    >>> from skembed.instructions import check_template
-    >>> check_template("{instruction}: ")
-    '{instruction}: '
+    Raises TypeError for another type, ValueError for other fields or unmatched braces.
     """
     text = check_string(template, name="instruction_template", owner=owner)
     subject = f"The `instruction_template` parameter of `{owner}`"
@@ -270,7 +240,7 @@ def check_template(template: str, *, owner: str = "NVEmbedVectorizer") -> str:
 
 
 def format_instruction(template: str, instruction: str | None) -> str:
-    r"""Return the text to put before every query.
+    r"""Return the text that precedes every query.
 
     Parameters
     ----------
@@ -301,35 +271,10 @@ def build_prefix(
     side: str,
     owner: str,
 ) -> str:
-    """Return what stands in front of the texts of one side; "" for nothing.
+    """Return the filled template that precedes the texts of one side; "" for nothing.
 
-    Parameters
-    ----------
-    template : str
-        A template that `check_template` accepts.
-    instruction, document_instruction : str or None
-        Task texts or names of known tasks. Without a `document_instruction` documents stay bare,
-        except where `instruction` names a task with an instruction on both sides.
-    side : {"query", "document"}
-        The side.
-    owner : str
-        Estimator or task to name in errors.
-
-    Returns
-    -------
-    str
-        The filled template.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `resolve_instruction`.
-
-    Examples
-    --------
-    >>> from skembed.instructions import build_prefix
-    >>> build_prefix("{instruction}: ", "Find its answer", None, side="query", owner="Demo")
-    'Find its answer: '
+    Without a `document_instruction` documents stay bare, unless `instruction` names a task with an
+    instruction on both sides. Raises as `resolve_instruction`.
     """
     text = None
     if side == "query":

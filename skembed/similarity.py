@@ -27,16 +27,18 @@ __all__ = [
 
 _BLOCK_BYTES = 4 * 2**20
 
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Vectors = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+PairIndices = tuple[npt.ArrayLike, npt.ArrayLike]
+
 
 def iterate_blocks(n: int, dim: int) -> Iterator[slice]:
-    """Cut n rows of `dim` float32 components into slices of a few MiB."""
+    """Yield slices of a few MiB that cover n rows of `dim` float32 components."""
     size = max(1, _BLOCK_BYTES // (4 * max(1, dim)))
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
-
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
 class Ranking(NamedTuple):
@@ -52,11 +54,6 @@ class Ranking(NamedTuple):
 
     indices: list[Ints]
     scores: list[Floats]
-
-
-Vectors = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
-PairIndices = tuple[npt.ArrayLike, npt.ArrayLike]
 
 
 class TopK(NamedTuple):
@@ -75,63 +72,21 @@ class TopK(NamedTuple):
 
 
 def normalize_rows(vectors: npt.ArrayLike) -> Vectors:
-    """Return a copy with rows of unit length.
-
-    Parameters
-    ----------
-    vectors : array-like of float, shape (n, dim)
-        Any vectors; a row of zeros stays as it is.
-
-    Returns
-    -------
-    ndarray of float32, shape (n, dim)
-        In input order, rows of unit or zero length.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `vectors` is no two-dimensional array of numbers.
-
-    Examples
-    --------
-    >>> from skembed.similarity import normalize_rows
-    >>> normalize_rows([[3.0, 4.0], [0.0, 0.0]])
-    array([[0.6, 0.8],
-           [0. , 0. ]], dtype=float32)
-    """
-    found = check_vectors(vectors, name="vectors", owner="normalize_rows")
-    # Scaled first, so that squares neither overflow nor vanish in float32.
-    high = found.max(axis=1, initial=0.0, keepdims=True)
-    largest = np.maximum(high, -found.min(axis=1, initial=0.0, keepdims=True))
-    unit: Vectors = np.divide(found, np.where(largest > 0, largest, 1), dtype=np.float32)
+    """Return a copy with rows of unit length, float32, (n, dim); a row of zeros stays as it is."""
+    rows = check_vectors(vectors, name="vectors", owner="normalize_rows")
+    # Scaled first, so that squares neither overflow nor underflow in float32.
+    high = rows.max(axis=1, initial=0.0, keepdims=True)
+    largest = np.maximum(high, -rows.min(axis=1, initial=0.0, keepdims=True))
+    unit: Vectors = np.divide(rows, np.where(largest > 0, largest, 1), dtype=np.float32)
     norms = np.sqrt(np.einsum("nd,nd->n", unit, unit))
     unit /= np.where(norms > 0, norms, np.float32(1))[:, None]
     return unit
 
 
 def paired_dot(left: npt.ArrayLike, right: npt.ArrayLike) -> Vectors:
-    """Return the dot product of each row of `left` with the same row of `right`.
+    """Return the dot product of each row of `left` with the same row of `right`, float32, (n,).
 
-    Parameters
-    ----------
-    left, right : array-like of float, shape (n, dim)
-        Vectors of equal shape.
-
-    Returns
-    -------
-    ndarray of float32, shape (n,)
-        One score a row; the cosine similarity where rows have unit length.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If one is no two-dimensional array of numbers, or the shapes differ.
-
-    Examples
-    --------
-    >>> from skembed.similarity import paired_dot
-    >>> paired_dot([[1.0, 2.0]], [[3.0, 4.0]])
-    array([11.], dtype=float32)
+    Raises TypeError for anything but numbers, ValueError where the shapes differ.
     """
     left = check_vectors(left, name="left", owner="paired_dot")
     right = check_vectors(right, name="right", owner="paired_dot")
@@ -144,29 +99,7 @@ def paired_dot(left: npt.ArrayLike, right: npt.ArrayLike) -> Vectors:
 
 
 def paired_cosine(left: npt.ArrayLike, right: npt.ArrayLike) -> Vectors:
-    """Return the cosine similarity of each row of `left` with the same row of `right`.
-
-    Parameters
-    ----------
-    left, right : array-like of float, shape (n, dim)
-        Vectors of equal shape and any length; a row of zeros is as similar as 0 to all.
-
-    Returns
-    -------
-    ndarray of float32, shape (n,)
-        One score in [-1, 1] a row.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If one is no two-dimensional array of numbers, or the shapes differ.
-
-    Examples
-    --------
-    >>> from skembed.similarity import paired_cosine
-    >>> paired_cosine([[1.0, 0.0], [2.0, 0.0]], [[0.0, 3.0], [5.0, 0.0]])
-    array([0., 1.], dtype=float32)
-    """
+    """Return the cosine of each row of `left` and the same row of `right`, (n,); 0 for zeros."""
     return np.clip(paired_dot(normalize_rows(left), normalize_rows(right)), -1, 1)
 
 
@@ -175,11 +108,7 @@ def check_vectors(
 ) -> Vectors:
     """Return `vectors` as float32, (n, dim); without a copy if they are that already.
 
-    Raises TypeError for what holds no numbers, ValueError for another shape or width.
-
-    >>> from skembed.similarity import check_vectors
-    >>> check_vectors([[1, 2]], name="queries", owner="top_k_blocks")
-    array([[1., 2.]], dtype=float32)
+    Raises TypeError for anything but numbers, ValueError for another shape or width.
     """
     subject = f"The `{name}` parameter of `{owner}`"
     if hasattr(vectors, "tocsr"):
@@ -205,11 +134,7 @@ def check_index_pairs(
 ) -> tuple[Indices, Indices] | None:
     """Return (indptr, indices) of a CSR-like set of pairs as int64, checked against the sizes.
 
-    Raises TypeError for what is no pair of int arrays, ValueError for a wrong length or range.
-
-    >>> from skembed.similarity import check_index_pairs
-    >>> check_index_pairs(([0, 1], [4]), name="excluded", owner="f", n_rows=1, n_columns=5)
-    (array([0, 1]), array([4]))
+    Raises TypeError for anything but a pair of int arrays, ValueError for a wrong length or range.
     """
     if pairs is None:
         return None
@@ -243,10 +168,6 @@ def check_groups(
     """Return the groups of n rows and m columns as int64, or None where there are none.
 
     Raises TypeError for what is not int, ValueError for a wrong length or only one of the two.
-
-    >>> from skembed.similarity import check_groups
-    >>> check_groups([0], [1, -1], names=("left", "right"), owner="f", n=1, m=2)
-    (array([0]), array([ 1, -1]))
     """
     if row_groups is None and column_groups is None:
         return None

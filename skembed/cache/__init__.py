@@ -1,9 +1,4 @@
-"""Keep embeddings per text, in memory or in one SQLite file, so that none is computed twice.
-
-``EmbeddingCache`` is what ``NVEmbedVectorizer(cache=...)`` uses and what a user can
-open to read the counters, set a limit or empty it; ``resolve_cache`` turns that
-parameter into a cache. A cache holds digests and vectors, never the texts.
-"""
+"""Embeddings kept per text, in memory or in one SQLite file, so that none is computed twice."""
 
 from skembed.cache.embedding_cache import EmbeddingCache, resolve_cache
 

@@ -1,8 +1,6 @@
-"""Keep embeddings per text, in memory or in one SQLite file, so that none is computed twice.
+"""The cache of embeddings, and what the `cache` parameter of an estimator stands for.
 
-``EmbeddingCache`` is what ``NVEmbedVectorizer(cache=...)`` uses and what a user can
-open to read the counters, set a limit or empty it; ``resolve_cache`` turns that
-parameter into a cache. A cache holds digests and vectors, never the texts.
+A cache holds digests and vectors, never the texts.
 """
 
 from __future__ import annotations
@@ -33,20 +31,20 @@ _CHUNK_BYTES = 16 << 20
 class EmbeddingCache:
     """Bounded cache of vectors, one per text and namespace.
 
-    Use one to share embeddings between runs and processes (give a path), to set a
-    limit, or to read the counters; ``NVEmbedVectorizer(cache="memory")`` needs none of
-    this. All methods may be called from several threads.
+    Create one to share embeddings between runs and processes (give a path), to set a
+    limit, or to read the counters; ``NVEmbedVectorizer(cache="memory")`` works without.
+    All methods may be called from several threads.
 
     Parameters
     ----------
     path : str or os.PathLike or None, default=None
-        The SQLite file; made at first use, in a folder that must exist. None keeps the
+        The SQLite file, created at first use in a folder that must exist. None keeps the
         vectors in memory.
     max_bytes : int or None, default=None
-        Limit in bytes. The least recently used rows go first. None means 1 GiB in
-        memory, and no limit for a file.
+        Limit in bytes. The least recently used rows are dropped first. None means 1 GiB
+        in memory, and no limit for a file.
     dtype : {"float32", "float16"} or None, default=None
-        How vectors are kept; ``lookup`` gives float32 either way. "float16" halves the
+        How vectors are stored; ``lookup`` gives float32 either way. "float16" halves the
         space and rounds each component: see Notes. None means the type of the file, and
         "float32" for a new file or memory.
 
@@ -59,7 +57,7 @@ class EmbeddingCache:
     dtype : {"float32", "float16"} or None
         As given; ``stats()["dtype"]`` is the type in force.
     hits, misses : int
-        Texts found and not found by ``lookup`` of this object, since it was made or
+        Texts found and not found by ``lookup`` of this object, since it was created or
         last cleared. Not shared between processes.
     size_bytes : int
         Memory: keys, vectors and the measured overhead of both. File: the pages in use,
@@ -77,8 +75,8 @@ class EmbeddingCache:
     -----
     ``copy.copy``, ``copy.deepcopy`` and scikit-learn's ``clone`` return the cache
     itself, so that clones of an estimator share it. A pickle holds path, limit and type,
-    no vectors: a file is opened anew where the pickle is loaded, a memory cache arrives
-    empty, and the default of ``cache="memory"`` arrives as that process's own default.
+    no vectors: a file is opened again where the pickle is loaded, a memory cache arrives
+    empty, and the default of ``cache="memory"`` becomes the default of that process.
 
     A file may be used by several processes at once, on a local disk (SQLite's
     write-ahead log does not work over a network share). Each ``store`` is one
@@ -88,16 +86,16 @@ class EmbeddingCache:
 
     The order of use in a file is approximate: ``lookup`` never writes, and what it
     used is recorded by the next ``store`` or ``close`` of the same object, if it has a
-    limit. Rows stored by one call lie in blocks of up to 16 (3 at 384 dimensions), which
-    are read and leave together. The space of a row that was replaced is free once its whole
+    limit. Rows stored by one call form blocks of up to 16 (3 at 384 dimensions), which
+    are read and dropped together. The space of a replaced row is free once its whole
     block is. The file is read through a memory map: copying over it while it is open is not
     safe, moving another file into its place is.
 
     With ``dtype="float16"`` a component is off by at most a factor of 1 +- 2 ** -11, or by
     2 ** -25 where it is smaller than 2 ** -14. A row with a component of 65520 or more, which
-    would become infinite, is not kept: ``lookup`` does not find it. The vectors handed to
+    would become infinite, is not stored: ``lookup`` does not find it. The vectors passed to
     ``store`` stay as they are, so a text's first embedding and those from the cache differ by
-    the rounding. A file has one type for good; another one in `dtype` raises ``CacheError``.
+    the rounding. A file never changes its type; another one in `dtype` raises ``CacheError``.
 
     A file that is not such a cache, is damaged, or has another release's layout raises
     ``CacheError`` at first use and is never overwritten.
@@ -125,10 +123,7 @@ class EmbeddingCache:
         max_bytes = check_int(
             max_bytes, name="max_bytes", owner="EmbeddingCache", low=1, allow_none=True
         )
-        if dtype is not None:
-            dtype = check_choice(
-                dtype, name="dtype", owner="EmbeddingCache", allowed=[*DTYPES, None]
-            )
+        dtype = check_choice(dtype, name="dtype", owner="EmbeddingCache", allowed=[*DTYPES, None])
         self._store: Store
         self._path: pathlib.Path | None = None
         if path is None:
@@ -142,7 +137,7 @@ class EmbeddingCache:
         self._hits = 0
         self._misses = 0
         self._lock = threading.RLock()
-        # Newer Python versions warn about a connection that nobody has closed.
+        # Newer Python versions warn about connections that are never closed.
         weakref.finalize(self, self._store.close)
         with _registry_lock:
             _instances.add(self)
@@ -154,22 +149,22 @@ class EmbeddingCache:
 
     @property
     def max_bytes(self) -> int | None:
-        """The limit in bytes, or None for a file without one."""
+        """Limit in bytes, or None for a file without one."""
         return self._max_bytes
 
     @property
     def dtype(self) -> str | None:
-        """The type asked for, or None; ``stats()["dtype"]`` is the one in force."""
+        """Type asked for, or None; ``stats()["dtype"]`` is the one in force."""
         return self._dtype
 
     @property
     def hits(self) -> int:
-        """Number of texts that ``lookup`` has found."""
+        """Number of texts that ``lookup`` found."""
         return self._hits
 
     @property
     def misses(self) -> int:
-        """Number of texts that ``lookup`` has not found."""
+        """Number of texts that ``lookup`` did not find."""
         return self._misses
 
     @property
@@ -235,11 +230,11 @@ class EmbeddingCache:
         return mask
 
     def store(self, namespace: str, texts: Sequence[str], vectors: npt.ArrayLike) -> None:
-        """Keep the vectors of texts; those already there are replaced.
+        """Store the vectors of texts, in place of those stored before.
 
-        Rows that are not finite are left out (for float16: that would not be, once
-        rounded), and so are rows for which the limit has no room. In a file, the call is one
-        transaction: all of its rows are kept, or none.
+        Rows that are not finite are left out (for float16: not finite once rounded), and
+        so are rows for which the limit has no room. In a file, the call is one
+        transaction: all of its rows are stored, or none.
 
         Parameters
         ----------
@@ -257,7 +252,7 @@ class EmbeddingCache:
         ValueError
             If `vectors` does not have one row per text.
         CacheError
-            If the file cannot be opened or written, for one because the disk is full.
+            If the file cannot be opened or written, for example because the disk is full.
             What was stored before is kept, and the cache can be used again.
         """
         keys = _make_keys(namespace, texts, owner="EmbeddingCache.store")
@@ -330,31 +325,10 @@ class EmbeddingCache:
 
 
 def resolve_cache(cache: Any) -> EmbeddingCache | None:
-    """Turn the `cache` parameter of an estimator into a cache.
+    """Return the cache that the `cache` parameter of an estimator stands for, None for None.
 
-    Parameters
-    ----------
-    cache : None, "memory", str, os.PathLike or EmbeddingCache
-        None for no cache; "memory" for the one memory cache of this process; a path for
-        a file; or a cache.
-
-    Returns
-    -------
-    EmbeddingCache or None
-        Equal paths give the same object for as long as anyone refers to it.
-
-    Raises
-    ------
-    TypeError
-        If `cache` is of another type.
-    ValueError
-        If `cache` is an empty path.
-
-    Examples
-    --------
-    >>> from skembed.cache import resolve_cache
-    >>> resolve_cache("memory") is resolve_cache("memory")
-    True
+    "memory" is the one memory cache of this process. Equal paths give the same object for as long
+    as anyone refers to it. Raises TypeError for another type, ValueError for an empty path.
     """
     if cache is None or isinstance(cache, EmbeddingCache):
         return cache
@@ -380,7 +354,7 @@ def _resolve_path(path: Any, *, name: str, owner: str) -> pathlib.Path:
 
 
 def _make_keys(namespace: str, texts: Sequence[str], *, owner: str) -> list[bytes]:
-    """Return the 16-byte digest of namespace and each text."""
+    """Return the 16-byte digest of namespace and text, for each text."""
     check_string(namespace, name="namespace", owner=owner, allow_empty=True)
     if isinstance(texts, (str, bytes)):
         raise TypeError(
@@ -388,7 +362,7 @@ def _make_keys(namespace: str, texts: Sequence[str], *, owner: str) -> list[byte
             f"{type(texts).__name__}. Wrap it: [text]."
         )
     encoded = namespace.encode("utf-8", "surrogatepass")
-    # With the length in front, no other namespace and text join to the same bytes.
+    # The length in front keeps other namespaces and texts from joining to the same bytes.
     prefix = blake2b(len(encoded).to_bytes(8, "little") + encoded, digest_size=KEY_BYTES)
     keys = []
     for position, text in enumerate(texts):
@@ -404,7 +378,7 @@ def _make_keys(namespace: str, texts: Sequence[str], *, owner: str) -> list[byte
 
 
 def _check_rows(array: Any, n_rows: int, *, name: str, owner: str) -> None:
-    """Refuse an array that does not have one row per text."""
+    """Raise unless an array has one row per text."""
     if not isinstance(array, np.ndarray):
         raise TypeError(
             f"The `{name}` parameter of `{owner}` must be an ndarray; got a {type(array).__name__}."
@@ -417,13 +391,13 @@ def _check_rows(array: Any, n_rows: int, *, name: str, owner: str) -> None:
 
 
 def _iter_chunks(n_rows: int, row_bytes: int) -> Iterator[slice]:
-    """Yield slices over the rows, each small enough to copy in passing."""
+    """Yield slices of the rows, each small enough to copy at once."""
     step = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // max(1, row_bytes)))
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
 
 
-# Guards the four names below. Whoever holds the lock of a cache never asks for this one.
+# Guards the four names below. A thread that holds the lock of a cache never takes this one.
 _registry_lock = threading.RLock()
 _instances: weakref.WeakSet[EmbeddingCache] = weakref.WeakSet()
 _file_caches: weakref.WeakValueDictionary[tuple[str, int | None, str | None], EmbeddingCache] = (
@@ -453,9 +427,7 @@ def _get_file_cache(path: pathlib.Path, max_bytes: int | None, dtype: str | None
         return cache
 
 
-def _restore_cache(
-    path: str | None, max_bytes: int | None, dtype: str | None = None
-) -> EmbeddingCache:
+def _restore_cache(path: str | None, max_bytes: int | None, dtype: str | None) -> EmbeddingCache:
     """Return what a pickled cache stands for in this process."""
     if path is None:
         return EmbeddingCache(max_bytes=max_bytes, dtype=dtype)
@@ -463,7 +435,7 @@ def _restore_cache(
 
 
 def _before_fork() -> None:
-    """Wait until no thread is inside a cache, so that the child gets each one whole."""
+    """Lock every cache, so that the child gets a copy that no thread is changing."""
     _registry_lock.acquire()
     for cache in list(_instances):
         cache._lock.acquire()
@@ -471,14 +443,14 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_parent() -> None:
-    """Let the other threads go on."""
+    """Release the locks, so that other threads go on."""
     while _held_for_fork:
         _held_for_fork.pop()._lock.release()
     _registry_lock.release()
 
 
 def _after_fork_in_child() -> None:
-    """Let go of the parent's connections and locks."""
+    """Release the parent's connections and locks."""
     for cache in _held_for_fork:
         cache._store.after_fork()
     _after_fork_in_parent()

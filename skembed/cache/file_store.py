@@ -1,7 +1,7 @@
 """Rows of the embedding cache in one SQLite file, shared by processes.
 
-One connection, transactions, the limit, and the refusal of files that are not ours; the tables are
-in ``skembed.cache.sqlite_layout``. Every error of SQLite leaves here as a ``CacheError``.
+The connection, transactions, the limit, and the refusal of foreign files are here; the tables are
+in ``skembed.cache.sqlite_layout``. Every error of SQLite is raised as a ``CacheError``.
 """
 
 from __future__ import annotations
@@ -51,15 +51,14 @@ _T = TypeVar("_T")
 class FileStore:
     """Rows in an SQLite file, through one connection per process.
 
-    One connection, guarded by the lock of the cache, rather than one per thread: threads
-    of one process then never wait for each other inside SQLite, and nothing is left open
-    when a thread ends.
+    The lock of the cache guards the connection. One per thread would make the threads of a process
+    wait for each other inside SQLite, and leave something open when a thread ends.
     """
 
     def __init__(self, path: pathlib.Path, max_bytes: int | None, dtype: str | None) -> None:
         self._path = path
         self._max_bytes = max_bytes
-        self._asked_dtype = dtype
+        self._requested_dtype = dtype
         self._dtype = DTYPES["float32"]  # the file's own, once it is open
         self._connection: sqlite3.Connection | None = None
         self._file_id: tuple[int, int] | None = None
@@ -67,7 +66,7 @@ class FileStore:
         self._touched: set[int] = set()
 
     def fetch(self, keys: list[bytes], out: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-        """Copy known rows into `out` (n, dim); return which these are (n,)."""
+        """Fill the rows of `out` (n, dim) whose keys are stored; return which, (n,)."""
         digests = _to_digests(keys)
 
         def work(connection: sqlite3.Connection) -> npt.NDArray[np.bool_]:
@@ -79,20 +78,20 @@ class FileStore:
         return self._run(work, write=False)
 
     def put(self, items: dict[bytes, int], vectors: npt.NDArray[np.float32]) -> None:
-        """Insert row `position` of `vectors` under each key, in one transaction."""
+        """Store row ``items[key]`` of `vectors` under each key, in one transaction."""
         digests = _to_digests(list(items))
         positions = np.fromiter(items.values(), dtype=np.int64, count=len(items))
 
         def work(connection: sqlite3.Connection) -> None:
             touch(connection, list(self._touched))
             connection.execute("UPDATE state SET tick = tick + 2")
-            kept = np.arange(len(items))
+            rows = np.arange(len(items))
             if self._dtype.itemsize < vectors.itemsize:  # some may be too large for it
-                kept = np.flatnonzero(find_storable(vectors, self._dtype)[positions])
+                rows = np.flatnonzero(find_storable(vectors, self._dtype)[positions])
             row_bytes = vectors.shape[1] * self._dtype.itemsize
-            kept = kept[len(kept) - self._make_room(connection, len(kept), row_bytes) :]
-            if len(kept):
-                insert_rows(connection, digests[kept], vectors, positions[kept], self._dtype)
+            rows = rows[len(rows) - self._make_room(connection, len(rows), row_bytes) :]
+            if len(rows):
+                insert_rows(connection, digests[rows], vectors, positions[rows], self._dtype)
             # The estimate may have fallen short, or the limit may be new to this file.
             if self._max_bytes is not None and used_bytes(connection) > self._max_bytes:
                 evict(connection, self._max_bytes - self._max_bytes // 10)
@@ -103,7 +102,7 @@ class FileStore:
             self._shrink(self._max_bytes)
 
     def _make_room(self, connection: sqlite3.Connection, n_rows: int, row_bytes: int) -> int:
-        """Evict before inserting, so that the file never outgrows the limit; return what fits."""
+        """Evict before an insertion, so that the file stays below its limit; return what fits."""
         if self._max_bytes is None:
             return n_rows
         row_cost = estimate_row_bytes(row_bytes)
@@ -115,9 +114,9 @@ class FileStore:
         return n_rows
 
     def _shrink(self, limit_bytes: int) -> None:
-        """Cut free pages off the end of a file longer than `limit_bytes`, if nobody is in the way.
+        """Cut free pages off the end of a file longer than `limit_bytes`.
 
-        Space that stays is used by later rows, so a failure is no error.
+        Later rows use the space that stays, so a failure is no error.
         """
         if self._connection is None:
             return
@@ -134,7 +133,7 @@ class FileStore:
         return self._run(count_rows, write=False)
 
     def dtype(self) -> str:
-        """Return the type of the file's vectors."""
+        """Return the type that vectors are stored in."""
         return self._run(lambda _: self._dtype.name, write=False)
 
     def size_bytes(self) -> int:
@@ -142,17 +141,17 @@ class FileStore:
         return self._run(used_bytes, write=False)
 
     def clear(self) -> None:
-        """Drop every row and give the pages back to the disk (a second for a million rows)."""
+        """Drop all rows and free their pages (a second for a million rows)."""
         self._run(delete_all, write=True)
         self._touched.clear()
         if self._connection is not None:
-            # The rows are gone; only giving back the space can fail, as others may be reading.
+            # The rows are gone; only freeing the space can fail, as others may be reading.
             with contextlib.suppress(sqlite3.Error):
                 self._connection.execute("VACUUM")
                 self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def close(self) -> None:
-        """Record the uses not yet written, if that is possible at once, and close."""
+        """Record the uses not yet written, if that is possible at once, and close the file."""
         connection, self._connection = self._connection, None
         if connection is None:
             return
@@ -165,16 +164,16 @@ class FileStore:
         connection.close()
 
     def after_fork(self) -> None:
-        """Let go of the parent's connection without closing it."""
-        # SQLite forbids a child even to close it: that could undo work of the parent. One
-        # reference too many keeps the interpreter from closing it at exit.
+        """Forget the parent's connection without closing it."""
+        # SQLite forbids a child even to close it, which could undo work of the parent. An
+        # extra reference keeps the interpreter from closing it at exit.
         if self._connection is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
         self._connection = None
         self._touched.clear()
 
     def _run(self, work: Callable[[sqlite3.Connection], _T], *, write: bool) -> _T:
-        """Do `work` in a transaction; wait for other processes, translate SQLite's errors."""
+        """Return what `work` does in a transaction; wait for other processes, translate errors."""
         deadline = time.monotonic() + _LOCK_TIMEOUT_S
         while True:
             try:
@@ -182,7 +181,7 @@ class FileStore:
                 with _transaction(connection, "IMMEDIATE" if write else "DEFERRED"):
                     return work(connection)
             except sqlite3.Error as error:
-                # SQLite waits by itself in most places, not while the file becomes a WAL file.
+                # SQLite itself waits in most places, but not while the file becomes a WAL file.
                 if "locked" in str(error) and time.monotonic() < deadline:
                     time.sleep(0.02)
                     continue
@@ -193,31 +192,28 @@ class FileStore:
     def _connect(self) -> sqlite3.Connection:
         """Return the open connection, or a new one if the file was moved, deleted or replaced.
 
-        A shorter file is opened anew as well: reading a memory map beyond its end would end the
+        A shorter file is opened again, too: reading a memory map beyond its end would kill the
         process, while opening a file that was cut off is an error.
         """
         file_id, size_bytes = _stat_file(self._path)
         is_same = file_id is not None and file_id == self._file_id
         if self._connection is None or not is_same or size_bytes < self._file_bytes:
             self.close()
-            self._connection, self._dtype = _open(self._path, self._asked_dtype)
+            self._connection, self._dtype = _open(self._path, self._requested_dtype)
             self._file_id, size_bytes = _stat_file(self._path)
         self._file_bytes = size_bytes
         return self._connection
 
 
 def _to_digests(keys: list[bytes]) -> npt.NDArray[np.int64]:
-    """Return digests as integers (n, 2), the form of the file's index."""
+    """Return digests as int64 (n, 2), the form of the file's index."""
     digests: npt.NDArray[np.int64] = np.frombuffer(b"".join(keys), dtype="<i8").reshape(-1, 2)
     return digests
 
 
 def _open(path: pathlib.Path, dtype: str | None) -> tuple[sqlite3.Connection, np.dtype[Any]]:
-    """Open the file, making it if it does not exist; refuse any that is not ours.
-
-    Returns the connection and the type of the file's vectors.
-    """
-    if _check_place(path) > 0:
+    """Return a connection to the file, created if absent, and the type of its vectors."""
+    if _check_path(path) > 0:
         _check_application(path)
     connection = _sqlite_connect(path, "mode=rwc")
     try:
@@ -225,17 +221,17 @@ def _open(path: pathlib.Path, dtype: str | None) -> tuple[sqlite3.Connection, np
         if identity == (0, 0, set()):
             connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
             with _transaction(connection, "DEFERRED"):
-                # This writes the first page: not before the transaction, where another process
-                # would find a file without our mark; nor after a BEGIN that writes it itself.
+                # This writes the first page. Outside the transaction, another process could find
+                # a file without our mark; BEGIN IMMEDIATE would write the page before this.
                 connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
                 _create_schema(connection, dtype or "float32")
             identity = _read_identity(connection)
         _check_identity(identity, path)
-        kept = _read_dtype(connection, path)
-        if dtype is not None and dtype != kept:
+        file_dtype = _read_dtype(connection, path)
+        if dtype is not None and dtype != file_dtype:
             raise _path_error(
                 path,
-                f"a cache of {kept} vectors, not of {dtype}, which `dtype` asks for",
+                f"a cache of {file_dtype} vectors, not of {dtype}, which `dtype` asks for",
                 "Leave `dtype` out to use the file as it is, or choose another path.",
             )
         connection.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -245,7 +241,7 @@ def _open(path: pathlib.Path, dtype: str | None) -> tuple[sqlite3.Connection, np
         # with SQLite's own 1000.
         connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_BYTES // PAGE_BYTES}")
         connection.execute(f"PRAGMA journal_size_limit = {2 * _LOG_BYTES}")
-        # KiB. The system keeps the file's pages too; a larger copy of them here only pushes
+        # KiB. The system caches the file's pages, too; a larger copy of them here only pushes
         # others out of the processor's cache.
         connection.execute("PRAGMA cache_size = -8192")
         # Read through a memory map (of 2 GiB at most, SQLite's limit): a quarter more rows a
@@ -257,7 +253,7 @@ def _open(path: pathlib.Path, dtype: str | None) -> tuple[sqlite3.Connection, np
     except BaseException:
         connection.close()
         raise
-    return connection, DTYPES[kept]
+    return connection, DTYPES[file_dtype]
 
 
 def _read_dtype(connection: sqlite3.Connection, path: pathlib.Path) -> str:
@@ -279,7 +275,7 @@ def _sqlite_connect(path: pathlib.Path, query: str) -> sqlite3.Connection:
     )
 
 
-def _check_place(path: pathlib.Path) -> int:
+def _check_path(path: pathlib.Path) -> int:
     """Return the size of the file, 0 if there is none; refuse what cannot be a file."""
     try:
         info = path.stat()
@@ -300,13 +296,13 @@ def _check_place(path: pathlib.Path) -> int:
 
 
 def _check_application(path: pathlib.Path) -> None:
-    """Refuse a file that is not ours, without touching it or any log beside it."""
-    # Opened the usual way, SQLite would first replay a foreign file's log into it. Reading
+    """Raise if the file is not ours, without touching it or any log beside it."""
+    # Opened in the usual way, SQLite would first replay a foreign file's log into it. Reading
     # the header with `open` instead would drop this process's locks on the file at `close`.
     connection = _sqlite_connect(path, "mode=ro&immutable=1")
     try:
         # A file caught between two steps of a checkpoint is shorter than its header says;
-        # this setting lets the header be read all the same.
+        # with this setting the header can still be read.
         connection.execute("PRAGMA writable_schema = ON")
         (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     finally:
@@ -316,7 +312,7 @@ def _check_application(path: pathlib.Path) -> None:
 
 
 def _read_identity(connection: sqlite3.Connection) -> tuple[int, int, set[str]]:
-    """Return application id, schema version and tables, as of one moment."""
+    """Return application id, schema version and tables, read at one moment."""
     with _transaction(connection, "DEFERRED"):
         (application_id,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -325,7 +321,7 @@ def _read_identity(connection: sqlite3.Connection) -> tuple[int, int, set[str]]:
 
 
 def _create_schema(connection: sqlite3.Connection, dtype: str) -> None:
-    """Make the tables, unless another process was faster; the caller has begun to write."""
+    """Create the tables, unless another process did; the caller has begun to write."""
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     if application_id == 0:
         for statement in SCHEMA:
@@ -336,10 +332,10 @@ def _create_schema(connection: sqlite3.Connection, dtype: str) -> None:
 
 
 def _check_identity(identity: tuple[int, int, set[str]], path: pathlib.Path) -> None:
-    """Refuse a file of another layout, or with tables that we do not know."""
+    """Raise if the file has another layout or unknown tables."""
     application_id, version, tables = identity
     if application_id == _APPLICATION_ID and version != SCHEMA_VERSION:
-        step = "Upgrade skembed" if version > SCHEMA_VERSION else "Delete it to begin anew"
+        step = "Upgrade skembed" if version > SCHEMA_VERSION else "Delete it to start again"
         raise _path_error(
             path,
             f"a cache of layout {version}, which this release (layout {SCHEMA_VERSION}) "
@@ -372,7 +368,7 @@ _REASONS = (
         "malformed",
         "a damaged file",
         "It was left as it is: move or delete it, together with the files of the same name "
-        "that end in -wal and -shm, and a new one is made at next use.",
+        "that end in -wal and -shm, and a new one is created at next use.",
     ),
     (
         "is full",
@@ -418,7 +414,7 @@ def _path_error(path: pathlib.Path, reason: str, next_step: str) -> CacheError:
 
 
 def _stat_file(path: pathlib.Path) -> tuple[tuple[int, int] | None, int]:
-    """Return what tells a file from another of the same name, None if there is none; its size."""
+    """Return device and inode of the file, None if there is none, and its size."""
     try:
         info = path.stat()
     except OSError:

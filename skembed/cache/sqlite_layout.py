@@ -1,7 +1,7 @@
 """Tables of the embedding cache's file, and what a transaction does with them.
 
-A vector lies in a block of a few rows. An index of integers, the first eight bytes of each digest,
-tells its block; the block holds the whole digests, which decide. The caller has begun a
+A vector is stored in a block of a few rows. An index maps the first eight bytes of each digest, an
+integer, to its block; the block holds the whole digests, which decide. The caller has begun a
 transaction; errors of SQLite pass through.
 """
 
@@ -36,8 +36,8 @@ __all__ = [
 
 PAGE_BYTES = 4096
 SCHEMA_VERSION = 2
-# Vectors append in order; only `entries` is written all over, so it holds two integers a row.
-# Uses change `uses` alone, whose pages are few.
+# Vectors are appended in order; only `entries` is written in random order, so it holds two integers
+# a row. Uses change only `uses`, which has few pages.
 SCHEMA = (
     "CREATE TABLE entries (key INTEGER PRIMARY KEY, slot INTEGER NOT NULL)",
     "CREATE TABLE blocks (id INTEGER PRIMARY KEY, row_bytes INTEGER NOT NULL,"
@@ -46,14 +46,14 @@ SCHEMA = (
     "CREATE TABLE state (tick INTEGER NOT NULL, dtype TEXT NOT NULL)",
 )
 TABLES = {"entries", "blocks", "uses", "state"}
-_SLOTS = 16  # slot = _SLOTS * block + place in the block
-# Rows that share a block are read together: a larger one would cost more than it saves.
+_SLOTS = 16  # slot = _SLOTS * block + offset in the block
+# Rows that share a block are read together: a larger block would cost more than it saves.
 _BLOCK_BYTES = 12_288
 _ENTRY_BYTES = 28  # one row of `entries`, in pages that are on average 70 % full
 _USE_BYTES = 10
 # Few distinct statements, so that each is compiled once.
 _SELECT_SIZES = (1, 8, 32, 64, 128, 256, 512)
-# Blocks read by one statement: their copies stay in the processor's cache, and off the heap's end.
+# Blocks read by one statement: their copies stay in the processor's cache and grow no heap.
 _READ_BYTES = 5 << 18
 _FEW_ROWS = 4
 
@@ -71,7 +71,7 @@ def fetch_rows(
 ) -> tuple[npt.NDArray[np.bool_], _Integers]:
     """Copy the vectors of `digests` (n, 2) into `out` (n, dim).
 
-    Returns which rows were found (n,), and the blocks they were in.
+    Returns which rows were found, (n,), and the blocks that hold them.
     """
     if len(digests) <= _FEW_ROWS:
         return _fetch_few(connection, digests, out, dtype)
@@ -79,8 +79,8 @@ def fetch_rows(
     slots = _find_slots(connection, digests[:, 0])  # (n,)
     rows = np.flatnonzero(slots >= 0)
     rows = rows[np.argsort(slots[rows], kind="stable")]  # in the order of the file
-    wanted, places = np.divmod(slots[rows], _SLOTS)
-    blocks, first = np.unique(wanted, return_index=True)
+    block_ids, offsets = np.divmod(slots[rows], _SLOTS)
+    blocks, first = np.unique(block_ids, return_index=True)
     first = np.append(first, len(rows))
     row_bytes = out.shape[1] * dtype.itemsize
     n_blocks = _count_blocks_read(row_bytes)
@@ -90,7 +90,7 @@ def fetch_rows(
         digests_read, vectors, begin = _read_blocks(
             connection, blocks[start:stop], out.shape[1], dtype
         )
-        source = begin[np.searchsorted(blocks[start:stop], wanted[part])] + places[part]
+        source = begin[np.searchsorted(blocks[start:stop], block_ids[part])] + offsets[part]
         target = rows[part]
         # A block of another width begins far below zero.
         inside = (source >= 0) & (source < len(digests_read))
@@ -110,33 +110,33 @@ def _fetch_few(
     out: npt.NDArray[np.float32],
     dtype: np.dtype[Any],
 ) -> tuple[npt.NDArray[np.bool_], _Integers]:
-    """Do the work of `fetch_rows` row by row: for a single one, in half the time."""
+    """Do the work of `fetch_rows` row by row, for a single one in half the time."""
     sql = (
         "SELECT e.slot, b.row_bytes, b.digests, b.vectors FROM entries e CROSS JOIN blocks b"
         f" ON b.id = e.slot / {_SLOTS} WHERE e.key = ?"
     )
     mask = np.zeros(len(digests), dtype=np.bool_)
-    used: list[int] = []
+    blocks: list[int] = []
     row_bytes = out.shape[1] * dtype.itemsize
     for position, digest in enumerate(digests):
         row = connection.execute(sql, (int(digest[0]),)).fetchone()
         if row is None:
             continue
-        block, place = divmod(row[0], _SLOTS)
-        used.append(block)
-        same = row[2][place * KEY_BYTES : (place + 1) * KEY_BYTES] == digest.tobytes()
-        if row[1] == row_bytes and same and len(row[3]) >= (place + 1) * row_bytes:
-            out[position] = np.frombuffer(row[3], dtype, out.shape[1], place * row_bytes)
+        block, offset = divmod(row[0], _SLOTS)
+        blocks.append(block)
+        same = row[2][offset * KEY_BYTES : (offset + 1) * KEY_BYTES] == digest.tobytes()
+        if row[1] == row_bytes and same and len(row[3]) >= (offset + 1) * row_bytes:
+            out[position] = np.frombuffer(row[3], dtype, out.shape[1], offset * row_bytes)
             mask[position] = True
-    return mask, np.array(used, dtype=np.int64)
+    return mask, np.array(blocks, dtype=np.int64)
 
 
 def _find_slots(connection: sqlite3.Connection, keys: _Integers) -> _Integers:
     """Return the slot of each key (n,), -1 where there is none."""
     distinct, inverse = np.unique(keys, return_inverse=True)
     slots = np.full(len(distinct), -1, dtype=np.int64)
-    found = _select(connection, "SELECT key, slot FROM entries WHERE key IN ({})", distinct)
-    pairs = np.fromiter(chain.from_iterable(found), dtype=np.int64).reshape(-1, 2)
+    entries = _select(connection, "SELECT key, slot FROM entries WHERE key IN ({})", distinct)
+    pairs = np.fromiter(chain.from_iterable(entries), dtype=np.int64).reshape(-1, 2)
     slots[np.searchsorted(distinct, pairs[:, 0])] = pairs[:, 1]
     result: _Integers = slots[inverse]
     return result
@@ -147,7 +147,7 @@ def _read_blocks(
 ) -> tuple[_Integers, npt.NDArray[Any], _Integers]:
     """Return digests (n_rows, 2) and vectors (n_rows, dim), and where each block begins.
 
-    A block that is not there, or holds vectors of another width, begins far below zero.
+    A block that is absent, or holds vectors of another width, begins far below zero.
     """
     row_bytes = dim * dtype.itemsize
     sql = "SELECT id, row_bytes, digests, vectors FROM blocks WHERE id IN ({})"
@@ -192,17 +192,17 @@ def insert_rows(
     positions: _Integers,
     dtype: np.dtype[Any],
 ) -> None:
-    """Write row ``positions[i]`` of `vectors` under ``digests[i]``, in blocks after all others."""
-    # Of two digests with the same first half, which chance does not bring, the last stays.
+    """Write row ``positions[i]`` of `vectors` under ``digests[i]``, in new blocks."""
+    # Of two digests with the same first half, which are most unlikely, the last is stored.
     _, last = np.unique(digests[::-1, 0], return_index=True)
     if len(last) < len(digests):
-        kept = np.sort(len(digests) - 1 - last)
-        digests, positions = digests[kept], positions[kept]
+        order = np.sort(len(digests) - 1 - last)
+        digests, positions = digests[order], positions[order]
     n_rows = len(digests)
     size = count_block_rows(vectors.shape[1] * dtype.itemsize)
     (block,) = connection.execute("SELECT coalesce(max(id), 0) + 1 FROM blocks").fetchone()
-    number, place = np.divmod(np.arange(n_rows), size)
-    slots = (block + number) * _SLOTS + place
+    number, offset = np.divmod(np.arange(n_rows), size)
+    slots = (block + number) * _SLOTS + offset
     connection.executemany(
         "INSERT INTO blocks VALUES (?, ?, ?, ?)",
         _iter_blocks(digests, vectors, positions, dtype, block, size),
@@ -223,7 +223,7 @@ def _iter_blocks(
     block: int,
     size: int,
 ) -> Iterator[tuple[int, int, bytes, bytes]]:
-    """Yield the rows of `blocks`, the first one with the id `block`."""
+    """Yield the rows of the table `blocks`; the first has the id `block`."""
     row_bytes = vectors.shape[1] * dtype.itemsize
     step = COPY_ROWS // size * size
     for start in range(0, len(digests), step):
@@ -235,7 +235,7 @@ def _iter_blocks(
 
 
 def _enter(connection: sqlite3.Connection, keys: _Integers, slots: _Integers, block: int) -> None:
-    """Point the index to new slots, and drop the blocks that nothing points to any more."""
+    """Point the index to new slots, and drop the blocks that it no longer points to."""
     order = np.argsort(keys)  # rows that share a page are written one after the other
     keys, slots = keys[order], slots[order]
     pairs = list(zip(keys.tolist(), slots.tolist(), strict=True))
@@ -243,20 +243,17 @@ def _enter(connection: sqlite3.Connection, keys: _Integers, slots: _Integers, bl
     if added == len(pairs):
         return
     old = _find_slots(connection, keys)
-    known = old < block * _SLOTS
-    changes = zip(slots[known].tolist(), keys[known].tolist(), strict=True)
+    is_old = old < block * _SLOTS
+    changes = zip(slots[is_old].tolist(), keys[is_old].tolist(), strict=True)
     connection.executemany("UPDATE entries SET slot = ? WHERE key = ?", changes)
-    _drop_dead(connection, np.unique(old[known] // _SLOTS))
+    _drop_dead(connection, np.unique(old[is_old] // _SLOTS))
 
 
 def _drop_dead(connection: sqlite3.Connection, blocks: _Integers) -> None:
     """Delete those of `blocks` that hold no row of the index."""
-    dead = []
     for ids, keys in _iter_keys(connection, blocks):
         alive = ids[_find_slots(connection, keys) // _SLOTS == ids]
-        dead.append(np.setdiff1d(ids, alive))
-    for ids in dead:
-        _delete_blocks(connection, ids)
+        _delete_blocks(connection, np.setdiff1d(ids, alive))
 
 
 def _iter_keys(
@@ -266,23 +263,23 @@ def _iter_keys(
     largest = _SELECT_SIZES[-1]
     sql = "SELECT id, digests FROM blocks WHERE id IN ({})"
     for start in range(0, len(blocks), largest):
-        found = list(_select(connection, sql, blocks[start : start + largest]))
-        sizes = [len(row[1]) // KEY_BYTES for row in found]
-        ids = np.repeat(np.array([row[0] for row in found], dtype=np.int64), sizes)
-        digests = np.frombuffer(b"".join([row[1] for row in found]), dtype="<i8")
+        rows = list(_select(connection, sql, blocks[start : start + largest]))
+        sizes = [len(row[1]) // KEY_BYTES for row in rows]
+        ids = np.repeat(np.array([row[0] for row in rows], dtype=np.int64), sizes)
+        digests = np.frombuffer(b"".join([row[1] for row in rows]), dtype="<i8")
         yield ids, digests[::2]
 
 
 def _delete_blocks(connection: sqlite3.Connection, blocks: _Integers) -> None:
-    """Delete blocks and when they were used, not what points to them."""
+    """Delete blocks and the record of their use, but not what points to them."""
     ids = [(block,) for block in blocks.tolist()]
     connection.executemany("DELETE FROM blocks WHERE id = ?", ids)
     connection.executemany("DELETE FROM uses WHERE block = ?", ids)
 
 
 def touch(connection: sqlite3.Connection, blocks: Sequence[int]) -> None:
-    """Mark blocks used since the last ``store`` as younger than all that it wrote."""
-    # `store` leaves an even tick behind, uses get the odd one after it.
+    """Record that blocks were used after all that the last ``store`` wrote."""
+    # `store` leaves an even tick; uses get the odd one after it.
     (tick,) = connection.execute("SELECT tick + 1 FROM state").fetchone()
     connection.executemany(
         "UPDATE uses SET tick = ?1 WHERE block = ?2 AND tick < ?1",
@@ -297,17 +294,17 @@ def evict(connection: sqlite3.Connection, target_bytes: int) -> None:
         if not n_blocks:
             return
         share = min(1.0, (used - max(target_bytes, 0)) / used)
-        doomed = connection.execute(
+        oldest = connection.execute(
             "SELECT block FROM uses ORDER BY tick, block LIMIT ?",
             (max(1, int(n_blocks * share)),),
         )
-        blocks = np.array([block for (block,) in doomed], dtype=np.int64)
+        blocks = np.array([block for (block,) in oldest], dtype=np.int64)
         blocks.sort()
         for ids, keys in _iter_keys(connection, blocks):
             order = np.argsort(keys)
             first = ids[order] * _SLOTS
             pairs = zip(keys[order].tolist(), first.tolist(), strict=True)
-            connection.executemany(  # a key may by now point to another block
+            connection.executemany(  # a key may now point to another block
                 f"DELETE FROM entries WHERE key = ?1 AND slot >= ?2 AND slot < ?2 + {_SLOTS}",
                 pairs,
             )
@@ -330,7 +327,7 @@ def count_rows(connection: sqlite3.Connection) -> int:
 
 
 def used_bytes(connection: sqlite3.Connection) -> int:
-    """Return the bytes of all pages that are not free."""
+    """Return the bytes of all pages in use."""
     (n_pages,) = connection.execute("PRAGMA page_count").fetchone()
     (n_free,) = connection.execute("PRAGMA freelist_count").fetchone()
     return (int(n_pages) - int(n_free)) * PAGE_BYTES
@@ -345,14 +342,14 @@ def count_block_rows(row_bytes: int) -> int:
 
 
 def estimate_row_bytes(row_bytes: int) -> int:
-    """Return what a row takes in the file, its part of a full block and of the index."""
+    """Return the bytes of a row in the file: its share of a full block, and its index entry."""
     n_rows = count_block_rows(row_bytes)
     block_bytes = _estimate_block_bytes(n_rows, row_bytes) + _USE_BYTES
     return -int(-block_bytes // n_rows) + _ENTRY_BYTES
 
 
 def _estimate_block_bytes(n_rows: int, row_bytes: int) -> float:
-    """Return what a block takes in the file, by SQLite's rules for long rows.
+    """Return the bytes of a block in the file, by SQLite's rules for long rows.
 
     References: https://www.sqlite.org/fileformat2.html, section 1.6.
     """

@@ -1,4 +1,4 @@
-"""Where a cache keeps its rows: the protocol of a store, and the one in memory.
+"""Where a cache keeps its rows: the protocol of a store, and the store in memory.
 
 The store in memory drops the least recently used rows first. The cache holds the lock.
 """
@@ -21,10 +21,10 @@ __all__ = [
     "find_storable",
 ]
 
-# How vectors are kept; a fixed byte order, so that a file can move between machines.
+# How vectors are stored; a fixed byte order, so that a file can move between machines.
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 KEY_BYTES = 16
-COPY_ROWS = 1024  # rows copied in passing
+COPY_ROWS = 1024  # rows copied at once
 _LARGEST_FLOAT16 = 65520.0  # from here on, rounding to float16 gives infinity
 
 
@@ -44,10 +44,10 @@ class Store(Protocol):
     """Rows of a cache, in memory or in a file; the caller holds the lock of the cache."""
 
     def fetch(self, keys: list[bytes], out: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-        """Fill the rows of `out` whose keys are stored; return which, (n,)."""
+        """Fill the rows of `out` (n, dim) whose keys are stored; return which, (n,)."""
 
     def put(self, items: dict[bytes, int], vectors: npt.NDArray[np.float32]) -> None:
-        """Store rows of `vectors` under their keys."""
+        """Store row ``items[key]`` of `vectors` under each key."""
 
     def dtype(self) -> str:
         """Return the type that vectors are stored in."""
@@ -68,7 +68,7 @@ class Store(Protocol):
         """Forget what belongs to the parent process."""
 
 
-# Key (49 bytes), header of the vector's bytes object (33) and its place in an OrderedDict:
+# Key (49 bytes), header of the vector's bytes object (33) and its entry in an OrderedDict:
 # 187 to 198 bytes a row measured with tracemalloc, more right after the table has grown.
 ROW_OVERHEAD_BYTES = 208
 
@@ -83,26 +83,26 @@ class MemoryStore:
         self._size_bytes = 0
 
     def fetch(self, keys: list[bytes], out: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-        """Copy known rows into `out` (n, dim); return which these are (n,)."""
+        """Fill the rows of `out` (n, dim) whose keys are stored; return which, (n,)."""
         get, move_to_end = self._rows.get, self._rows.move_to_end
         row_bytes = out.shape[1] * self._dtype.itemsize
-        found: list[bytes] = []
+        rows: list[bytes] = []
         positions: list[int] = []
         for position, value in enumerate(map(get, keys)):
             if value is not None and len(value) == row_bytes:
                 move_to_end(keys[position])
                 positions.append(position)
-                found.append(value)
+                rows.append(value)
         mask = np.zeros(len(keys), dtype=np.bool_)
         mask[positions] = True
-        vectors = np.frombuffer(b"".join(found), dtype=self._dtype)
-        vectors = vectors.reshape(len(found), out.shape[1])  # (n_found, dim)
+        vectors = np.frombuffer(b"".join(rows), dtype=self._dtype)
+        vectors = vectors.reshape(len(rows), out.shape[1])  # (n_rows, dim)
         # Converted first: an assignment that converts takes twice as long.
         out[mask] = vectors.astype(np.float32, copy=False)
         return mask
 
     def put(self, items: dict[bytes, int], vectors: npt.NDArray[np.float32]) -> None:
-        """Insert row `position` of `vectors` under each key, then evict down to the limit."""
+        """Store row ``items[key]`` of `vectors` under each key; evict down to the limit."""
         row_cost = vectors.shape[1] * self._dtype.itemsize + ROW_OVERHEAD_BYTES
         if row_cost > self._max_bytes:
             return  # it would push out everything else and then itself
@@ -119,12 +119,12 @@ class MemoryStore:
                 self._remove(self._rows.popitem(last=False)[1])
 
     def _remove(self, row: bytes | None) -> None:
-        """Take the bytes of a row that has left the dict off the account."""
+        """Subtract the bytes of a row that has left the dict, if any."""
         if row is not None:
             self._size_bytes -= len(row) + ROW_OVERHEAD_BYTES
 
     def dtype(self) -> str:
-        """Return the type of the vectors."""
+        """Return the type that vectors are stored in."""
         return self._dtype.name
 
     def count(self) -> int:
@@ -132,16 +132,16 @@ class MemoryStore:
         return len(self._rows)
 
     def size_bytes(self) -> int:
-        """Return the bytes held, with the overhead of each row."""
+        """Return the bytes taken, with the overhead of each row."""
         return self._size_bytes
 
     def clear(self) -> None:
-        """Drop every row; a new dict, as an emptied one keeps its table."""
+        """Drop all rows, in a new dict, since an emptied one keeps its table."""
         self._rows = OrderedDict()
         self._size_bytes = 0
 
     def close(self) -> None:
-        """Do nothing: there is no file to let go of."""
+        """Do nothing: there is no file to close."""
 
     def after_fork(self) -> None:
-        """Do nothing: the child goes on with its own copy of the rows."""
+        """Do nothing: the child has a copy of the rows."""

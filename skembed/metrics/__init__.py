@@ -1,16 +1,11 @@
 """Metrics equal to mteb 2.26 and pytrec_eval: classification, clustering, correlation, ranking.
 
-The first three are thin, over scikit-learn and scipy. The metrics of rankings (`ndcg_at_k` and so
+The first three wrap scikit-learn and scipy. The metrics of rankings (`ndcg_at_k` and so
 on) are trec_eval's; they take ``{query_id: {document_id: ...}}`` or two matrices.
 """
 
 from skembed.metrics.agreement import ami, pearson, spearman, v_measure
-from skembed.metrics.classification import (
-    accuracy,
-    average_precision,
-    classification_metrics,
-    f1,
-)
+from skembed.metrics.classification import accuracy, average_precision, classification_metrics, f1
 from skembed.metrics.qrels import search_to_run
 from skembed.metrics.ranking import (
     K_VALUES,

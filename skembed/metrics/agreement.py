@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,9 @@ import numpy.typing as npt
 from scipy.stats import ConstantInputWarning, NearConstantInputWarning, pearsonr, spearmanr
 from sklearn.metrics import adjusted_mutual_info_score, v_measure_score
 
-from skembed.metrics.classification import check_labels
+from skembed.metrics.classification import check_label_pair
 
 __all__ = ["ami", "pearson", "spearman", "v_measure"]
-
-# Clustering
 
 
 def v_measure(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
@@ -33,7 +32,7 @@ def v_measure(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     Raises
     ------
     ValueError
-        If there are no labels, or not equally many.
+        If there are no labels, or the lengths differ.
 
     Examples
     --------
@@ -41,7 +40,7 @@ def v_measure(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     >>> v_measure(["cat", "cat", "dog"], [1, 1, 0])
     1.0
     """
-    return float(v_measure_score(*check_labels(y_true, y_pred, owner="v_measure")))
+    return float(v_measure_score(*check_label_pair(y_true, y_pred, owner="v_measure")))
 
 
 def ami(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
@@ -60,7 +59,7 @@ def ami(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     Raises
     ------
     ValueError
-        If there are no labels, or not equally many.
+        If there are no labels, or the lengths differ.
 
     Examples
     --------
@@ -68,10 +67,7 @@ def ami(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     >>> ami(["cat", "cat", "dog", "dog"], [1, 1, 0, 0])
     1.0
     """
-    return float(adjusted_mutual_info_score(*check_labels(y_true, y_pred, owner="ami")))
-
-
-# Correlation
+    return float(adjusted_mutual_info_score(*check_label_pair(y_true, y_pred, owner="ami")))
 
 
 def spearman(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
@@ -90,7 +86,7 @@ def spearman(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     Raises
     ------
     TypeError, ValueError
-        If one holds no finite numbers, there are fewer than two, or not equally many.
+        If there are fewer than two scores, one is no finite number, or the lengths differ.
 
     Examples
     --------
@@ -117,7 +113,7 @@ def pearson(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     Raises
     ------
     TypeError, ValueError
-        If one holds no finite numbers, there are fewer than two, or not equally many.
+        If there are fewer than two scores, one is no finite number, or the lengths differ.
 
     Examples
     --------
@@ -129,10 +125,10 @@ def pearson(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
 
 
 def _correlate(
-    correlation: Any, y_true: npt.ArrayLike, y_pred: npt.ArrayLike, *, owner: str
+    correlation: Callable[..., Any], y_true: npt.ArrayLike, y_pred: npt.ArrayLike, *, owner: str
 ) -> float:
-    """Return a correlation of scipy in float64; NaN for a constant, without a warning."""
-    pair = [np.asarray(values) for values in check_labels(y_true, y_pred, owner=owner)]
+    """Return one of scipy's correlations in float64; NaN for a constant, without a warning."""
+    pair = check_label_pair(y_true, y_pred, owner=owner)
     if any(values.dtype.kind not in "fiub" for values in pair):
         raise TypeError(f"`{owner}` takes numbers; got {pair[0].dtype} and {pair[1].dtype}.")
     if len(pair[0]) < 2:

@@ -16,9 +16,7 @@ from sklearn.metrics import (
 
 from skembed._validation import check_choice
 
-__all__ = ["accuracy", "average_precision", "check_labels", "classification_metrics", "f1"]
-
-# Classification
+__all__ = ["accuracy", "average_precision", "check_label_pair", "classification_metrics", "f1"]
 
 
 def accuracy(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
@@ -37,7 +35,7 @@ def accuracy(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     Raises
     ------
     ValueError
-        If there are no labels, or not equally many.
+        If there are no labels, or the lengths differ.
 
     Examples
     --------
@@ -45,7 +43,7 @@ def accuracy(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     >>> accuracy(["cat", "dog", "dog"], ["cat", "dog", "cat"])
     0.6666666666666666
     """
-    return float(accuracy_score(*check_labels(y_true, y_pred, owner="accuracy")))
+    return float(accuracy_score(*check_label_pair(y_true, y_pred, owner="accuracy")))
 
 
 def f1(y_true: npt.ArrayLike, y_pred: npt.ArrayLike, *, average: str = "macro") -> float:
@@ -66,7 +64,7 @@ def f1(y_true: npt.ArrayLike, y_pred: npt.ArrayLike, *, average: str = "macro") 
     Raises
     ------
     TypeError, ValueError
-        If there are no labels or not equally many, or `average` is unknown.
+        If there are no labels, the lengths differ, or `average` is unknown.
 
     Examples
     --------
@@ -75,7 +73,7 @@ def f1(y_true: npt.ArrayLike, y_pred: npt.ArrayLike, *, average: str = "macro") 
     0.6666666666666666
     """
     check_choice(average, name="average", owner="f1", allowed=("macro", "weighted", "micro"))
-    labels = check_labels(y_true, y_pred, owner="f1")
+    labels = check_label_pair(y_true, y_pred, owner="f1")
     return float(f1_score(*labels, average=average, zero_division=0))
 
 
@@ -105,7 +103,7 @@ def average_precision(y_true: npt.ArrayLike, y_score: npt.ArrayLike) -> float:
     >>> average_precision([0, 1, 1, 0], [0.1, 0.9, 0.3, 0.4])
     0.8333333333333333
     """
-    true, scores = check_labels(y_true, y_score, owner="average_precision")
+    true, scores = check_label_pair(y_true, y_score, owner="average_precision")
     classes = np.unique(true)
     if len(classes) != 2:
         raise ValueError(
@@ -133,12 +131,12 @@ def classification_metrics(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> dict
     Raises
     ------
     ValueError
-        If there are no labels, or not equally many.
+        If there are no labels, or the lengths differ.
 
     Notes
     -----
-    mteb computes `ap` from predicted labels, as numbers. For labels without a 1, such as str, it
-    fails; here the greater label is positive then.
+    mteb computes `ap` from predicted labels, as numbers. It fails for labels without a 1, such as
+    str; here the greater label is positive then.
 
     Examples
     --------
@@ -146,26 +144,23 @@ def classification_metrics(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> dict
     >>> classification_metrics([0, 1, 1], [0, 1, 0])["ap"]
     0.8333333333333333
     """
-    true, predicted = check_labels(y_true, y_pred, owner="classification_metrics")
-    found = {"accuracy": float(accuracy_score(true, predicted))}
+    true, predicted = check_label_pair(y_true, y_pred, owner="classification_metrics")
+    values = {"accuracy": float(accuracy_score(true, predicted))}
     for name, score in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
         for average, suffix in (("macro", ""), ("weighted", "_weighted")):
             value = score(true, predicted, average=average, zero_division=0)
-            found[name + suffix] = float(value)
+            values[name + suffix] = float(value)
     classes = np.unique(true)
     if len(classes) == 2:
         scores = predicted if 1 in classes.tolist() else predicted == classes[1]
-        found["ap"] = found["ap_weighted"] = average_precision(true, scores)
-    return found
+        values["ap"] = values["ap_weighted"] = average_precision(true, scores)
+    return values
 
 
-# Private: labels and numbers
-
-
-def check_labels(
+def check_label_pair(
     y_true: npt.ArrayLike, y_pred: npt.ArrayLike, *, owner: str
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Return two arrays of equal length, (n,), n > 0."""
+    """Return two arrays of equal shape (n,), n > 0; raise ValueError for other shapes."""
     true, predicted = np.asarray(y_true), np.asarray(y_pred)
     if true.ndim != 1 or not len(true):
         raise ValueError(

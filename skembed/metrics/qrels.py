@@ -1,4 +1,4 @@
-"""Ids, titles, grades and judgments of a ranking, checked and in one form."""
+"""Ids, titles, grades and judgments of a ranking, checked and brought into one form."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 Ints = npt.NDArray[np.int64]
+Ids = npt.NDArray[Any]  # of object (str) or int64
 
 
 def search_to_run(
@@ -44,7 +45,7 @@ def search_to_run(
     scores : array-like of float, shape (n_queries, k)
         Scores of the documents found.
     indices : array-like of int, shape (n_queries, k)
-        Their positions in the corpus; places with -1 are left out.
+        Their positions in the corpus; -1 is left out.
     query_ids : sequence, optional
         Ids of the queries; None takes their positions.
     document_ids : sequence, optional
@@ -67,16 +68,16 @@ def search_to_run(
     {0: {'c': 0.9}}
     """
     owner = "search_to_run"
-    found, places = np.asarray(scores, dtype=np.float64), np.asarray(indices)
-    if found.ndim != 2 or found.shape != places.shape or places.dtype.kind not in "iu":
+    values, positions = np.asarray(scores, dtype=np.float64), np.asarray(indices)
+    if values.ndim != 2 or values.shape != positions.shape or positions.dtype.kind not in "iu":
         raise ValueError(
             f"The `indices` parameter of `{owner}` must be ints of the shape of `scores`, "
-            f"(n_queries, k); got {places.dtype} of shape {places.shape} for {found.shape}."
+            f"(n_queries, k); got {positions.dtype} of shape {positions.shape} for {values.shape}."
         )
-    queries: Sequence[Any] = range(len(found))
+    queries: Sequence[Any] = range(len(values))
     if query_ids is not None:
-        queries = read_ids(query_ids, len(found), name="query_ids", owner=owner)
-    n = int(places.max(initial=-1)) + 1
+        queries = read_ids(query_ids, len(values), name="query_ids", owner=owner)
+    n = int(positions.max(initial=-1)) + 1
     documents: Sequence[Any] = range(n)
     if document_ids is not None:
         documents = read_ids(document_ids, name="document_ids", owner=owner)
@@ -87,12 +88,12 @@ def search_to_run(
         )
     return {
         query: {documents[j]: score for j, score in zip(row, line, strict=True) if j >= 0}
-        for query, row, line in zip(queries, places.tolist(), found.tolist(), strict=True)
+        for query, row, line in zip(queries, positions.tolist(), values.tolist(), strict=True)
     }
 
 
 def check_grades(grades: Any, *, owner: str) -> Ints:
-    """Return grades as int64."""
+    """Return grades as int64; raise TypeError for anything but whole numbers."""
     array = np.asarray(grades)
     if array.dtype.kind not in "iub":
         whole = array.dtype.kind == "f" and bool(np.all(array == np.floor(array)))
@@ -104,18 +105,11 @@ def check_grades(grades: Any, *, owner: str) -> Ints:
     return array.astype(np.int64)
 
 
-Ids = npt.NDArray[Any]  # of object (str) or int64
-
-
 def join_titles(X: Any, *, owner: str, name: str = "X") -> Any:
     """Return one text for each document: the title, a space, the text; other input as it is.
 
-    Of a frame with a column "text", that one and "title" count. A title that is missing is left
-    out; a document without both stays missing.
-
-    >>> from skembed.metrics.qrels import join_titles
-    >>> join_titles([("Llama", "A camelid."), ("", "Hot.")], owner="Retriever")
-    ['Llama A camelid.', 'Hot.']
+    Of a frame with a column "text", only that one and "title" count. A missing title is left out; a
+    document that lacks both is None.
     """
     names = list(getattr(X, "columns", ()))
     if len(names) > 1 and "text" in names:
@@ -130,28 +124,15 @@ def join_titles(X: Any, *, owner: str, name: str = "X") -> Any:
 
 
 def join_title(item: Any) -> Any:
-    """Return title and text of a mapping in one, where it has both; other input as it is.
-
-    >>> from skembed.metrics.qrels import join_title
-    >>> join_title({"title": "Llama", "text": "A camelid."})
-    'Llama A camelid.'
-    """
+    """Return title and text of a mapping as one text; other input as it is."""
     if not isinstance(item, Mapping):
         return item
     title, text = item.get("title") or "", item.get("text")
     return f"{title} {text}" if title and isinstance(text, str) else text
 
 
-# Ids
-
-
 def read_ids(ids: Any, n: int | None = None, *, name: str = "ids", owner: str) -> list[Any]:
-    """Return n distinct ids, all str or all int.
-
-    >>> from skembed.metrics.qrels import read_ids
-    >>> read_ids(("a", "b"), 2, owner="Retriever")
-    ['a', 'b']
-    """
+    """Return n distinct ids as a list, all str or all int."""
     subject = f"The `{name}` parameter of `{owner}`"
     if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
         raise TypeError(f"{subject} must be a list of ids; got {type(ids).__name__}.")
@@ -161,64 +142,56 @@ def read_ids(ids: Any, n: int | None = None, *, name: str = "ids", owner: str) -
     if n is not None and len(values) != n:
         raise ValueError(f"{subject} must hold {n} ids; got {len(values)}.")
     kinds = [kind_of(value) for value in values]
-    wanted = "str" if kinds[:1] == ["str"] else "int"
-    if kinds.count(wanted) != len(values):
-        place = next(i for i, kind in enumerate(kinds) if kind != wanted)
+    expected = "str" if kinds[:1] == ["str"] else "int"
+    if kinds.count(expected) != len(values):
+        position = next(i for i, kind in enumerate(kinds) if kind != expected)
         raise TypeError(
-            f"{subject} must hold str or int, all of one type; {name}[{place}] is of type "
-            f"{type(values[place]).__name__}."
+            f"{subject} must hold str or int, all of one type; {name}[{position}] is of type "
+            f"{type(values[position]).__name__}."
         )
     if len(set(values)) != len(values):
         first = {value: i for i, value in reversed(list(enumerate(values)))}
-        place = next(i for i, value in enumerate(values) if first[value] != i)
+        position = next(i for i, value in enumerate(values) if first[value] != i)
         raise ValueError(
-            f"{subject} must hold each id once; {name}[{place}], {values[place]!r}, is there "
+            f"{subject} must hold each id once; {name}[{position}], {values[position]!r}, is there "
             "before."
         )
     return [str.__str__(value) if isinstance(value, str) else value for value in values]
 
 
 def check_ids(ids: Any, *, owner: str) -> Ids | None:
-    """Return distinct ids of one type, (n,), str as objects or int64; None for None.
-
-    >>> from skembed.metrics.qrels import check_ids
-    >>> check_ids(["a", "b"], owner="Retriever")
-    array(['a', 'b'], dtype=object)
-    """
+    """Return distinct ids of one type, (n,), str as objects or int64; None for None."""
     if ids is None:
         return None
     values = read_ids(ids, owner=owner)
     return np.array(values, dtype=object if values and isinstance(values[0], str) else np.int64)
 
 
-def check_new_ids(ids: Ids, known: Ids, *, owner: str) -> None:
-    """Raise TypeError for ids of another type than the known ones, ValueError for one of them."""
+def check_new_ids(ids: Ids, old_ids: Ids, *, owner: str) -> None:
+    """Raise TypeError for ids of another type than the old ones, ValueError for an old one."""
     subject = f"The `ids` parameter of `{owner}`"
-    if len(ids) and ids.dtype != known.dtype:
-        kind = "str" if known.dtype == object else "int"
+    if len(ids) and ids.dtype != old_ids.dtype:
+        kind = "str" if old_ids.dtype == object else "int"
         raise TypeError(f"{subject} must hold {kind}, as `ids_` does.")
-    there = set(known.tolist())
-    twice = next((value for value in ids.tolist() if value in there), None)
-    if twice is not None:
+    old = set(old_ids.tolist())
+    repeated = next((value for value in ids.tolist() if value in old), None)
+    if repeated is not None:
         raise ValueError(
-            f"{subject} must hold new ids; {twice!r} is there already. To replace a document, "
+            f"{subject} must hold new ids; {repeated!r} is there already. To replace a document, "
             "remove it first."
         )
 
 
-def find_positions(ids: Ids, known: Ids, *, owner: str) -> npt.NDArray[np.int64]:
-    """Return where each id stands among the known ones, (n,); raises ValueError for another."""
-    places = {value: i for i, value in enumerate(known.tolist())}
-    absent = [value for value in ids.tolist() if value not in places]
+def find_positions(ids: Ids, all_ids: Ids, *, owner: str) -> npt.NDArray[np.int64]:
+    """Return the position of each id among all ids, (n,); ValueError for an unknown one."""
+    positions = {value: i for i, value in enumerate(all_ids.tolist())}
+    absent = [value for value in ids.tolist() if value not in positions]
     if absent:
         raise ValueError(
             f"The `ids` parameter of `{owner}` must hold ids of `ids_`; {len(absent)} of "
             f"{len(ids)} are not there, the first is {absent[0]!r}."
         )
-    return np.array([places[value] for value in ids.tolist()], dtype=np.int64)
-
-
-# Judgments
+    return np.array([positions[value] for value in ids.tolist()], dtype=np.int64)
 
 
 def read_relevance(
@@ -231,12 +204,8 @@ def read_relevance(
 ) -> dict[Any, dict[Any, int]]:
     """Return ``{query_id: {document_id: grade}}`` for every query.
 
-    Raises TypeError for what is no judgment, ValueError for a query without one, and where no
+    Raises TypeError for anything but judgments, ValueError for a query without one, and if no
     judged document is among the documents.
-
-    >>> from skembed.metrics.qrels import read_relevance
-    >>> read_relevance([["d"]], ["q"], ["d"], owner="RetrievalTask")
-    {'q': {'d': 1}}
     """
     subject = f"The `{name}` parameter of `{owner}`"
     if hasattr(relevance, "columns"):
@@ -245,7 +214,7 @@ def read_relevance(
         given = dict(relevance)
     else:
         given = _read_aligned(relevance, query_ids, document_ids, subject=subject)
-    unknown = [query for query in given.keys() - set(query_ids)]
+    unknown = given.keys() - set(query_ids)
     if unknown:
         raise ValueError(
             f"{subject} must judge known queries; {len(unknown)} ids are of none, the first is "
@@ -254,20 +223,20 @@ def read_relevance(
     judged = {
         query: read_judged(given.get(query, ()), query, subject=subject) for query in query_ids
     }
-    bare = [query for query, grades in judged.items() if not grades]
-    if bare:
+    unjudged = [query for query, grades in judged.items() if not grades]
+    if unjudged:
         raise ValueError(
-            f"{subject} must judge a document for every query; {len(bare)} of {len(judged)} "
-            f"have none, the first is query {bare[0]!r}. Drop those queries."
+            f"{subject} must judge a document for every query; {len(unjudged)} of {len(judged)} "
+            f"have none, the first is query {unjudged[0]!r}. Drop those queries."
         )
-    known = set(document_ids)
-    if judged and not any(known & grades.keys() for grades in judged.values()):
-        theirs = next(iter(next(iter(judged.values()))))
-        ours = next(iter(document_ids), None)
+    corpus = set(document_ids)
+    if judged and not any(corpus & grades.keys() for grades in judged.values()):
+        judged_id = next(iter(next(iter(judged.values()))))
+        corpus_id = next(iter(document_ids), None)
         raise ValueError(
             f"{subject} must name documents of the corpus; none of them is there. Ids of `{name}` "
-            f"are such as {theirs!r}, ids of the corpus such as {ours!r}. Are the ids of one type, "
-            "str or int?"
+            f"are such as {judged_id!r}, ids of the corpus such as {corpus_id!r}. Are the ids of "
+            "one type, str or int?"
         )
     return judged
 
@@ -275,7 +244,7 @@ def read_relevance(
 def read_judgments(
     y: Any, query_ids: Sequence[Any] | None, *, ids: Ids, owner: str
 ) -> dict[int, dict[Any, int]]:
-    """Return ``{document_id: grade}`` of each query by its position; one id stands for a list."""
+    """Return ``{position: {document_id: grade}}`` of the queries; a bare id is a list of one."""
     rows = {
         i: [row] if isinstance(row, str) or kind_of(row) == "int" else row
         for i, row in enumerate(_align_judgments(y, query_ids, owner=owner))
@@ -284,7 +253,7 @@ def read_judgments(
 
 
 def _align_judgments(y: Any, query_ids: Sequence[Any] | None, *, owner: str) -> list[Any]:
-    """Return what `y` holds for each query."""
+    """Return the entry of `y` for each query."""
     if isinstance(y, Mapping):
         if query_ids is None:
             raise ValueError(
@@ -351,12 +320,7 @@ def _read_rows(frame: Any, *, subject: str) -> dict[Any, dict[Any, Any]]:
 
 
 def read_judged(judged: Any, query: Any, *, subject: str) -> dict[Any, int]:
-    """Return the grades of one query; ids without one have grade 1.
-
-    >>> from skembed.metrics.qrels import read_judged
-    >>> read_judged(["d"], "q", subject="The `y` parameter of `Retriever.score`")
-    {'d': 1}
-    """
+    """Return ``{document_id: grade}`` of one query; ids without a grade have grade 1."""
     if not isinstance(judged, Mapping):
         if isinstance(judged, (str, bytes)) or not isinstance(judged, Iterable):
             raise TypeError(
@@ -374,19 +338,14 @@ def read_judged(judged: Any, query: Any, *, subject: str) -> dict[Any, int]:
 
 
 def read_grades(grades: Any, n: int, *, where: str, owner: str) -> list[int]:
-    """Return the grades of one list of candidates.
-
-    >>> from skembed.metrics.qrels import read_grades
-    >>> read_grades([0, True], 2, where="query 0", owner="RerankingTask")
-    [0, 1]
-    """
+    """Return the n grades of one list of candidates as int."""
     subject = f"The `relevance` parameter of `{owner}`"
-    found = list(grades)
-    if len(found) != n:
+    grades = list(grades)
+    if len(grades) != n:
         raise ValueError(
             f"{subject} must hold one grade a candidate; {where} has {n} candidates and "
-            f"{len(found)} grades."
+            f"{len(grades)} grades."
         )
-    if not all(kind_of(grade) in ("int", "bool") for grade in found):
+    if not all(kind_of(grade) in ("int", "bool") for grade in grades):
         raise TypeError(f"{subject} must hold grades of int; {where} has another type.")
-    return [int(grade) for grade in found]
+    return [int(grade) for grade in grades]

@@ -1,8 +1,8 @@
-"""Metrics of rankings as trec_eval computes them; `skembed.metrics` is where users find them.
+"""Metrics of rankings as trec_eval computes them; users import them from `skembed.metrics`.
 
-Documents of equal score stand in descending order of their ids, average precision is divided by all
-judged positives, gains are linear. All are means over queries except for `ranking_metrics`, which
-gives one value a query; `ranking_summary` rounds as mteb prints.
+Documents of equal score are ranked in descending order of their ids, average precision is divided
+by all judged positives, gains are linear. `ranking_metrics` gives one value a query, all others are
+means over queries; `ranking_summary` rounds as mteb does.
 """
 
 from __future__ import annotations
@@ -37,25 +37,23 @@ K_VALUES = (1, 3, 5, 10, 20, 100, 1000)
 RANKING_METRICS = ("ndcg", "map", "recall", "precision", "mrr", "hit_rate")
 """The metrics of a ranking; "ndcg_at_10" is one of them at a cut-off."""
 
-_DIGITS = 5  # mteb rounds means over queries to these, but for the reciprocal rank
+_DIGITS = 5  # mteb rounds means over queries to these, except the reciprocal rank
 
 _Floats = npt.NDArray[np.float64]
-# Of one query: document id -> grade, or document id -> score.
-_Relevance = Mapping[Any, Mapping[Any, int]]
-_Scores = Mapping[Any, Mapping[Any, float]]
+_Grades = Mapping[Any, Mapping[Any, int]]  # {query id: {document id: grade}}
+_Run = Mapping[Any, Mapping[Any, float]]  # {query id: {document id: score}}
+_Relevance = _Grades | npt.ArrayLike
+_Scores = _Run | npt.ArrayLike
 
 
-def ndcg_at_k(
-    relevance: _Relevance | npt.ArrayLike, scores: _Scores | npt.ArrayLike, *, k: int = 10
-) -> float:
+def ndcg_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> float:
     """Return the normalised discounted cumulative gain, mean over queries.
 
     Parameters
     ----------
-    relevance : mapping or array-like of int, shape (n_queries, n_documents)
-        Grades, as `ranking_metrics` takes them. Gains are linear in the grade.
-    scores : mapping or array-like of float, shape (n_queries, n_documents)
-        Higher for documents to be ranked higher.
+    relevance, scores : mapping or array-like, shape (n_queries, n_documents)
+        Grades, and scores that are higher for better documents, as `ranking_metrics` takes them.
+        Gains are linear in the grade.
     k : int, default=10
         How many documents of each ranking count.
 
@@ -78,17 +76,13 @@ def ndcg_at_k(
     return _mean_at_k("ndcg", relevance, scores, k)
 
 
-def map_at_k(
-    relevance: _Relevance | npt.ArrayLike, scores: _Scores | npt.ArrayLike, *, k: int = 1000
-) -> float:
+def map_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 1000) -> float:
     """Return the mean average precision; each is divided by all judged positives of its query.
 
     Parameters
     ----------
-    relevance : mapping or array-like of int, shape (n_queries, n_documents)
-        Grades, as `ranking_metrics` takes them.
-    scores : mapping or array-like of float, shape (n_queries, n_documents)
-        Higher for documents to be ranked higher.
+    relevance, scores : mapping or array-like, shape (n_queries, n_documents)
+        Grades, and scores that are higher for better documents, as `ranking_metrics` takes them.
     k : int, default=1000
         How many documents of each ranking count.
 
@@ -111,17 +105,13 @@ def map_at_k(
     return _mean_at_k("map", relevance, scores, k)
 
 
-def mrr_at_k(
-    relevance: _Relevance | npt.ArrayLike, scores: _Scores | npt.ArrayLike, *, k: int = 10
-) -> float:
+def mrr_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> float:
     """Return the reciprocal rank of the first positive, mean over queries.
 
     Parameters
     ----------
-    relevance : mapping or array-like of int, shape (n_queries, n_documents)
-        Grades, as `ranking_metrics` takes them.
-    scores : mapping or array-like of float, shape (n_queries, n_documents)
-        Higher for documents to be ranked higher.
+    relevance, scores : mapping or array-like, shape (n_queries, n_documents)
+        Grades, and scores that are higher for better documents, as `ranking_metrics` takes them.
     k : int, default=10
         How many documents of each ranking count.
 
@@ -144,17 +134,13 @@ def mrr_at_k(
     return _mean_at_k("mrr", relevance, scores, k)
 
 
-def recall_at_k(
-    relevance: _Relevance | npt.ArrayLike, scores: _Scores | npt.ArrayLike, *, k: int = 10
-) -> float:
+def recall_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> float:
     """Return the share of all judged positives that were found, mean over queries.
 
     Parameters
     ----------
-    relevance : mapping or array-like of int, shape (n_queries, n_documents)
-        Grades, as `ranking_metrics` takes them.
-    scores : mapping or array-like of float, shape (n_queries, n_documents)
-        Higher for documents to be ranked higher.
+    relevance, scores : mapping or array-like, shape (n_queries, n_documents)
+        Grades, and scores that are higher for better documents, as `ranking_metrics` takes them.
     k : int, default=10
         How many documents of each ranking count.
 
@@ -177,17 +163,13 @@ def recall_at_k(
     return _mean_at_k("recall", relevance, scores, k)
 
 
-def precision_at_k(
-    relevance: _Relevance | npt.ArrayLike, scores: _Scores | npt.ArrayLike, *, k: int = 10
-) -> float:
+def precision_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> float:
     """Return the share of positives among the first k places, mean over queries.
 
     Parameters
     ----------
-    relevance : mapping or array-like of int, shape (n_queries, n_documents)
-        Grades, as `ranking_metrics` takes them.
-    scores : mapping or array-like of float, shape (n_queries, n_documents)
-        Higher for documents to be ranked higher.
+    relevance, scores : mapping or array-like, shape (n_queries, n_documents)
+        Grades, and scores that are higher for better documents, as `ranking_metrics` takes them.
     k : int, default=10
         Divided by k, also where a ranking is shorter.
 
@@ -210,17 +192,13 @@ def precision_at_k(
     return _mean_at_k("precision", relevance, scores, k)
 
 
-def hit_rate_at_k(
-    relevance: _Relevance | npt.ArrayLike, scores: _Scores | npt.ArrayLike, *, k: int = 10
-) -> float:
+def hit_rate_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> float:
     """Return the share of queries with a positive among the first k places.
 
     Parameters
     ----------
-    relevance : mapping or array-like of int, shape (n_queries, n_documents)
-        Grades, as `ranking_metrics` takes them.
-    scores : mapping or array-like of float, shape (n_queries, n_documents)
-        Higher for documents to be ranked higher.
+    relevance, scores : mapping or array-like, shape (n_queries, n_documents)
+        Grades, and scores that are higher for better documents, as `ranking_metrics` takes them.
     k : int, default=10
         How many documents of each ranking count.
 
@@ -244,10 +222,7 @@ def hit_rate_at_k(
 
 
 def ranking_metrics(
-    relevance: _Relevance | npt.ArrayLike,
-    scores: _Scores | npt.ArrayLike,
-    *,
-    k_values: Iterable[int] = K_VALUES,
+    relevance: _Relevance, scores: _Scores, *, k_values: Iterable[int] = K_VALUES
 ) -> dict[str, _Floats]:
     """Return every ranking metric at every cut-off, one value a query.
 
@@ -283,7 +258,7 @@ def ranking_metrics(
     skips queries without judgments or without a ranking; here both are errors, since a skipped
     query raises the mean. Pass ``{}`` as the ranking of a query that found nothing.
 
-    Scores are compared in float32, as trec_eval does. Where they are equal, the greater id stands
+    Scores are compared in float32, as trec_eval does. Where they are equal, the greater id comes
     first: ids of str as text ("9" before "10"), ids of int as numbers, columns of a matrix by
     their position.
 
@@ -294,8 +269,8 @@ def ranking_metrics(
     Examples
     --------
     >>> from skembed.metrics import ranking_metrics
-    >>> found = ranking_metrics({"q": {"a": 1}}, {"q": {"a": 0.7, "b": 0.7}}, k_values=[1, 2])
-    >>> float(found["ndcg_at_1"][0]), float(found["mrr_at_2"][0])
+    >>> values = ranking_metrics({"q": {"a": 1}}, {"q": {"a": 0.7, "b": 0.7}}, k_values=[1, 2])
+    >>> float(values["ndcg_at_1"][0]), float(values["mrr_at_2"][0])
     (0.0, 0.5)
     """
     owner = "ranking_metrics"
@@ -311,18 +286,13 @@ def ranking_metrics(
 
 
 def ranking_summary(
-    relevance: _Relevance | npt.ArrayLike,
-    scores: _Scores | npt.ArrayLike,
-    *,
-    k_values: Iterable[int] = K_VALUES,
+    relevance: _Relevance, scores: _Scores, *, k_values: Iterable[int] = K_VALUES
 ) -> dict[str, float]:
     """Return every ranking metric at every cut-off, mean over queries, rounded as mteb rounds.
 
     Parameters
     ----------
-    relevance : mapping or array-like of int, shape (n_queries, n_documents)
-        As `ranking_metrics`.
-    scores : mapping or array-like of float, shape (n_queries, n_documents)
+    relevance, scores : mapping or array-like, shape (n_queries, n_documents)
         As `ranking_metrics`.
     k_values : iterable of int, default=(1, 3, 5, 10, 20, 100, 1000)
         The cut-offs.
@@ -347,35 +317,24 @@ def ranking_summary(
 
 
 def round_means(metrics: Mapping[str, _Floats]) -> dict[str, float]:
-    """Return the means of what `ranking_metrics` gives, rounded as mteb rounds.
-
-    >>> import numpy as np
-    >>> from skembed.metrics.ranking import round_means
-    >>> round_means({"ndcg_at_1": np.array([0.0, 0.0, 1.0])})
-    {'ndcg_at_1': 0.33333}
-    """
+    """Return the means of what `ranking_metrics` returns, rounded as mteb rounds."""
     means = {name: _mean(values) for name, values in metrics.items()}
     return {k: mean if k.startswith("mrr") else round(mean, _DIGITS) for k, mean in means.items()}
 
 
-# Private
-
-
 def _mean(values: _Floats) -> float:
-    """Return the mean as mteb takes it: a plain sum, divided."""
+    """Return the mean as mteb computes it: a plain sum, divided."""
     return float(sum(values.tolist()) / len(values))
 
 
 class _Ranking(NamedTuple):
-    """The grades of one query: of the documents found, (R,), in order; and all positive ones."""
+    """Grades of one query."""
 
-    gains: Ints
-    positives: Ints  # descending
+    gains: Ints  # of the documents found, in the order of the ranking, (R,)
+    positives: Ints  # of all positive documents, descending
 
 
-def _mean_at_k(
-    name: str, relevance: _Relevance | npt.ArrayLike, scores: _Scores | npt.ArrayLike, k: int
-) -> float:
+def _mean_at_k(name: str, relevance: _Relevance, scores: _Scores, k: int) -> float:
     """Return one metric at one cut-off, mean over queries, not rounded."""
     owner = f"{name}_at_k"
     cut = check_int(k, name="k", owner=owner, low=1)
@@ -383,13 +342,7 @@ def _mean_at_k(
     return _mean(values[:, RANKING_METRICS.index(name), 0])
 
 
-def _compute_rankings(
-    relevance: _Relevance | npt.ArrayLike,
-    scores: _Scores | npt.ArrayLike,
-    cuts: Ints,
-    *,
-    owner: str,
-) -> _Floats:
+def _compute_rankings(relevance: _Relevance, scores: _Scores, cuts: Ints, *, owner: str) -> _Floats:
     """Return all metrics of all queries at all cut-offs, (Q, M, K)."""
     if isinstance(relevance, Mapping) and isinstance(scores, Mapping):
         rankings = _rank_mappings(relevance, scores, owner=owner)
@@ -408,14 +361,14 @@ def _compute_rankings(
 def _score_ranking(ranking: _Ranking, cuts: Ints, discounts: _Floats) -> list[_Floats]:
     """Return the metrics of one query in the order of `RANKING_METRICS`, each (K,)."""
     gains, positives = ranking.gains[: cuts.max()], ranking.positives
-    found = gains > 0
-    n_found = np.cumsum(found)  # (R,)
-    precisions = np.where(found, n_found / np.arange(1, len(gains) + 1), 0.0)
+    is_positive = gains > 0
+    n_found = np.cumsum(is_positive)  # (R,)
+    precisions = np.where(is_positive, n_found / np.arange(1, len(gains) + 1), 0.0)
     dcg = _at(np.cumsum(np.maximum(gains, 0) / discounts[: len(gains)]), cuts)
     best = positives[: cuts.max()]
     ideal = _at(np.cumsum(best / discounts[: len(best)]), cuts)
     hits, n_positives = _at(n_found, cuts), max(len(positives), 1)
-    first = int(found.argmax()) + 1 if found.any() else math.inf
+    first = int(is_positive.argmax()) + 1 if is_positive.any() else math.inf
     return [
         np.divide(dcg, ideal, out=np.zeros(len(cuts)), where=ideal > 0),
         _at(np.cumsum(precisions), cuts) / n_positives,
@@ -427,26 +380,26 @@ def _score_ranking(ranking: _Ranking, cuts: Ints, discounts: _Floats) -> list[_F
 
 
 def _at(curve: npt.NDArray[Any], cuts: Ints) -> _Floats:
-    """Return a running sum (R,) at each cut-off, its last value beyond its end, (K,)."""
+    """Return a running sum (R,) at each cut-off, its last value beyond the end, (K,)."""
     if not len(curve):
         return np.zeros(len(cuts))
     return curve[np.minimum(cuts, len(curve)) - 1].astype(np.float64)
 
 
-def _rank_mappings(relevance: _Relevance, scores: _Scores, *, owner: str) -> Iterator[_Ranking]:
+def _rank_mappings(relevance: _Grades, scores: _Run, *, owner: str) -> Iterator[_Ranking]:
     """Yield the ranking of each query of two mappings, in the order of `scores`."""
     _check_queries(relevance, scores, owner=owner)
-    for query, found in scores.items():
+    for query, run in scores.items():
         grades = check_grades(list(relevance[query].values()), owner=owner)
         judged = dict(zip(relevance[query], grades.tolist(), strict=True))
         try:
-            documents = sorted(found, reverse=True)
+            documents = sorted(run, reverse=True)
         except TypeError as error:
             raise TypeError(
                 f"The `scores` parameter of `{owner}` must have document ids of one type, str or "
                 f"int; got several for query {query!r}."
             ) from error
-        values = np.array([found[document] for document in documents], dtype=np.float64)
+        values = np.array([run[document] for document in documents], dtype=np.float64)
         order = _descending(values, owner=owner, where=f"query {query!r}")
         gains = np.array([judged.get(documents[i], 0) for i in order.tolist()], dtype=np.int64)
         yield _Ranking(gains, _sort_positives(grades))
@@ -456,20 +409,20 @@ def _rank_arrays(
     relevance: npt.ArrayLike, scores: npt.ArrayLike, *, owner: str
 ) -> Iterator[_Ranking]:
     """Yield the ranking of each row of two matrices."""
-    found = np.asarray(scores)
+    matrix = np.asarray(scores)
     grades = check_grades(relevance, owner=owner)
-    if found.ndim != 2 or not found.size or grades.shape != found.shape:
+    if matrix.ndim != 2 or not matrix.size or grades.shape != matrix.shape:
         raise ValueError(
             f"The `relevance` and `scores` parameters of `{owner}` must be of one shape "
-            f"(n_queries, n_documents), not empty; got {grades.shape} and {found.shape}."
+            f"(n_queries, n_documents), not empty; got {grades.shape} and {matrix.shape}."
         )
-    for row, (values, line) in enumerate(zip(found[:, ::-1], grades[:, ::-1], strict=True)):
+    for row, (values, line) in enumerate(zip(matrix[:, ::-1], grades[:, ::-1], strict=True)):
         order = _descending(values.astype(np.float64), owner=owner, where=f"row {row}")
         yield _Ranking(line[order], _sort_positives(line))
 
 
 def _descending(values: _Floats, *, owner: str, where: str) -> Ints:
-    """Return the order of falling scores, equal ones as they stand; in float32 as trec_eval."""
+    """Return the stable order of descending scores, in float32 as in trec_eval."""
     if np.isnan(values).any():
         raise ValueError(
             f"The `scores` parameter of `{owner}` must hold no NaN; got one in {where}. "
@@ -480,19 +433,19 @@ def _descending(values: _Floats, *, owner: str, where: str) -> Ints:
 
 
 def _sort_positives(grades: Ints) -> Ints:
-    """Return the grades above 0, the highest first."""
+    """Return the grades above 0, highest first."""
     return np.sort(grades[grades > 0])[::-1]
 
 
-def _check_queries(relevance: _Relevance, scores: _Scores, *, owner: str) -> None:
+def _check_queries(relevance: _Grades, scores: _Run, *, owner: str) -> None:
     """Raise unless both mappings hold the same queries, each with a judged document."""
     if not scores:
         raise ValueError(f"The `scores` parameter of `{owner}` must hold a query; got none.")
-    bare = [query for query in scores if not relevance.get(query)]
-    if bare:
+    unjudged = [query for query in scores if not relevance.get(query)]
+    if unjudged:
         raise ValueError(
             f"The `relevance` parameter of `{owner}` must judge a document for every query; "
-            f"{len(bare)} of {len(scores)} have none, the first is {bare[0]!r}. Drop them."
+            f"{len(unjudged)} of {len(scores)} have none, the first is {unjudged[0]!r}. Drop them."
         )
     absent = [query for query in relevance if query not in scores]
     if absent:

@@ -1,1 +1,1 @@
-"""Exact and approximate search among vectors, and how they are stored."""
+"""Exact and approximate search among vectors, and the storage of vectors."""

@@ -1,7 +1,6 @@
-"""Quantised components: ranges of integers, and levels of single bits.
+"""Quantized components: ranges of integers, and levels of single bits.
 
-`Ranges` and `Levels` turn vectors into codes and back, each with numbers of its own for every
-dimension. All work is done in blocks of a few MiB.
+Every dimension has its own ranges or levels. All work is done in blocks of a few MiB.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Codes = npt.NDArray[np.uint8]
 
 
 class Codec(Protocol):
-    """Vectors to codes and back."""
+    """What turns vectors into codes and back."""
 
     def encode(self, vectors: Vectors) -> Codes:
         """Return codes, (n, width), of finite vectors (n, dim)."""
@@ -33,16 +32,10 @@ class Codec(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Ranges:
-    """256 equal steps from the lowest to the highest value of each dimension.
+    """256 equal steps from the lowest to the highest value of each dimension."""
 
-    Attributes
-    ----------
-    low, step : ndarray of float32, shape (dim,)
-        Value of code 0, and between two codes; a dimension without extent has step 0.
-    """
-
-    low: Vectors
-    step: Vectors
+    low: Vectors  # the value of code 0, (dim,)
+    step: Vectors  # between two codes, (dim,); 0 for a dimension without extent
 
     @classmethod
     def between(cls, low: Vectors, high: Vectors) -> Ranges:
@@ -51,21 +44,21 @@ class Ranges:
 
     @staticmethod
     def learn(vectors: Vectors, percentiles: tuple[float, float]) -> tuple[Vectors, Vectors]:
-        """Return lower and upper percentile of each dimension, float32, (dim,) each."""
+        """Return the lower and the upper percentile of each dimension, float32, (dim,) each."""
         n, dim = vectors.shape
         if percentiles == (0.0, 100.0):
             return vectors.min(axis=0), vectors.max(axis=0)
-        found = np.empty((2, dim), dtype=np.float32)
+        bounds = np.empty((2, dim), dtype=np.float32)
         for columns in iterate_blocks(dim, n):
-            found[:, columns] = np.percentile(vectors[:, columns], percentiles, axis=0)
-        return found[0], found[1]
+            bounds[:, columns] = np.percentile(vectors[:, columns], percentiles, axis=0)
+        return bounds[0], bounds[1]
 
     def encode(self, vectors: Vectors) -> Codes:
         """Return the nearest code of each component, (n, dim); 0 or 255 out of range."""
         codes = np.empty(vectors.shape, dtype=np.uint8)
         steps = np.where(self.step > 0, self.step, np.float32(np.inf))  # no extent: code 0
         for rows in iterate_blocks(*vectors.shape):
-            with np.errstate(over="ignore"):  # far out of range, and clipped below
+            with np.errstate(over="ignore"):  # values far out of range are clipped below
                 block = vectors[rows] - self.low
                 block /= steps
             np.rint(block, out=block)
@@ -74,27 +67,21 @@ class Ranges:
 
     def decode(self, codes: Codes) -> Vectors:
         """Return the value of each code, (n, dim)."""
-        found: Vectors = codes.astype(np.float32)
-        found *= self.step
-        found += self.low
-        return found
+        vectors: Vectors = codes.astype(np.float32)
+        vectors *= self.step
+        vectors += self.low
+        return vectors
 
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """One bit for each dimension: above a threshold, or not; eight of them in a byte.
+    """One bit for each dimension, above a threshold or not; eight of them in a byte."""
 
-    Attributes
-    ----------
-    table : ndarray of float32, shape (3, dim)
-        The threshold, and what stands for a component below and above it.
-    """
-
-    table: Vectors
+    table: Vectors  # (3, dim): the threshold, the value of a 0 bit, the value of a 1 bit
 
     @classmethod
     def learn(cls, vectors: Vectors) -> Levels:
-        """Return the mean of each dimension, with the means of what lies below and above it."""
+        """Return the mean of each dimension, and the means of the values below and above it."""
         n, dim = vectors.shape
         blocks = list(iterate_blocks(n, dim))
         mean = sum(vectors[rows].sum(axis=0, dtype=np.float64) for rows in blocks) / n
@@ -120,7 +107,7 @@ class Levels:
     def decode(self, codes: Codes) -> Vectors:
         """Return the level of each bit, (n, dim)."""
         _, below, above = self.table
-        found = np.unpackbits(codes, axis=-1, count=self.table.shape[1]).astype(np.float32)
-        found *= above - below
-        found += below
-        return found
+        vectors = np.unpackbits(codes, axis=-1, count=self.table.shape[1]).astype(np.float32)
+        vectors *= above - below
+        vectors += below
+        return vectors

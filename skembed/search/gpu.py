@@ -1,6 +1,6 @@
-"""The best k rows of a corpus on a GPU: blocks go there one at a time, only keys stay.
+"""The best k rows of a corpus on a GPU, which holds one block of the corpus at a time.
 
-The same keys as on the CPU (`skembed.similarity`), so that equal scores come by the same rule.
+The keys are those of `skembed.search.top_k`, so that equal scores are ordered as on the CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def top_k_rows_on_device(
     device: torch.device,
     block_bytes: int,
 ) -> TopK:
-    """Find what `skembed.search.top_k.top_k_rows` finds, with torch on `device`.
+    """Return what `skembed.search.top_k.top_k_rows` returns, computed with torch on `device`.
 
     `block_bytes` bounds the working memory on the device.
     """
@@ -39,8 +39,8 @@ def top_k_rows_on_device(
     scores = np.empty((n, k), dtype=np.float32)
     indices = np.empty((n, k), dtype=np.int64)
     budget = max(1, block_bytes // _BYTES_PER_SCORE)
-    widest = block_bytes // (8 * max(1, queries.shape[1]))  # the block there, and its copy here
-    width = max(1, min(m, budget, max(_MIN_COLUMNS, 2 * k), widest))
+    max_width = block_bytes // (8 * max(1, queries.shape[1]))  # the block and its copy on the CPU
+    width = max(1, min(m, budget, max(_MIN_COLUMNS, 2 * k), max_width))
     height = max(1, min(n, budget // (width + k)))
     for first in range(0, n, height):
         rows = slice(first, min(first + height, n))
@@ -64,7 +64,7 @@ def _find_keys(
     best = torch.full((len(queries), 0), _NO_KEY, dtype=torch.int64, device=device)
     for first in range(0, m, width):
         columns = slice(first, min(first + width, m))
-        # A copy: torch warns about arrays that are mapped read-only.
+        # A copy, since torch warns about read-only arrays.
         block = torch.from_numpy(np.array(read_rows(columns))).to(device)  # (C, D)
         keys = _pack_keys(queries @ block.T, torch.from_numpy(ranks[columns]).to(device))  # (B, C)
         best = torch.cat([best, keys], dim=1)
@@ -73,14 +73,14 @@ def _find_keys(
 
 
 def _pack_keys(scores: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
-    """Return scores (B, C) and ranks (C,) as int64 that sort by score, then rank."""
-    # A sum that overflowed both ways is the worst there is, not the best.
+    """Return scores (B, C) and ranks (C,) as int64 that sort by score, then rank, (B, C)."""
+    # A sum that overflowed both ways is the worst score, not the best.
     bits = (scores.nan_to_num(nan=-torch.inf) + 0.0).view(torch.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (bits.to(torch.int64) << 32) | ranks
 
 
 def _unpack_scores(keys: torch.Tensor) -> torch.Tensor:
-    """Return the scores of keys."""
+    """Return the scores of keys, float32."""
     bits = (keys >> 32).to(torch.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)

@@ -25,9 +25,10 @@ _EXPANSION_SEARCH = 64
 class HnswGraph:
     """Graph over the vectors of documents, each under a label that is never used again.
 
-    Holds a copy of the vectors in float16. Pickles and copies hold the graph itself. One thread
-    adds and removes: of vectors added side by side usearch leaves some where no search reaches
-    them. A search has as many threads as torch: usearch's own choice spins on a busy machine.
+    It holds a copy of the vectors in float16; pickles and copies contain the graph itself. One
+    thread adds and removes, since usearch leaves some vectors unreachable when they are added in
+    parallel. A search uses as many threads as torch, since usearch's own choice spins on a busy
+    machine.
     """
 
     def __init__(self, dim: int) -> None:
@@ -50,7 +51,7 @@ class HnswGraph:
             self._index.add(keys, vectors.read_rows(rows), threads=1)
 
     def remove(self, labels: Indices) -> None:
-        """Take the vectors of these labels out."""
+        """Remove the vectors of these labels, (n,)."""
         self._index.remove(labels.astype(np.uint64), threads=1)
 
     def search(self, queries: Vectors, k: int) -> Indices:
@@ -58,13 +59,13 @@ class HnswGraph:
         self._index.expansion_search = max(_EXPANSION_SEARCH, 2 * k)
         labels = np.full((len(queries), k), -1, dtype=np.int64)
         for rows in iterate_blocks(len(queries), max(k, queries.shape[1])):
-            found = self._index.search(queries[rows], k, threads=torch.get_num_threads())
-            # One query gives one row of matches, without its count.
-            keys = np.atleast_2d(found.keys).astype(np.int64)
-            counts = np.atleast_1d(np.asarray(getattr(found, "counts", keys.shape[1])))
+            matches = self._index.search(queries[rows], k, threads=torch.get_num_threads())
+            # A single query gives one row of matches, without its count.
+            keys = np.atleast_2d(matches.keys).astype(np.int64)
             width = keys.shape[1]
-            places = np.arange(width) < counts[:, None]
-            labels[rows, :width] = np.where(places, keys, -1)
+            counts = np.atleast_1d(np.asarray(getattr(matches, "counts", width)))
+            is_match = np.arange(width) < counts[:, None]
+            labels[rows, :width] = np.where(is_match, keys, -1)
         return labels
 
     def to_array(self) -> npt.NDArray[np.uint8]:
@@ -73,18 +74,15 @@ class HnswGraph:
 
     @classmethod
     def from_array(cls, data: npt.NDArray[np.uint8]) -> HnswGraph:
-        """Return the graph that `to_array` made bytes of."""
+        """Return the graph that `to_array` turned into bytes."""
         graph = cls.__new__(cls)
         graph._index = _import_usearch().Index.restore(data.tobytes())
         return graph
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"data": self.to_array()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._index = HnswGraph.from_array(state["data"])._index
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HnswGraph.from_array, (self.to_array(),)
 
 
 def _import_usearch() -> Any:
-    """Return usearch's module, or say how to install it."""
+    """Return usearch's module; raise ImportError that says how to install it."""
     return import_optional("usearch.index", extra="ann", purpose="`Retriever(algorithm='hnsw')`")

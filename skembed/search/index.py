@@ -1,8 +1,8 @@
 """The documents of a retriever: ids, stored vectors, and the search among them.
 
-A search has two steps. The first finds candidates by the stored vectors, all of them or those that
-a graph proposes. The second scores each candidate as one pair, from the finest vectors there are,
-and sorts by score and id: what is returned depends on the query and the document alone.
+A search has two steps. The first finds candidates by the stored vectors: by all of them, or by
+those that a graph proposes. The second scores each candidate as one pair, from the finest vectors
+available, and sorts by score and id, so that a result depends on query and document alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from skembed.search.gpu import top_k_rows_on_device
 from skembed.search.hnsw import HnswGraph
-from skembed.search.index_file import pack_strings, unpack_strings
+from skembed.search.index_file import Array, pack_strings, unpack_strings
 from skembed.search.stored_vectors import StoredVectors
 from skembed.search.top_k import N_SPARE, rescore_candidates, top_k_rows
 from skembed.similarity import Indices, TopK, Vectors, iterate_blocks, normalize_rows
@@ -24,29 +24,14 @@ __all__ = ["Array", "DocumentIndex", "Ids", "prepare_vectors"]
 
 _BLOCK_BYTES = 32 * 2**20
 _DEVICE_BLOCK_BYTES = 512 * 2**20
-# How far from 1 the length of float32 vectors is after they were scaled to it.
+# How far from 1 the length of float32 vectors may be after scaling.
 _UNIT_TOLERANCE = 1e-6
 
 Ids = npt.NDArray[Any]  # of object (str) or int64
-Array = npt.NDArray[Any]
 
 
 class DocumentIndex:
-    """Documents that can be searched, added and removed.
-
-    Attributes
-    ----------
-    ids : ndarray of object (str) or int64, shape (n,)
-        Distinct ids.
-    stored : StoredVectors
-        What every query is compared with.
-    fine : StoredVectors or None
-        A finer copy, for scores.
-    graph : HnswGraph or None
-        An approximate index over `labels`.
-    labels : ndarray of int64, shape (n,)
-        Rising numbers, never used again after a removal.
-    """
+    """Documents that can be searched, added and removed."""
 
     def __init__(
         self,
@@ -57,7 +42,10 @@ class DocumentIndex:
         labels: Indices | None = None,
         n_seen: int | None = None,
     ) -> None:
-        self.stored, self.fine, self.graph = stored, fine, graph
+        self.stored = stored  # what every query is compared with
+        self.fine = fine  # a finer copy, for scores
+        self.graph = graph  # an approximate index over `labels`
+        # Ascending numbers, never used again after a removal.
         self.labels = np.arange(len(ids), dtype=np.int64) if labels is None else labels
         self.n_seen = len(ids) if n_seen is None else n_seen
         self._set_ids(ids)
@@ -66,7 +54,7 @@ class DocumentIndex:
     def build(
         cls, ids: Ids, vectors: Vectors, *, storage: str, rescore_storage: str | None, hnsw: bool
     ) -> DocumentIndex:
-        """Store vectors (n, dim), and build a graph over them with `hnsw`."""
+        """Return an index that stores vectors (n, dim), with a graph over them if `hnsw`."""
         stored = StoredVectors.encode(vectors, storage)
         fine = None if rescore_storage is None else StoredVectors.encode(vectors, rescore_storage)
         index = cls(ids, stored, fine, HnswGraph(stored.dim) if hnsw else None)
@@ -78,9 +66,9 @@ class DocumentIndex:
         return len(self.ids)
 
     def search(self, queries: Vectors, top_k: int, *, rescore: int, device: torch.device) -> TopK:
-        """Find the best documents of each query, each (n_queries, top_k), top_k <= n."""
-        several = rescore if self.fine is not None or self.graph is not None else 1
-        n = min(len(self.ids), several * top_k + N_SPARE)
+        """Return the best documents of each query, each (n_queries, top_k), top_k <= n."""
+        factor = rescore if self.fine is not None or self.graph is not None else 1
+        n = min(len(self.ids), factor * top_k + N_SPARE)
         if self.graph is None:
             candidates = self._find_exactly(queries, n, device=device)  # (Q, n)
         else:
@@ -89,11 +77,11 @@ class DocumentIndex:
         return rescore_candidates(queries, candidates, finest.read_rows, self._ranks, top_k)
 
     def add(self, ids: Ids, vectors: Vectors) -> None:
-        """Put documents behind those that are there; an error changes nothing that counts."""
+        """Append documents; an error leaves the documents as they were."""
         stored = self.stored.append(vectors)
         fine = None if self.fine is None else self.fine.append(vectors)
         labels = np.arange(self.n_seen, self.n_seen + len(ids), dtype=np.int64)
-        self.n_seen += len(ids)  # labels that a failing graph has seen are lost, and no more
+        self.n_seen += len(ids)  # a graph that fails has used up these labels
         if self.graph is not None:
             self.graph.add(labels, StoredVectors.encode(vectors, "float32"))
         self._set_ids(np.concatenate([self.ids, ids]))
@@ -101,18 +89,18 @@ class DocumentIndex:
         self.labels = np.concatenate([self.labels, labels])
 
     def remove(self, positions: Indices) -> None:
-        """Take documents out."""
-        kept = np.ones(len(self), dtype=np.bool_)
-        kept[positions] = False
-        stored = self.stored.select(kept)
-        fine = None if self.fine is None else self.fine.select(kept)
+        """Remove the documents at these positions."""
+        mask = np.ones(len(self), dtype=np.bool_)
+        mask[positions] = False
+        stored = self.stored.select(mask)
+        fine = None if self.fine is None else self.fine.select(mask)
         if self.graph is not None:
-            self.graph.remove(self.labels[~kept])
-        self._set_ids(self.ids[kept])
-        self.stored, self.fine, self.labels = stored, fine, self.labels[kept]
+            self.graph.remove(self.labels[~mask])
+        self._set_ids(self.ids[mask])
+        self.stored, self.fine, self.labels = stored, fine, self.labels[mask]
 
     def pack(self) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return what `unpack` needs, as plain values and as arrays."""
+        """Return settings and arrays, from which `unpack` restores the index."""
         parts = {"stored": self.stored}
         if self.fine is not None:
             parts["fine"] = self.fine
@@ -127,15 +115,12 @@ class DocumentIndex:
 
     @classmethod
     def unpack(cls, settings: dict[str, Any], arrays: dict[str, Array]) -> DocumentIndex:
-        """Return the index that `pack` took apart; raises ValueError where parts do not fit."""
+        """Return the index that `pack` took apart; raise ValueError where parts do not fit."""
         parts: dict[str, StoredVectors] = {}
         for part, kind in settings["kinds"].items():
-            own = {
-                name.partition(".")[2]: array
-                for name, array in arrays.items()
-                if name.startswith(f"{part}.")
-            }
-            parts[part] = StoredVectors(kind, settings["dim"], own)
+            prefix = f"{part}."
+            named = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+            parts[part] = StoredVectors(kind, settings["dim"], named)
         ids = arrays.get("ids")
         if ids is None:
             ids = unpack_strings(arrays["characters"], arrays["ends"])
@@ -148,7 +133,7 @@ class DocumentIndex:
         )
 
     def _set_ids(self, ids: Ids) -> None:
-        """Keep ids, and for each its place among them in rising order."""
+        """Set the ids, and the rank of each in ascending order."""
         order = np.argsort(ids, kind="stable")
         ranks = np.empty(len(ids), dtype=np.int64)
         ranks[order] = np.arange(len(ids))
@@ -157,12 +142,12 @@ class DocumentIndex:
     def _find_by_graph(
         self, graph: HnswGraph, queries: Vectors, n: int, *, device: torch.device
     ) -> Indices:
-        """Return the rows that a graph takes for the best n of each query, (n_queries, n)."""
+        """Return the rows that a graph finds for the best n of each query, (n_queries, n)."""
         labels = graph.search(queries, n)
         rows = np.minimum(np.searchsorted(self.labels, labels), len(self.ids) - 1)
-        # What the graph could not fill is found the long way.
-        short = (self.labels[rows] != labels).any(axis=1)
-        rows[short] = self._find_exactly(queries[short], n, device=device)
+        # Queries for which the graph found too few are searched exactly.
+        incomplete = (self.labels[rows] != labels).any(axis=1)
+        rows[incomplete] = self._find_exactly(queries[incomplete], n, device=device)
         return rows
 
     def _find_exactly(self, queries: Vectors, n: int, *, device: torch.device) -> Indices:
@@ -175,14 +160,14 @@ class DocumentIndex:
         ).indices
 
 
-def prepare_vectors(vectors: Any, similarity: str, *, owner: str) -> Vectors:
+def prepare_vectors(vectors: npt.ArrayLike, similarity: str, *, owner: str) -> Vectors:
     """Return vectors as float32, of unit length for "cosine"; a copy only where they change.
 
-    Raises ValueError for what float32 cannot hold.
+    Raises ValueError where float32 cannot hold a value.
     """
     with np.errstate(over="ignore"):
         prepared = np.ascontiguousarray(vectors, dtype=np.float32)
-    scale = False
+    is_unit = True
     for rows in iterate_blocks(*prepared.shape):
         block = prepared[rows]
         if not np.isfinite(block).all():
@@ -191,10 +176,10 @@ def prepare_vectors(vectors: Any, similarity: str, *, owner: str) -> Vectors:
                 f"The embeddings of `{owner}` must be finite in float32; that of row {row} is not. "
                 "Scale them down."
             )
-        if similarity == "cosine" and not scale:
+        if similarity == "cosine" and is_unit:
             squares = np.einsum("nd,nd->n", block, block, dtype=np.float64)
-            scale = bool((np.abs(squares - 1) > 2 * _UNIT_TOLERANCE).any())
-    if not scale:
+            is_unit = bool((np.abs(squares - 1) <= 2 * _UNIT_TOLERANCE).all())
+    if is_unit:
         return prepared
     unit = np.empty_like(prepared)
     for rows in iterate_blocks(*prepared.shape):

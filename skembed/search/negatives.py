@@ -1,4 +1,4 @@
-"""Hard negatives chosen from vectors: close to an anchor, but not as close as its own positive."""
+"""Hard negatives chosen from vectors: close to an anchor, but less close than its positive."""
 
 from __future__ import annotations
 
@@ -30,9 +30,6 @@ SAMPLINGS = ("top", "random")
 _POOL_FACTOR = 2.5
 
 
-# Vectors
-
-
 def select_negatives(
     anchors: npt.ArrayLike,
     positives: npt.ArrayLike,
@@ -48,47 +45,14 @@ def select_negatives(
     random_state: int | np.random.RandomState | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> tuple[Indices, Vectors]:
-    r"""Choose hard negatives among candidate vectors.
+    r"""Return rows and scores of the hard negatives of each anchor, (n, n_negatives) each.
 
-    Parameters
-    ----------
-    anchors : array-like of float, shape (n, dim)
-        Unit vectors.
-    positives : array-like of float, shape (n, dim)
-        Unit vector of each anchor's positive.
-    candidates : array-like of float, shape (m, dim)
-        Unit vectors to choose from, one for each distinct text.
-    known_positives : (indptr, indices), optional
-        Candidates that are no negatives, as in a CSR matrix: those of anchor i are
-        ``indices[indptr[i] : indptr[i + 1]]``. The positives themselves belong here, if they are
-        candidates.
-    anchor_groups, candidate_groups : array-like of int, shape (n,) and (m,), optional
-        Classes. An anchor gets no candidate of its own class; -1 is of no class.
-    n_negatives : int, default=7
-        How many for each anchor.
-    strategy : {"perc_pos", "margin_pos"}, default="perc_pos"
-        Rule for the highest score that a negative may have; see Notes.
-    threshold : float, optional
-        The rule's p in (0, 1] or margin in [0, 2]. None is 0.95 or 0.05.
-    sampling : {"top", "random"}, default="top"
-        The best, or a draw without replacement from the best 2.5 times as many (rounded up).
-    random_state : int, RandomState or None, default=None
-        Seed of the draw.
-    block_bytes : int, default=67108864
-        Bound on the working memory in bytes; see `skembed.search.top_k.top_k_blocks`.
-
-    Returns
-    -------
-    indices : ndarray of int64, shape (n, n_negatives)
-        Rows of `candidates`, highest score first, equal scores by lower row; -1 where there are
-        not enough.
-    scores : ndarray of float32, shape (n, n_negatives)
-        Dot products of anchor and negative; NaN beside a -1.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument has the wrong type, shape or range.
+    The vectors have unit length. Scores are dot products; the highest comes first, of equal ones
+    the lower row. -1 and NaN stand where too few candidates are left. `known_positives` are pairs
+    (indptr, indices) that are no negatives, as in a CSR matrix; a positive that is a candidate
+    belongs there. An anchor gets no candidate of its own group; group -1 is of no class.
+    ``sampling="random"`` draws without replacement from the best 2.5 times as many. Raises
+    TypeError and ValueError for wrong arguments.
 
     Notes
     -----
@@ -107,14 +71,6 @@ def select_negatives(
     ----------
     G. Moreira et al., NV-Retriever, arXiv 2407.15831; C. Lee et al., NV-Embed, arXiv 2405.17428,
     section 4.1.1.
-
-    Examples
-    --------
-    >>> from skembed.search.negatives import select_negatives
-    >>> candidates = [[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]
-    >>> indices, _ = select_negatives([[1.0, 0.0]], [[0.8, 0.6]], candidates, n_negatives=2)
-    >>> indices
-    array([[ 2, -1]])
     """
     owner = "select_negatives"
     anchors = check_vectors(anchors, name="anchors", owner=owner)
@@ -139,12 +95,11 @@ def select_negatives(
     excluded = check_index_pairs(
         known_positives, name="known_positives", owner=owner, n_rows=n, n_columns=m
     )
-    # No wider than there are candidates: k counts in the size of a block.
-    wanted = n_negatives if sampling == "top" else _pool_size(n_negatives)
-    found = top_k_blocks(
+    pool_size = n_negatives if sampling == "top" else int(np.ceil(_POOL_FACTOR * n_negatives))
+    best = top_k_blocks(
         anchors,
         candidates,
-        max(1, min(wanted, m)),
+        max(1, min(pool_size, m)),  # a larger k would make the blocks smaller
         max_scores=_score_bounds(paired_dot(anchors, positives), strategy, threshold),
         excluded=excluded,
         query_groups=None if groups is None else groups[0],
@@ -152,14 +107,18 @@ def select_negatives(
         block_bytes=block_bytes,
     )
     if sampling == "random":
-        found = _draw(found, n_negatives, random_state=random_state)
-    return _pad_columns(found, n_negatives)
+        best = _draw(best, n_negatives, random_state=random_state)
+    missing = ((0, 0), (0, n_negatives - best.indices.shape[1]))
+    return (
+        np.pad(best.indices, missing, constant_values=-1),
+        np.pad(best.scores, missing, constant_values=np.nan),
+    )
 
 
 def check_rule(
     n_negatives: Any, strategy: Any, threshold: Any, sampling: Any, *, owner: str
 ) -> tuple[int, float]:
-    """Check what says how to select; return the number and the threshold."""
+    """Check the parameters of a selection; return `n_negatives` and the threshold in force."""
     n_negatives = check_int(n_negatives, name="n_negatives", owner=owner, low=1)
     strategy = check_choice(strategy, name="strategy", owner=owner, allowed=tuple(STRATEGIES))
     check_choice(sampling, name="sampling", owner=owner, allowed=SAMPLINGS)
@@ -181,30 +140,16 @@ def _score_bounds(positive_scores: Vectors, strategy: str, threshold: float) -> 
     return share * positive_scores
 
 
-def _pool_size(n_negatives: int) -> int:
-    """Return how many of the best "random" draws from."""
-    return int(np.ceil(_POOL_FACTOR * n_negatives))
-
-
 def _draw(
-    found: TopK, n_negatives: int, *, random_state: int | np.random.RandomState | None
+    best: TopK, n_negatives: int, *, random_state: int | np.random.RandomState | None
 ) -> TopK:
-    """Draw `n_negatives` of the columns of each row without replacement, best first."""
+    """Return `n_negatives` columns of each row, drawn without replacement, best first."""
     # Row by row from one stream: mining in several calls draws as mining in one.
-    order = check_random_state(random_state).random_sample(found.indices.shape)
-    order[found.indices < 0] = 2  # behind every number that can be drawn
+    order = check_random_state(random_state).random_sample(best.indices.shape)
+    order[best.indices < 0] = 2  # after every number that can be drawn
     columns = np.argsort(order, axis=1, kind="stable")[:, :n_negatives]
     columns.sort(axis=1)
     return TopK(
-        np.take_along_axis(found.scores, columns, axis=1),
-        np.take_along_axis(found.indices, columns, axis=1),
-    )
-
-
-def _pad_columns(found: TopK, n_negatives: int) -> tuple[Indices, Vectors]:
-    """Return indices and scores with exactly `n_negatives` columns."""
-    missing = ((0, 0), (0, n_negatives - found.indices.shape[1]))
-    return (
-        np.pad(found.indices, missing, constant_values=-1),
-        np.pad(found.scores, missing, constant_values=np.nan),
+        np.take_along_axis(best.scores, columns, axis=1),
+        np.take_along_axis(best.indices, columns, axis=1),
     )

@@ -1,7 +1,7 @@
 """Vectors of a corpus as float32, float16, int8 or single bits, read back as float32 in blocks.
 
-A search reads blocks of rows and compares them with queries in float32: what is stored decides the
-memory and how near a vector comes to the one that was given, never how scores are computed.
+The kind decides the memory and how close a vector stays to the original; scores are always
+computed in float32.
 
 ======== ================= ==========================================================
 kind     bytes a component read back
@@ -35,26 +35,17 @@ Rows = slice | Indices
 
 @dataclass(frozen=True, eq=False)
 class StoredVectors:
-    """The vectors of n documents; every method leaves them as they are.
+    """The vectors of n documents; every method leaves them as they are."""
 
-    Attributes
-    ----------
-    kind : {"float32", "float16", "int8", "binary"}
-        How they are stored.
-    dim : int
-        Components of a vector.
-    arrays : mapping of str to ndarray
-        "values", (n, dim) or (n, ceil(dim / 8)) bits; for int8 "scales", (n,); for binary
-        "levels", (3, dim): the threshold, and what stands for a component below and above it.
-    """
-
-    kind: str
+    kind: str  # one of `STORAGE_KINDS`
     dim: int
+    # "values", (n, dim) or (n, ceil(dim / 8)) bits; for int8 "scales", (n,); for binary "levels",
+    # (3, dim), the table of `Levels`.
     arrays: Mapping[str, npt.NDArray[np.generic]]
 
     @classmethod
     def encode(cls, vectors: Vectors, kind: str) -> StoredVectors:
-        """Store finite vectors (n, dim); as float32 the array itself."""
+        """Return finite vectors (n, dim) as `kind` stores them; float32 ones are not copied."""
         levels = {"levels": Levels.learn(vectors).table} if kind == "binary" else {}
         empty = cls(kind, vectors.shape[1], levels)
         return cls(kind, empty.dim, {**levels, **empty._encode_rows(vectors)})
@@ -78,17 +69,15 @@ class StoredVectors:
         return values.astype(np.float32, copy=False)
 
     def append(self, vectors: Vectors) -> StoredVectors:
-        """Return these vectors with more behind them."""
-        added = self._encode_rows(vectors)
-        rows = {name: np.concatenate([self.arrays[name], new]) for name, new in added.items()}
+        """Return these vectors followed by more."""
+        new = self._encode_rows(vectors)
+        rows = {name: np.concatenate([self.arrays[name], array]) for name, array in new.items()}
         return StoredVectors(self.kind, self.dim, {**self.arrays, **rows})
 
     def select(self, rows: npt.NDArray[np.bool_]) -> StoredVectors:
-        """Return the vectors of the rows that are marked."""
-        rest = {
-            name: array if name == "levels" else array[rows] for name, array in self.arrays.items()
-        }
-        return StoredVectors(self.kind, self.dim, rest)
+        """Return the vectors of the rows where a mask (n,) is True."""
+        arrays = {k: v if k == "levels" else v[rows] for k, v in self.arrays.items()}
+        return StoredVectors(self.kind, self.dim, arrays)
 
     def _encode_rows(self, vectors: Vectors) -> dict[str, npt.NDArray[np.generic]]:
         """Return the arrays that have a row for each vector."""
@@ -105,20 +94,20 @@ class StoredVectors:
                 largest = np.maximum(block.max(axis=1), -block.min(axis=1))
                 scales[rows] = largest / _MAX_INT8
                 steps = np.where(scales[rows] > 0, scales[rows], 1)[:, None]
-                # A tiny scale loses bits of its own, and with them the bound of a quotient.
+                # A tiny scale is inexact, so that quotients may exceed the bound.
                 values[rows] = np.clip(np.rint(block / steps), -_MAX_INT8, _MAX_INT8)
             return {"values": values, "scales": scales}
         return {"values": self._levels.encode(vectors)}
 
     @property
     def _levels(self) -> Levels:
-        """The two levels of each component; of "binary" only."""
+        """Two levels of each component, of "binary" only."""
         table: Any = self.arrays["levels"]
         return Levels(table)
 
 
 def _to_float16(vectors: Vectors) -> npt.NDArray[np.float16]:
-    """Round to float16, and what is out of its range to the ends of it."""
+    """Return vectors rounded to float16 and clipped to its range."""
     largest = np.finfo(np.float16).max
     values = np.empty(vectors.shape, dtype=np.float16)
     for rows in iterate_blocks(*vectors.shape):

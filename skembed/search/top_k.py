@@ -1,8 +1,8 @@
 """The exact best k of a corpus for each query, in blocks of bounded memory.
 
-`top_k_blocks` holds one block of scores at a time, never the (n_queries, n_corpus) matrix. It also
-takes rules that exclude documents, so that search and mining share one implementation;
-`top_k_rows` does the same for a corpus that is read block by block.
+`top_k_blocks` holds one block of scores at a time, never the (n_queries, n_corpus) matrix. Its
+rules exclude documents, so that search and mining share one implementation; `top_k_rows` does the
+same for a corpus that is read block by block.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from skembed.similarity import (
 
 __all__ = ["BLOCK_BYTES", "N_SPARE", "rescore_candidates", "top_k_blocks", "top_k_rows"]
 
-# Scores of a block of the corpus and scores of single pairs differ in the last bits; this many
-# more candidates are scored as pairs, so that those bits decide nothing.
+# Scores of a block and scores of single pairs differ in the last bits. Scoring this many more
+# candidates as pairs keeps those bits from deciding what is found.
 N_SPARE = 16
 
 
@@ -37,35 +37,20 @@ def rescore_candidates(
     queries: Vectors,
     candidates: Indices,
     read_rows: Callable[[Indices], Vectors],
-    ranks: npt.NDArray[Any],
+    ranks: Indices,
     top_k: int,
 ) -> TopK:
-    """Score each query with its own candidates, pair by pair, and keep the best.
+    """Return the best `top_k` of each query's own candidates (n_queries, n), scored pair by pair.
 
-    Parameters
-    ----------
-    queries : ndarray of float32, shape (n_queries, dim)
-        The queries.
-    candidates : ndarray of int64, shape (n_queries, n)
-        Rows of the documents, n >= `top_k`.
-    read_rows : callable
-        Takes rows and returns their vectors as float32, (n_rows, dim).
-    ranks : ndarray of int64, shape (n_documents,)
-        Of equal scores the document with the higher rank comes first.
-    top_k : int
-        How many to keep.
-
-    Returns
-    -------
-    TopK
-        Scores and rows, each (n_queries, top_k), the best first. A score depends on one query and
-        one document alone.
+    A score depends on one query and one document alone. Of equal scores the document with the
+    higher rank comes first. `read_rows` takes rows and returns their vectors as float32,
+    (n_rows, dim).
     """
     flat = np.empty(candidates.size, dtype=np.float32)
-    places, width = candidates.ravel(), candidates.shape[1]
+    flat_rows, width = candidates.ravel(), candidates.shape[1]
     for block in iterate_blocks(candidates.size, queries.shape[1]):
-        own = np.arange(block.start, block.stop) // width
-        np.einsum("nd,nd->n", queries[own], read_rows(places[block]), out=flat[block])
+        pair_queries = queries[np.arange(block.start, block.stop) // width]
+        np.einsum("nd,nd->n", pair_queries, read_rows(flat_rows[block]), out=flat[block])
     scores = flat.reshape(candidates.shape)
     order = np.lexsort((-ranks[candidates], -scores), axis=1)[:, :top_k]
     return TopK(
@@ -75,11 +60,11 @@ def rescore_candidates(
 
 BLOCK_BYTES = 64 * 2**20
 
-# What one score of a block costs at its peak: the score (4), masks (3) and, of the share that is
-# picked out, its place, row, column, key and a copy of each (80 / 16), rounded up.
+# What one score of a block costs at its peak: the score (4), masks (3) and, for the share that is
+# picked out, position, row, column, key and a copy of each (80 / 16), rounded up.
 _BYTES_PER_SCORE = 16
-# What one of the best k of a query costs: its key, those picked out since, and their copies.
-_BYTES_PER_PLACE = 96
+# What one of the best k of a query costs: its key, the keys that wait for a merge, their copies.
+_BYTES_PER_KEY = 96
 # A product this wide runs at full speed, and its scores are compared while they are in the cache.
 _MIN_COLUMNS = 1024
 # Below this share of scores above the floor, it is faster to pick them out one by one.
@@ -95,7 +80,7 @@ _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 @dataclass(frozen=True)
 class _Rules:
-    """Which scores of one block of queries count; arrays as `top_k_blocks` got them, cut to it."""
+    """Which scores of one block of queries count: the arguments of `top_k_blocks`, cut to it."""
 
     max_scores: Vectors | None
     query_groups: Indices | None
@@ -126,57 +111,19 @@ def top_k_blocks(
     corpus_groups: npt.ArrayLike | None = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> TopK:
-    """Find the k rows of `corpus` with the highest dot product for each query, exactly.
+    """Return the k rows of `corpus` with the highest dot product for each query, exactly.
 
-    Parameters
-    ----------
-    queries : array-like of float, shape (n_queries, dim)
-        Unit vectors, if cosine similarity is meant. float32 is used in place; another type is
-        copied once.
-    corpus : array-like of float, shape (n_corpus, dim)
-        The rows to search.
-    k : int
-        How many to find; may exceed `n_corpus`.
-    max_scores : array-like of float, shape (n_queries,), optional
-        Highest score that still counts, per query. What scores above it is not found.
-    excluded : (indptr, indices), optional
-        Pairs that are not found, as in a CSR matrix: query i never finds the rows
-        ``indices[indptr[i] : indptr[i + 1]]`` of the corpus, in any order.
-    query_groups : array-like of int, shape (n_queries,), optional
-        Group of each query. A query finds no row of its own group; -1 is of no group.
-    corpus_groups : array-like of int, shape (n_corpus,), optional
-        Group of each row of the corpus; given together with `query_groups`.
-    block_bytes : int, default=67108864
-        Bound on the working memory in bytes.
+    Equal scores come by lower row; what cannot be filled holds NaN and -1. A query finds nothing
+    above its `max_scores`; no row of its own group, where group -1 is none; and not the rows
+    ``indices[indptr[i] : indptr[i + 1]]`` of `excluded`, (indptr, indices) as in a CSR matrix. A
+    score that is NaN is never found. Raises TypeError and ValueError for wrong arguments.
 
-    Returns
-    -------
-    TopK
-        `scores` and `indices`, each of shape (n_queries, k), descending, equal scores by lower
-        index. Places that cannot be filled hold NaN and -1.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument has the wrong type, shape or range.
-
-    Notes
-    -----
-    Beside the inputs and the result, memory stays below `block_bytes` for any number of queries
-    and documents. The exceptions are the excluded pairs of one block of queries (24 bytes each),
-    and k so large that a single query needs more (32 bytes times k).
-
-    A score that is NaN is never found, so a query with NaN finds nothing.
+    Beside the inputs and the result, memory stays below `block_bytes` for any number of queries and
+    documents. The exceptions are the excluded pairs of one block of queries (24 bytes each), and k
+    so large that a single query needs more (32 bytes times k).
 
     Scores are computed in float32. Another block size may change their last bit, and with it the
     order of rows that are equal but for that bit.
-
-    Examples
-    --------
-    >>> from skembed.search.top_k import top_k_blocks
-    >>> found = top_k_blocks([[1.0, 0.0]], [[0.0, 1.0], [1.0, 0.0], [0.6, 0.8]], 2)
-    >>> found.indices, found.scores
-    (array([[1, 2]]), array([[1. , 0.6]], dtype=float32))
     """
     owner = "top_k_blocks"
     queries = check_vectors(queries, name="queries", owner=owner)
@@ -207,33 +154,11 @@ def top_k_rows(
     *,
     block_bytes: int = BLOCK_BYTES,
 ) -> TopK:
-    """Find the best k rows of a corpus that is read in blocks, equal scores by higher rank.
+    """Return the best k rows of a corpus that is read in blocks; k is in [1, n_corpus].
 
-    Parameters
-    ----------
-    queries : ndarray of float32, shape (n_queries, dim)
-        Finite numbers.
-    read_rows : callable
-        Takes a slice of rows and returns them as float32, (n_rows, dim).
-    ranks : ndarray of int64, shape (n_corpus,)
-        A permutation of 0 ... n_corpus - 1.
-    k : int
-        How many to find, in [1, n_corpus].
-    block_bytes : int, default=67108864
-        Bound on the working memory in bytes, and once more on what `read_rows` returns.
-
-    Returns
-    -------
-    TopK
-        As `top_k_blocks`, but of equal scores the row with the higher rank comes first.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from skembed.search.top_k import top_k_rows
-    >>> queries, corpus = np.ones((1, 2), np.float32), np.ones((3, 2), np.float32)
-    >>> top_k_rows(queries, corpus.__getitem__, np.array([1, 2, 0]), 2).indices
-    array([[1, 0]])
+    As `top_k_blocks`, but of equal scores the row with the higher rank comes first; `ranks` is a
+    permutation of 0 ... n_corpus - 1. `read_rows` takes a slice and returns its rows as float32,
+    (n_rows, dim), which may take `block_bytes` once more.
     """
     n, m = len(queries), len(ranks)
     rows_by_rank = np.empty(m + 1, dtype=np.int64)
@@ -245,8 +170,7 @@ def top_k_rows(
     for rows in _iterate_slices(n, n_rows):
         keys = _find_keys(queries[rows], read_rows, m, k, n_columns=n_columns, ranks=ranks)
         scores[rows] = _unpack_keys(keys)[0]
-        found = np.where(keys == _NO_KEY, m, keys & _LOW_HALF)
-        indices[rows] = rows_by_rank[found]
+        indices[rows] = rows_by_rank[np.where(keys == _NO_KEY, m, keys & _LOW_HALF)]
     return TopK(scores, indices)
 
 
@@ -264,18 +188,18 @@ def _check_max_scores(values: npt.ArrayLike | None, n: int, *, owner: str) -> Ve
 
 
 def _choose_block(n: int, m: int, k: int, *, block_bytes: int) -> tuple[int, int]:
-    """Return how many queries and how many rows of the corpus make a block."""
+    """Return how many queries and how many rows of the corpus make up a block."""
     budget = max(1, block_bytes - 24 * _MERGED_KEYS) // _BYTES_PER_SCORE  # in scores
-    place = _BYTES_PER_PLACE // _BYTES_PER_SCORE * k
+    best = _BYTES_PER_KEY // _BYTES_PER_SCORE * k
     n_columns = max(1, min(m, budget, max(_MIN_COLUMNS, 2 * k)))
-    n_rows = max(1, min(n, budget // (n_columns + place)))
+    n_rows = max(1, min(n, budget // (n_columns + best)))
     n_rows = -(-n // -(-n // n_rows)) if n else 1  # blocks of equal size
     # Few queries leave room for wider blocks.
-    return n_rows, max(n_columns, min(m, budget // n_rows - place, _MERGED_KEYS))
+    return n_rows, max(n_columns, min(m, budget // n_rows - best, _MERGED_KEYS))
 
 
 def _iterate_slices(n: int, size: int) -> Iterator[slice]:
-    """Cut range(n) into slices of at most `size`."""
+    """Yield slices of at most `size` that cover range(n)."""
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
 
@@ -318,7 +242,7 @@ def _find_keys(
     for columns in _iterate_slices(m, n_columns):
         shape = len(queries), columns.stop - columns.start
         scores = buffer[: shape[0] * shape[1]].reshape(shape)
-        with np.errstate(invalid="ignore", over="ignore"):  # the NaN that follow are never found
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN is never found
             np.matmul(queries, read_rows(columns).T, out=scores)  # (B, C)
         allowed = best.compare(scores)
         if rules is not None:
@@ -336,13 +260,13 @@ def _find_keys(
 class _BestKeys:
     """The k largest keys of each of n queries so far, the smallest in front; (n, k).
 
-    Keys above the floor (the score that a query's k-th key had at the last merge) gather until
-    they are worth a merge, so that one block of scores costs little more than one comparison.
+    Keys above the floor (the score of a query's k-th key at the last merge) wait until a merge
+    pays, so that one block of scores costs little more than one comparison.
     """
 
     def __init__(self, n: int, k: int, *, keep_equal: bool) -> None:
         self.keys = np.full((n, k), _NO_KEY, dtype=np.int64)
-        # With ranks, a later row may go before an earlier one of equal score; without, never.
+        # With ranks, a later row may precede an earlier one of equal score; without, never.
         self._compare = np.greater_equal if keep_equal else np.greater
         self._lowest = np.finfo(np.float32).min if keep_equal else np.float32(-np.inf)
         self._floor = np.full(n, self._lowest, dtype=np.float32)
@@ -350,28 +274,28 @@ class _BestKeys:
         self._n_waiting = 0
 
     def compare(self, scores: Vectors) -> npt.NDArray[np.bool_]:
-        """Tell which scores (n, C) may be among the best; NaN is not."""
-        found: npt.NDArray[np.bool_] = self._compare(scores, self._floor[:, None])
-        return found
+        """Return which scores (n, C) may be among the best; NaN is not."""
+        mask: npt.NDArray[np.bool_] = self._compare(scores, self._floor[:, None])
+        return mask
 
     def add(self, scores: Vectors, allowed: npt.NDArray[np.bool_], low_halves: Indices) -> None:
-        """Take in the allowed scores (n, C) of the rows with these lower halves (C,)."""
+        """Add the allowed scores (n, C) of the rows with these lower halves (C,)."""
         n_allowed = int(np.count_nonzero(allowed))
         if n_allowed > _SPARSE_SHARE * allowed.size:
             self.merge()
             self._merge_all(scores, allowed, low_halves)
         elif n_allowed:
-            places = np.flatnonzero(allowed)
-            rows = places // allowed.shape[1]
+            positions = np.flatnonzero(allowed)
+            rows, columns = np.divmod(positions, allowed.shape[1])
             keys = np.empty(n_allowed, dtype=np.int64)
-            _pack_keys(scores.ravel()[places], low_halves[places % allowed.shape[1]], out=keys)
+            _pack_keys(scores.ravel()[positions], low_halves[columns], out=keys)
             self._waiting.append((rows, keys))
             self._n_waiting += n_allowed
             if self._n_waiting > self.keys.size // 2:
                 self.merge()
 
     def merge(self) -> None:
-        """Merge the keys that wait."""
+        """Merge the waiting keys."""
         if not self._waiting:
             return
         rows, keys = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
@@ -381,18 +305,18 @@ class _BestKeys:
         starts = np.searchsorted(rows, np.arange(len(self.keys) + 1))
         n, k = self.keys.shape
         for block in _iterate_slices(n, max(1, _MERGED_KEYS // (k + int(np.diff(starts).max())))):
-            own = slice(int(starts[block.start]), int(starts[block.stop]))
+            part = slice(int(starts[block.start]), int(starts[block.stop]))
             widths = np.diff(starts[block.start : block.stop + 1])
             shape = len(widths), k + int(widths.max())
             merged = np.full(shape, _NO_KEY, dtype=np.int64)
-            places = np.arange(own.start, own.stop) - np.repeat(starts[block], widths)
-            merged[rows[own] - block.start, k + places] = keys[own]
+            columns = k + np.arange(part.start, part.stop) - np.repeat(starts[block], widths)
+            merged[rows[part] - block.start, columns] = keys[part]
             self._keep_largest(block, merged)
 
     def _merge_all(
         self, scores: Vectors, allowed: npt.NDArray[np.bool_], low_halves: Indices
     ) -> None:
-        """Merge every allowed score at once, some queries at a time."""
+        """Merge every allowed score at once, block of queries by block."""
         (n, k), width = self.keys.shape, scores.shape[1]
         for block in _iterate_slices(n, max(1, _MERGED_KEYS // (k + width))):
             merged = np.empty((block.stop - block.start, k + width), dtype=np.int64)
@@ -401,7 +325,7 @@ class _BestKeys:
             self._keep_largest(block, merged)
 
     def _keep_largest(self, block: slice, merged: Indices) -> None:
-        """Keep the k largest of `merged` (B, k + width), whose first k places are still free."""
+        """Keep the k largest of `merged` (B, k + width), whose first k columns are still free."""
         k = self.keys.shape[1]
         merged[:, :k] = self.keys[block]
         merged.partition(merged.shape[1] - k, axis=1)
@@ -413,7 +337,7 @@ class _BestKeys:
 
 def _pack_keys(scores: Vectors, low_halves: Indices, *, out: Indices) -> None:
     """Write to `out` the keys of scores, (C,) or (B, C), with the lower halves, (C,)."""
-    # The bits of floats sort like ints, but for the negative ones, whose order is reversed.
+    # The bits of floats sort like ints, except for negative floats, whose order is reversed.
     bits = (scores + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0, its equal
     flips = bits >> 31
     flips &= _MAGNITUDE
