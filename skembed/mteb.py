@@ -44,14 +44,14 @@ class MTEBEncoder:
     Parameters
     ----------
     vectorizer : NVEmbedVectorizer, any object with `transform` or `encode`, or a callable
-        Already fitted, where it has to be. Used as it is, never changed. Queries go through
-        `encode_query` and documents through `encode_document`, where they are there.
+        Already fitted, if it needs to be. Used as it is, never changed. Queries go through
+        `encode_query` and documents through `encode_document`, if present.
     instructions : "auto", None, or dict of str to str, default="auto"
         Instructions by name of the mteb task, where the vectorizer takes one. "auto" leaves a
         vectorizer with an `instruction` of its own as it is, and else takes the task's from
         `skembed.instructions`; for a task unknown there, the prompt that mteb has for it, if any.
-        A dict (task texts, or names of known tasks) goes before that, and before the vectorizer's
-        own. None leaves every vectorizer as it is.
+        A dict (task texts, or names of known tasks) overrides these and the vectorizer's own. None
+        leaves every vectorizer as it is.
     name : str, optional
         Name of the model in mteb's results; None makes one from the vectorizer.
     revision : str, optional
@@ -230,7 +230,7 @@ class MTEBEncoder:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """What mteb writes down of the model, an ``mteb.ModelMeta``.
+        """Description of the model in mteb's results, an ``mteb.ModelMeta``.
 
         Raises
         ------

@@ -35,7 +35,7 @@ class TextEstimatorMixin:
     vectorizer: Any
     vectorizer_: Any
     embedding_dim_: int
-    _set_last: str  # the attribute that `fit` sets last
+    _fitted_mark: str  # name of the attribute that `fit` sets last
 
     def _fit_vectors(self, X: Any, y: Any = None, *, side: str = "query") -> Vectors:
         """Fit a clone of the vectorizer and return the vectors of X, (n, dim)."""
@@ -64,7 +64,7 @@ class TextEstimatorMixin:
         return embed(vectorizer, texts, side, owner=owner, dim=self.embedding_dim_)
 
     def _set_vectorizer(self, vectorizer: Any, dim: int) -> None:
-        """Keep what `fit` learned of the input, and nothing of an earlier `fit` on the other."""
+        """Store what `fit` learned of the input; drop what an earlier `fit` on the other left."""
         stale = ("n_features_in_", "feature_names_in_") if vectorizer is not None else ()
         for name in (*stale, "vectorizer_"):
             if name in vars(self):
@@ -74,7 +74,7 @@ class TextEstimatorMixin:
         self.embedding_dim_ = dim
 
     def __sklearn_clone__(self) -> Any:
-        """Clone all parameters, but hand on a vectorizer that is used as it is."""
+        """Clone all parameters, but pass on an encoder as it is."""
         vectorizer = self.vectorizer
         if vectorizer is None or isinstance(vectorizer, str) or is_transformer(vectorizer):
             return super().__sklearn_clone__()  # type: ignore[misc]
@@ -84,7 +84,7 @@ class TextEstimatorMixin:
 
     def __sklearn_is_fitted__(self) -> bool:
         """Tell whether `fit` has come to its end."""
-        return hasattr(self, self._set_last)
+        return hasattr(self, self._fitted_mark)
 
     def __sklearn_tags__(self) -> Any:
         """Return tags for texts with a vectorizer, for a two-dimensional array without."""

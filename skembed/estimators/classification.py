@@ -17,8 +17,8 @@ from skembed.estimators.base import TextClassifierMixin
 
 __all__ = ["DEFAULT_C", "EmbeddingClassifier"]
 
-# Best or within 0.2 points of the best fixed C with 8 and 16 examples a class and with all, and of
-# clearly lower log loss than C=1 and 3: benchmarks/classification_heads.py.
+# Best or within 0.2 points of the best fixed C with 8, 16 and all examples of a class, and clearly
+# lower log loss than C=1 and 3: benchmarks/classification_heads.py.
 DEFAULT_C = 10.0
 
 
@@ -90,7 +90,7 @@ class EmbeddingClassifier(TextClassifierMixin, BaseEstimator):
     array(['card'], dtype='<U7')
     """
 
-    _set_last = "classes_"
+    _fitted_mark = "classes_"
 
     def __init__(self, vectorizer: Any = "skembed-mini", *, head: Any = None) -> None:
         self.vectorizer = vectorizer
@@ -148,7 +148,7 @@ class EmbeddingClassifier(TextClassifierMixin, BaseEstimator):
         Returns
         -------
         ndarray, shape (n_texts,)
-            One of `classes_` a text, in input order.
+            One of `classes_` for each text, in input order.
         """
         vectors = self._embed_vectors(X)
         return np.asarray(self.head_.predict(vectors))

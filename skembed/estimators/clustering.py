@@ -35,8 +35,8 @@ _MAX_AUTO_CLUSTERS = 64
 class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
     r"""Cluster texts by their embeddings, and say what each cluster is about.
 
-    One call embeds the texts, finds the clusters (choosing their number if asked), and names them
-    by their terms. Texts that a density method leaves out are -1 and belong to no cluster.
+    One call embeds the texts, finds the clusters (and, if asked, their number) and names them by
+    their terms. Texts that a density method leaves out have the label -1 and belong to no cluster.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
     labels_ : ndarray of int64, shape (n_texts,)
         Cluster of each text, from 0; -1 is noise.
     n_clusters_ : int
-        Number of clusters, noise apart.
+        Number of clusters, without noise.
     cluster_centers_ : ndarray of float, shape (n_clusters_, dim)
         In the space of the embeddings: the clusterer's own where it has them and nothing was
         reduced, else the means of the clusters.
@@ -117,11 +117,11 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
 
     Noise is in none of the counts.
 
-    Distances are Euclidean, which orders unit vectors as cosine does. Embeddings that are handed
-    in are not scaled.
+    Distances are Euclidean, which orders unit vectors as cosine does. Given embeddings are not
+    scaled.
 
     `predict` takes the nearest centre, so after "agglomerative" and "hdbscan", or with a reducer,
-    it may differ from `labels_` on the very same texts.
+    it may differ from `labels_` on the same texts.
 
     References
     ----------
@@ -141,7 +141,7 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
     'account, open, new'
     """
 
-    _set_last = "noise_radii_"
+    _fitted_mark = "noise_radii_"
 
     def __init__(
         self,
@@ -190,10 +190,10 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         TypeError
             When X is not texts (or embeddings), or a parameter is of the wrong type.
         ValueError
-            When more clusters are asked for than there are texts, a parameter is out of range,
-            or embeddings are not finite.
+            When `n_clusters` exceeds the number of texts, a parameter is out of range, or
+            embeddings are not finite.
         ImportError
-            When UMAP is asked for and not installed.
+            When `reducer` is "umap" and umap-learn is not installed.
         """
         owner = type(self).__name__
         self._check_parameters(owner)

@@ -81,14 +81,14 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
     [[1, 0], []]
     """
 
-    _set_last = "trained_"
+    _fitted_mark = "trained_"
 
     def __init__(self, vectorizer: Any = "skembed-mini", *, similarity: str = "cosine") -> None:
         self.vectorizer = vectorizer
         self.similarity = similarity
 
     def fit(self, X: Any = None, y: Any = None, *, groups: Any = None) -> Reranker:
-        """Train on judged pairs where there are some and the vectorizer has a trainer.
+        """Train on judged pairs, if there are any and the vectorizer has a trainer.
 
         Parameters
         ----------
@@ -108,7 +108,7 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         Raises
         ------
         TypeError, ValueError
-            When a parameter, a pair or `y` is not as it must be, or training is asked for and no
+            When a parameter, a pair or `y` is not as it must be, or the vectorizer trains and no
             document is relevant.
         ImportError, SkembedError
             As `NVEmbedVectorizer.fit`, where that trains.

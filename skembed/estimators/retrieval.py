@@ -40,7 +40,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
 
     The search is exact: it compares each query with every document, block by block, in bounded
     memory. Documents can be stored in 2, 4 or 32 times less memory, and an approximate index can
-    go before the exact scores.
+    propose the candidates for exact scores.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
     instruction stands in front of queries only, unless `document_instruction` asks for more.
 
     Each score that is returned is computed from one query and one document alone: equal documents
-    have equal scores, and a query finds the same in any company. Equal scores are sorted as
+    have equal scores, and the other queries of a call change nothing. Equal scores are sorted as
     trec_eval does: by descending id; str as text, int as numbers.
 
     Beside the stored vectors a search on the CPU holds at most about 64 MiB (32 MiB where they are
@@ -112,7 +112,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
     ((1, 2), 'faust')
     """
 
-    _set_last = "ids_"
+    _fitted_mark = "ids_"
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ def check_mark(
         return
     if mark is None or probe is None:
         raise ValueError(
-            f"{where} was built from embeddings, and says nothing of their model. Load it with "
+            f"{where} was built from embeddings, and does not know their model. Load it with "
             "vectorizer=None, and search with embeddings of the same model."
         )
     new_mark, vectors = mark_model(vectorizer, owner=owner)

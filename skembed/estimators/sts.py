@@ -98,7 +98,7 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
     True
     """
 
-    _set_last = "calibration_"
+    _fitted_mark = "calibration_"
 
     def __init__(
         self,

@@ -28,10 +28,10 @@ _Labels = npt.NDArray[Any]  # (n,)
 
 
 class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
-    r"""Classify texts by which label's description they are most like.
+    r"""Classify texts by the label whose description is most similar.
 
-    Each label becomes a prototype: the mean direction of its descriptions, moved towards labelled
-    examples where there are some. A text gets the label of the nearest prototype.
+    Each label becomes a prototype: the mean direction of its descriptions, moved towards its
+    labelled examples, if any. A text gets the label of the nearest prototype.
 
     Parameters
     ----------
@@ -46,10 +46,10 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
         descriptions.
     label_instruction : str, optional
         Instruction for descriptions, as the vectorizer's `document_instruction`. None leaves
-        that parameter as it is. Texts go with the vectorizer's `instruction`.
+        that parameter unchanged. Texts get the vectorizer's `instruction`.
     description_weight : float, default=3.0
-        How many labelled examples the descriptions of a label weigh. ``float("inf")`` leaves
-        examples out of account.
+        How many labelled examples the descriptions of a label weigh. ``float("inf")`` ignores
+        examples.
     temperature : float, default=0.05
         Of the softmax in `predict_proba`. Does not change predictions.
 
@@ -95,7 +95,7 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
     array(['sport'], dtype='<U5')
     """
 
-    _set_last = "prototypes_"
+    _fitted_mark = "prototypes_"
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
         self.temperature = temperature
 
     def fit(self, X: Any = None, y: Any = None) -> ZeroShotClassifier:
-        """Embed the descriptions, and the examples if there are some.
+        """Embed the descriptions, and the examples if there are any.
 
         Parameters
         ----------
@@ -141,11 +141,11 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
         owner = type(self).__name__
         weight = _check_weight(self.description_weight, owner=owner)
         check_real(self.temperature, name="temperature", owner=owner, low=0, inclusive="neither")
-        given = X if self.descriptions is None else self.descriptions
+        described = X if self.descriptions is None else self.descriptions
         names = y if self.descriptions is None else None
-        if names is None and self.vectorizer is not None and not isinstance(given, Mapping):
-            names = None if given is None else check_texts(given, owner=owner).columns[0]
-        rows, labels = _read_descriptions(given, names, owner=owner)
+        if names is None and self.vectorizer is not None and not isinstance(described, Mapping):
+            names = None if described is None else check_texts(described, owner=owner).columns[0]
+        rows, labels = _read_descriptions(described, names, owner=owner)
         classes, codes = np.unique(labels, return_inverse=True)
         example_labels = None
         if self.descriptions is not None and X is not None and y is not None:
@@ -171,7 +171,7 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
         Returns
         -------
         ndarray, shape (n_texts,)
-            One of `classes_` a text; of equally near ones, the first.
+            One of `classes_` for each text; the first of equally near ones.
         """
         nearest = self._cosines(X).argmax(axis=1)
         return np.asarray(self.classes_[nearest])
@@ -225,19 +225,23 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
         vectorizer = make_vectorizer(self.vectorizer, owner=owner)
         if vectorizer is None:
             vectors = self._fit_vectors(rows)
-            others = vectors[:0] if example_labels is None else check_embeddings(self, examples)
-            return vectors.astype(np.float64), others.astype(np.float64)
+            example_vectors = (
+                vectors[:0] if example_labels is None else check_embeddings(self, examples)
+            )
+            return vectors.astype(np.float64), example_vectors.astype(np.float64)
         _set_label_instruction(vectorizer, self.label_instruction, owner=owner)
         texts = check_text_column(rows, vectorizer=vectorizer, owner=owner)
-        more: list[str | None] = []
+        example_texts: list[str | None] = []
         if example_labels is not None:
-            more = check_text_column(examples, vectorizer=vectorizer, owner=owner)
+            example_texts = check_text_column(examples, vectorizer=vectorizer, owner=owner)
             labels = np.concatenate([labels, example_labels])
-        fit_vectorizer(vectorizer, texts + more, labels)
+        fit_vectorizer(vectorizer, texts + example_texts, labels)
         vectors = embed(vectorizer, texts, "document", owner=owner)
-        others = embed(vectorizer, more, "query", owner=owner) if more else vectors[:0]
+        example_vectors = (
+            embed(vectorizer, example_texts, "query", owner=owner) if example_texts else vectors[:0]
+        )
         self._set_vectorizer(vectorizer, vectors.shape[1])
-        return vectors.astype(np.float64), others.astype(np.float64)
+        return vectors.astype(np.float64), example_vectors.astype(np.float64)
 
 
 def _check_weight(weight: Any, *, owner: str) -> float:

@@ -40,8 +40,8 @@ def evaluate(
     vectorizers : object, list of objects, or dict of str to object
         Anything that embeds texts: transformers, objects with `encode` such as a
         SentenceTransformer, callables. Queries and documents go through `encode_query` and
-        `encode_document` where they are there. Used as they are, never fitted: fit those that need
-        it. The names of a dict are the names in the table; else classes are.
+        `encode_document` if present. Used as they are, never fitted: fit those that need it. The
+        keys of a dict are the names in the table; without a dict, the names are the classes.
     tasks : task or list of tasks
         `ClassificationTask`, `ClusteringTask`, `STSTask`, `RetrievalTask`, `RerankingTask`; each
         with a name of its own.
@@ -50,7 +50,7 @@ def evaluate(
     n_bootstraps : int, default=1000
         Bootstrap samples of queries or pairs; 0 for no interval. Draws need none.
     on_error : {"raise", "warn"}, default="raise"
-        What to do when a vectorizer fails on a task, or returns what is no vector: stop, with the
+        What to do when a vectorizer fails on a task, or does not return vectors: stop, with the
         finished rows in the `results` of the error; or warn, leave its row out and go on.
     verbose : bool, default=False
         Show a progress bar.
@@ -78,8 +78,8 @@ def evaluate(
     The interval is the percentiles of the main score over draws (classification, clustering), which
     tells how much the draw matters, or over bootstrap samples of the queries or pairs.
 
-    The same call gives the same scores: each makes its generators anew. mteb's own clustering
-    tasks go on with theirs, so a task object evaluated twice gives two scores there.
+    The same call gives the same scores: each starts with fresh generators. mteb's own clustering
+    tasks keep theirs, so a task object evaluated twice gives two scores there.
 
     References
     ----------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -181,10 +181,7 @@ class ComparisonResult(_Table[Comparison]):
     pets  a      b       accuracy      0.1000  0.0500  0.1500  1.0000  10  draws
     """
 
-    columns = (
-        *("task", "first", "second", "metric", "difference", "low", "high"),
-        *("wins", "n", "unit"),
-    )
+    columns = tuple(field.name for field in fields(Comparison))
 
 
 class EvaluationResult(_Table[TaskScore]):
@@ -202,10 +199,7 @@ class EvaluationResult(_Table[TaskScore]):
     evaluate : Makes it.
     """
 
-    columns = (
-        *("task", "vectorizer", "metric", "score", "low", "high"),
-        *("n", "unit", "seconds", "texts_per_s"),
-    )
+    columns = tuple(field.name for field in fields(TaskScore) if field.repr)
 
     def __init__(self, rows: Sequence[TaskScore], *, confidence: float = 0.95) -> None:
         super().__init__(rows)

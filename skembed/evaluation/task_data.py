@@ -106,7 +106,7 @@ def _read_classification(task: ClassificationTask, owner: str) -> Classification
     """Check texts and labels and draw the training samples."""
     texts = read_column(task.texts, name="texts", owner=owner)
     labels = read_labels(task.labels, len(texts), name="labels", owner=owner)
-    check_distinct_classes(labels, name="labels", owner=owner)
+    check_distinct_classes(labels, owner=owner)
     size = check_int(task.samples_per_label, name="samples_per_label", owner=owner, low=1)
     n = check_int(task.n_experiments, name="n_experiments", owner=owner, low=1)
     draws = _draw_samples(labels.tolist(), size, n, seed=task.random_state)
@@ -162,7 +162,7 @@ def _read_clustering(task: ClusteringTask, owner: str) -> ClusteringData:
         label_of = dict(zip(rows.tolist(), labels, strict=True))
         reached = [i for i, row in enumerate(drawn_rows) if row in label_of]
         drawn_labels = np.array([label_of[drawn_rows[i]] for i in reached], dtype=labels.dtype)
-        check_distinct_classes(drawn_labels, name="labels", owner=owner)
+        check_distinct_classes(drawn_labels, owner=owner)
         samples = [
             np.array(generator.choices(range(len(reached)), k=size), dtype=np.int64)
             for _ in range(n)

@@ -52,13 +52,13 @@ def read_levels(labels: Any, n: int, *, owner: str) -> list[tuple[_Ints, _Labels
     return levels
 
 
-def check_distinct_classes(labels: _Labels, *, name: str, owner: str) -> None:
+def check_distinct_classes(labels: _Labels, *, owner: str) -> None:
     """Raise ValueError unless there are two different labels."""
-    classes = np.unique(labels)
-    if len(classes) < 2:
+    n_classes = len(np.unique(labels))
+    if n_classes < 2:
         raise ValueError(
-            f"The `{name}` parameter of `{owner}` must hold at least two different labels; "
-            f"got {len(classes)}."
+            f"The `labels` parameter of `{owner}` must hold at least two different labels; "
+            f"got {n_classes}."
         )
 
 

@@ -114,7 +114,7 @@ def _read_labels(y: Any, n: int, *, owner: str) -> npt.NDArray[Any]:
 
 
 def _find_noise(labels: npt.NDArray[Any], noise_label: Any) -> npt.NDArray[np.bool_]:
-    """Mark the labels that are `noise_label`, (n,); none where it is of another type."""
+    """Return a mask of the labels equal to `noise_label`, (n,), none if it is of another type."""
     number = isinstance(noise_label, (int, np.integer)) and not isinstance(noise_label, bool)
     alike = labels.dtype.kind in "iu" if number else labels.dtype.kind in "UT"
     if noise_label is None or not alike:

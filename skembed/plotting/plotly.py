@@ -158,6 +158,5 @@ def _annotate_plotly(figure: Any, positions: Points, groups: MapGroups) -> None:
             **shift,
         )
         notes.append(note)
-    figure.update_layout(
-        annotations=notes
-    )  # added one by one, they cost the square of their number
+    # In one call: adding them one by one takes quadratic time.
+    figure.update_layout(annotations=notes)
