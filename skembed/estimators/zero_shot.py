@@ -223,24 +223,24 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
         """
         owner = type(self).__name__
         vectorizer = make_vectorizer(self.vectorizer, owner=owner)
+        example_vectors = None
         if vectorizer is None:
             vectors = self._fit_vectors(rows)
-            example_vectors = (
-                vectors[:0] if example_labels is None else check_embeddings(self, examples)
-            )
-            return vectors.astype(np.float64), example_vectors.astype(np.float64)
-        _set_label_instruction(vectorizer, self.label_instruction, owner=owner)
-        texts = check_text_column(rows, vectorizer=vectorizer, owner=owner)
-        example_texts: list[str | None] = []
-        if example_labels is not None:
-            example_texts = check_text_column(examples, vectorizer=vectorizer, owner=owner)
-            labels = np.concatenate([labels, example_labels])
-        fit_vectorizer(vectorizer, texts + example_texts, labels)
-        vectors = embed(vectorizer, texts, "document", owner=owner)
-        example_vectors = (
-            embed(vectorizer, example_texts, "query", owner=owner) if example_texts else vectors[:0]
-        )
-        self._set_vectorizer(vectorizer, vectors.shape[1])
+            if example_labels is not None:
+                example_vectors = check_embeddings(self, examples)
+        else:
+            _set_label_instruction(vectorizer, self.label_instruction, owner=owner)
+            texts = check_text_column(rows, vectorizer=vectorizer, owner=owner)
+            example_texts: list[str | None] = []
+            if example_labels is not None:
+                example_texts = check_text_column(examples, vectorizer=vectorizer, owner=owner)
+                labels = np.concatenate([labels, example_labels])
+            fit_vectorizer(vectorizer, texts + example_texts, labels)
+            vectors = embed(vectorizer, texts, "document", owner=owner)
+            if example_texts:
+                example_vectors = embed(vectorizer, example_texts, "query", owner=owner)
+            self._set_vectorizer(vectorizer, vectors.shape[1])
+        example_vectors = vectors[:0] if example_vectors is None else example_vectors
         return vectors.astype(np.float64), example_vectors.astype(np.float64)
 
 
