@@ -16,41 +16,24 @@ from skembed.embedding import Vectors, embed
 from skembed.instructions import INSTRUCTIONS, resolve_instruction
 from skembed.vectorizer import NVEmbedVectorizer
 
-__all__ = ["MTEBEncoder", "OWNER", "find_task"]
+__all__ = ["MTEBEncoder", "find_task"]
 
-OWNER = "MTEBEncoder"
-# What mteb passes to any encoder; batches are sized by their tokens here.
-_KNOWN_OPTIONS = {"batch_size", "show_progress_bar"}
-# Ends and middles that mteb puts into the names of later versions and smaller sets of a task.
+_OWNER = "MTEBEncoder"
+# mteb passes these to every encoder; skembed sizes batches by their tokens.
+_IGNORED_OPTIONS = {"batch_size", "show_progress_bar"}
+# mteb puts these into the names of later versions and smaller sets of a task.
 _VARIANTS = (r"\.v\d+$", r"HardNegatives$", r"Hierarchical", r"(Retrieval|Summarization)$")
 _TASKS = {name.casefold(): name for name in INSTRUCTIONS}
 _ASYMMETRIC = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
 
 
 def find_task(name: str) -> str | None:
-    """Return the known task that an mteb task name stands for.
-
-    Parameters
-    ----------
-    name : str
-        Name of a task in mteb, also of a later version or a smaller set of it.
-
-    Returns
-    -------
-    str or None
-        Its name in `skembed.instructions.INSTRUCTIONS`; None for an unknown task.
-
-    Examples
-    --------
-    >>> from skembed.mteb import find_task
-    >>> find_task("FEVERHardNegatives"), find_task("MyTask")
-    ('FEVER', None)
-    """
-    for pattern in ("$.^", *_VARIANTS):  # the first matches nothing: the name as it is
-        name = re.sub(pattern, "", name)
+    """Return the name in `INSTRUCTIONS` of an mteb task, a later version or a smaller set of it."""
+    for pattern in _VARIANTS:
         if name.casefold() in _TASKS:
-            return _TASKS[name.casefold()]
-    return None
+            break
+        name = re.sub(pattern, "", name)
+    return _TASKS.get(name.casefold())
 
 
 class MTEBEncoder:
@@ -61,14 +44,14 @@ class MTEBEncoder:
     Parameters
     ----------
     vectorizer : NVEmbedVectorizer, any object with `transform` or `encode`, or a callable
-        Already fitted, where it has to be. Used as it is, never changed. Queries go through
-        `encode_query` and documents through `encode_document`, where they are there.
+        Already fitted, if it needs to be. Used as it is, never changed. Queries go through
+        `encode_query` and documents through `encode_document`, if present.
     instructions : "auto", None, or dict of str to str, default="auto"
         Instructions by name of the mteb task, where the vectorizer takes one. "auto" leaves a
         vectorizer with an `instruction` of its own as it is, and else takes the task's from
         `skembed.instructions`; for a task unknown there, the prompt that mteb has for it, if any.
-        A dict (task texts, or names of known tasks) goes before that, and before the vectorizer's
-        own. None leaves every vectorizer as it is.
+        A dict (task texts, or names of known tasks) overrides these and the vectorizer's own. None
+        leaves every vectorizer as it is.
     name : str, optional
         Name of the model in mteb's results; None makes one from the vectorizer.
     revision : str, optional
@@ -103,17 +86,17 @@ class MTEBEncoder:
         revision: str | None = None,
     ) -> None:
         if instructions is not None and not isinstance(instructions, Mapping):
-            check_choice(instructions, name="instructions", owner=OWNER, allowed=("auto",))
+            check_choice(instructions, name="instructions", owner=_OWNER, allowed=("auto",))
         if isinstance(vectorizer, NVEmbedVectorizer):
             check_is_fitted(vectorizer)
         self.vectorizer = vectorizer
         self.instructions = instructions
-        self.name = check_string(name, name="name", owner=OWNER, allow_none=True)
-        self.revision = check_string(revision, name="revision", owner=OWNER, allow_none=True)
+        self.name = check_string(name, name="name", owner=_OWNER, allow_none=True)
+        self.revision = check_string(revision, name="revision", owner=_OWNER, allow_none=True)
         self._meta: Any = None
 
     def __repr__(self) -> str:
-        """The vectorizer and the instructions."""
+        """Return the call with the vectorizer and the instructions."""
         return f"MTEBEncoder({self.vectorizer!r}, instructions={self.instructions!r})"
 
     def encode(
@@ -153,10 +136,10 @@ class MTEBEncoder:
         ValueError
             If the vectorizer returns NaN, or an array of another shape.
         """
-        unknown = sorted(set(kwargs) - _KNOWN_OPTIONS)
+        unknown = sorted(set(kwargs) - _IGNORED_OPTIONS)
         if unknown:
             raise TypeError(
-                f"`{OWNER}.encode` takes no option {unknown[0]!r}. Set it on the vectorizer, and "
+                f"`{_OWNER}.encode` takes no option {unknown[0]!r}. Set it on the vectorizer, and "
                 "leave it out of mteb's `encode_kwargs`."
             )
         texts = [str(text) for batch in inputs for text in batch["text"]]
@@ -164,7 +147,7 @@ class MTEBEncoder:
         query, document = self.instructions_for(task_metadata.name, task_metadata.type, prompts)
         vectorizer = _instruct(self.vectorizer, query, document)
         side = None if prompt_type is None else str(getattr(prompt_type, "value", prompt_type))
-        return embed(vectorizer, texts, side, owner=OWNER)
+        return embed(vectorizer, texts, side, owner=_OWNER)
 
     def instructions_for(
         self, task: str, task_type: str, prompt: str | Mapping[str, str] | None = None
@@ -192,15 +175,15 @@ class MTEBEncoder:
         parameters = _get_parameters(self.vectorizer)
         if self.instructions is None or "instruction" not in parameters:
             return None, None
-        own = self.instructions.get(task) if isinstance(self.instructions, Mapping) else None
-        if own is None and parameters["instruction"] is not None:
+        text = self.instructions.get(task) if isinstance(self.instructions, Mapping) else None
+        if text is None and parameters["instruction"] is not None:
             return None, None
-        known = own if own is not None else find_task(task)
-        if known is not None:
-            query = resolve_instruction(known, name="instructions", owner=OWNER)
-            if find_task(known) is None:  # a text of the user's own
+        text = find_task(task) if text is None else text
+        if text is not None:
+            query = resolve_instruction(text, name="instructions", owner=_OWNER)
+            if find_task(text) is None:  # a task text from the user
                 return query, None if task_type in _ASYMMETRIC else query
-            return query, resolve_instruction(known, owner=OWNER, side="document")
+            return query, resolve_instruction(text, owner=_OWNER, side="document")
         if isinstance(prompt, Mapping):
             return prompt.get("query") or None, prompt.get("document") or None
         return prompt or None, None if task_type in _ASYMMETRIC else prompt or None
@@ -247,7 +230,7 @@ class MTEBEncoder:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """What mteb writes down of the model, an ``mteb.ModelMeta``.
+        """Description of the model in mteb's results, an ``mteb.ModelMeta``.
 
         Raises
         ------
@@ -256,15 +239,15 @@ class MTEBEncoder:
         """
         if self._meta is None:
             module = _import_mteb("mteb.models.model_meta")
-            described = _describe(self.vectorizer)
-            key = (described.get("fingerprint"), self.vectorizer, self.instructions)
+            model = _describe(self.vectorizer)
+            key = (model.get("fingerprint"), self.vectorizer, self.instructions)
             self._meta = module.ModelMeta.create_empty(
                 {
-                    "name": self.name or f"skembed/{described['name']}",
+                    "name": self.name or f"skembed/{model['name']}",
                     "revision": self.revision or joblib.hash(key),
-                    "embed_dim": described.get("dim"),
+                    "embed_dim": model.get("dim"),
                     "similarity_fn_name": module.ScoringFunction.COSINE,
-                    "framework": ["PyTorch", "safetensors"] if "fingerprint" in described else [],
+                    "framework": ["PyTorch", "safetensors"] if "fingerprint" in model else [],
                     "use_instructions": "instruction" in _get_parameters(self.vectorizer),
                 }
             )
@@ -273,24 +256,21 @@ class MTEBEncoder:
 
 def _import_mteb(module: str) -> Any:
     """Import a module of mteb."""
-    import_optional("mteb", extra="mteb", purpose=f"`{OWNER}`")
+    import_optional("mteb", extra="mteb", purpose=f"`{_OWNER}`")
     return import_module(module)
 
 
 def _get_parameters(vectorizer: Any) -> dict[str, Any]:
-    """Return the parameters of an estimator; none of any other object."""
+    """Return the parameters of an estimator; an empty dict for any other object."""
     get_params = getattr(vectorizer, "get_params", None)
     return dict(get_params(deep=False)) if callable(get_params) else {}
 
 
 def _instruct(vectorizer: Any, query: str | None, document: str | None) -> Any:
     """Return the vectorizer, or a shallow copy of it with other instructions."""
-    changes = {"instruction": query, "document_instruction": document}
-    changes = {
-        name: text
-        for name, text in changes.items()
-        if text is not None and name in _get_parameters(vectorizer)
-    }
+    texts = {"instruction": query, "document_instruction": document}
+    parameters = _get_parameters(vectorizer)
+    changes = {k: text for k, text in texts.items() if text is not None and k in parameters}
     return _copy(vectorizer).set_params(**changes) if changes else vectorizer
 
 
@@ -302,10 +282,10 @@ def _copy(vectorizer: Any) -> Any:
 
 
 def _describe(vectorizer: Any) -> dict[str, Any]:
-    """Return name and, of our own models, fingerprint and width."""
+    """Return the name of a vectorizer and, for models of this package, fingerprint and width."""
     if not isinstance(vectorizer, NVEmbedVectorizer):
         return {"name": type(vectorizer).__name__}
-    if not hasattr(vectorizer, "model_"):  # frozen: `fit` reads what there is, and no weights
+    if not hasattr(vectorizer, "model_"):  # frozen: `fit` reads the configuration, no weights
         vectorizer = _copy(vectorizer).fit(["text"])
     return {
         "name": Path(str(vectorizer.model_["name"])).name,

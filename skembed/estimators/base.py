@@ -1,8 +1,4 @@
-"""What the task estimators share: texts through a vectorizer of their own, or embeddings.
-
-An estimator with a ``vectorizer`` parameter takes `TextEstimatorMixin` and gets its vectors from
-two methods: `_fit_vectors` in ``fit`` and `_embed_vectors` afterwards.
-"""
+"""What the task estimators share: texts through a vectorizer of their own, or embeddings."""
 
 from __future__ import annotations
 
@@ -12,19 +8,15 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
-from sklearn.base import clone
+from sklearn.base import ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from skembed.embedding import (
-    Vectors,
-    check_text_column,
-    check_vectorizer,
-    embed,
-    is_transformer,
-)
+from skembed._inputs import refuse_foreign_labels
+from skembed.embedding import Vectors, check_text_column, check_vectorizer, embed, is_transformer
 from skembed.vectorizer import NVEmbedVectorizer
 
 __all__ = [
+    "TextClassifierMixin",
     "TextEstimatorMixin",
     "check_embeddings",
     "fit_vectorizer",
@@ -36,14 +28,14 @@ __all__ = [
 class TextEstimatorMixin:
     """Mixin of estimators that take texts through `vectorizer`, or embeddings without one.
 
-    Put it first among the bases. `_fit_vectors` sets ``embedding_dim_`` and, on texts,
-    ``vectorizer_`` (a fitted clone); on embeddings, scikit-learn's ``n_features_in_`` and
-    ``feature_names_in_``.
+    Put it first among the bases. Vectors come from `_fit_vectors` in ``fit``, which sets
+    ``embedding_dim_`` and, on texts, ``vectorizer_``; and from `_embed_vectors` afterwards.
     """
 
     vectorizer: Any
     vectorizer_: Any
     embedding_dim_: int
+    _fitted_mark: str  # name of the attribute that `fit` sets last
 
     def _fit_vectors(self, X: Any, y: Any = None, *, side: str = "query") -> Vectors:
         """Fit a clone of the vectorizer and return the vectors of X, (n, dim)."""
@@ -72,7 +64,7 @@ class TextEstimatorMixin:
         return embed(vectorizer, texts, side, owner=owner, dim=self.embedding_dim_)
 
     def _set_vectorizer(self, vectorizer: Any, dim: int) -> None:
-        """Keep what `fit` learned of the input, and nothing of an earlier `fit` on the other."""
+        """Store what `fit` learned of the input; drop what an earlier `fit` on the other left."""
         stale = ("n_features_in_", "feature_names_in_") if vectorizer is not None else ()
         for name in (*stale, "vectorizer_"):
             if name in vars(self):
@@ -82,7 +74,7 @@ class TextEstimatorMixin:
         self.embedding_dim_ = dim
 
     def __sklearn_clone__(self) -> Any:
-        """Clone all parameters, but hand on a vectorizer that is used as it is."""
+        """Clone all parameters, but pass on an encoder as it is."""
         vectorizer = self.vectorizer
         if vectorizer is None or isinstance(vectorizer, str) or is_transformer(vectorizer):
             return super().__sklearn_clone__()  # type: ignore[misc]
@@ -90,27 +82,55 @@ class TextEstimatorMixin:
         bare.vectorizer = None
         return clone(bare).set_params(vectorizer=vectorizer)
 
+    def __sklearn_is_fitted__(self) -> bool:
+        """Tell whether `fit` has come to its end."""
+        return hasattr(self, self._fitted_mark)
+
     def __sklearn_tags__(self) -> Any:
-        """Texts with a vectorizer, a two-dimensional array without."""
+        """Return tags for texts with a vectorizer, for a two-dimensional array without."""
         tags = super().__sklearn_tags__()  # type: ignore[misc]
         tags.input_tags.string = self.vectorizer is not None
         tags.input_tags.two_d_array = self.vectorizer is None
         return tags
 
 
-# Vectorizers
+class TextClassifierMixin(TextEstimatorMixin, ClassifierMixin):
+    """Mixin of classifiers of texts or embeddings."""
+
+    classes_: Any
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the accuracy of the predictions.
+
+        Parameters
+        ----------
+        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
+            The texts, or embeddings; as `fit` got them.
+        y : array-like, shape (n_texts,)
+            Their labels. A label that `fit` did not see counts as an error.
+        sample_weight : array-like of float, shape (n_texts,), optional
+            Weights of the texts.
+
+        Returns
+        -------
+        float
+            Share of right predictions, in [0, 1].
+
+        Raises
+        ------
+        ValueError
+            When `fit` saw none of the labels.
+        """
+        check_is_fitted(self)
+        refuse_foreign_labels(y, self.classes_, owner=type(self).__name__)
+        return float(super().score(X, y, sample_weight))
 
 
 def make_vectorizer(vectorizer: Any, *, owner: str) -> Any:
     """Return a vectorizer that `fit` may change: a clone, a frozen named model, or None for None.
 
-    A str or path names a model of `NVEmbedVectorizer`, which stays frozen. What has no
-    ``transform``, such as a SentenceTransformer, comes back as it is: its own ``fit`` is another.
-    Raises TypeError for what cannot embed.
-
-    >>> from skembed.estimators.base import make_vectorizer
-    >>> make_vectorizer("skembed-mini", owner="EmbeddingClassifier")
-    NVEmbedVectorizer(trainer=None)
+    What has no ``transform``, such as a SentenceTransformer, comes back as it is: its own ``fit``
+    does something else.
     """
     if vectorizer is None:
         return None
@@ -122,32 +142,22 @@ def make_vectorizer(vectorizer: Any, *, owner: str) -> Any:
 
 
 def trains_on_labels(vectorizer: Any) -> bool:
-    """Tell whether `fit` of a vectorizer may learn from labels, pairs or scores.
-
-    >>> from skembed.estimators.base import trains_on_labels
-    >>> trains_on_labels(NVEmbedVectorizer(trainer=None))
-    False
-    """
+    """Tell whether `fit` of a vectorizer may learn from labels, pairs or scores."""
     return is_transformer(vectorizer) and getattr(vectorizer, "trainer", None) is not None
 
 
 def fit_vectorizer(vectorizer: Any, texts: Sequence[str | None], y: Any = None) -> None:
-    """Fit a transformer in place, where it has `fit`; a frozen model checks its parameters."""
+    """Fit a transformer in place if it has `fit`; a frozen model only checks its parameters."""
     if is_transformer(vectorizer) and hasattr(vectorizer, "fit"):
         vectorizer.fit(texts, y)
-
-
-# Input
 
 
 def check_embeddings(
     estimator: Any, X: Any, *, reset: bool = False, name: str = "X", min_rows: int = 1
 ) -> Vectors:
-    """Check given embeddings by scikit-learn's rules, float32 or float64, (n, dim).
+    """Return embeddings checked by scikit-learn's rules, float32 or float64, (n, dim).
 
-    With `reset` the width and column names are kept as ``n_features_in_`` and
-    ``feature_names_in_``, else they are compared. Raises TypeError for texts, ValueError for NaN,
-    infinity, fewer rows than `min_rows` and another width.
+    `reset` stores the width and the column names on the estimator; without it they are compared.
     """
     if _holds_text(X):
         raise TypeError(

@@ -7,24 +7,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.base import BaseEstimator, ClassifierMixin, clone, is_clusterer, is_regressor
+from sklearn.base import BaseEstimator, clone, is_clusterer, is_regressor
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import check_is_fitted, has_fit_parameter
+from sklearn.utils.validation import has_fit_parameter
 
-from skembed._inputs import check_labels, refuse_foreign_labels
-from skembed.estimators.base import TextEstimatorMixin
-from skembed.estimators.zero_shot import Labels
+from skembed._inputs import check_labels
+from skembed.estimators.base import TextClassifierMixin
 
 __all__ = ["DEFAULT_C", "EmbeddingClassifier"]
 
-# Best or within 0.2 points of the best fixed C with 8 and 16 examples a class and with all, and of
-# clearly lower log loss than C=1 and 3: benchmarks/classification_heads.py.
+# Best or within 0.2 points of the best fixed C with 8, 16 and all examples of a class, and clearly
+# lower log loss than C=1 and 3: benchmarks/classification_heads.py.
 DEFAULT_C = 10.0
 
 
 def _head_has(method: str) -> Callable[[Any], bool]:
-    """Make the check of `available_if`: whether the head, fitted or not, has a method."""
+    """Return the check of `available_if`: whether the head, fitted or not, has a method."""
 
     def check(self: Any) -> bool:
         head = getattr(self, "head_", self.head)
@@ -34,7 +33,7 @@ def _head_has(method: str) -> Callable[[Any], bool]:
     return check
 
 
-class EmbeddingClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
+class EmbeddingClassifier(TextClassifierMixin, BaseEstimator):
     """Classify texts with a scikit-learn classifier on their embeddings.
 
     Fitting costs one embedding of each text and the fit of the head.
@@ -91,6 +90,8 @@ class EmbeddingClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
     array(['card'], dtype='<U7')
     """
 
+    _fitted_mark = "classes_"
+
     def __init__(self, vectorizer: Any = "skembed-mini", *, head: Any = None) -> None:
         self.vectorizer = vectorizer
         self.head = head
@@ -136,7 +137,7 @@ class EmbeddingClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
         self.classes_ = self.head_.classes_
         return self
 
-    def predict(self, X: Any) -> Labels:
+    def predict(self, X: Any) -> npt.NDArray[Any]:
         """Predict the label of each text.
 
         Parameters
@@ -147,14 +148,14 @@ class EmbeddingClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
         Returns
         -------
         ndarray, shape (n_texts,)
-            One of `classes_` a text, in input order.
+            One of `classes_` for each text, in input order.
         """
         vectors = self._embed_vectors(X)
         return np.asarray(self.head_.predict(vectors))
 
     @available_if(_head_has("predict_proba"))
     def predict_proba(self, X: Any) -> npt.NDArray[Any]:
-        """Probability of each label, as the head gives it; not calibrated (see Notes).
+        """Return the probability of each label, as the head gives it; not calibrated (see Notes).
 
         Parameters
         ----------
@@ -171,7 +172,7 @@ class EmbeddingClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
 
     @available_if(_head_has("decision_function"))
     def decision_function(self, X: Any) -> npt.NDArray[Any]:
-        """Score of each label, as the head gives it.
+        """Return the score of each label, as the head gives it.
 
         Parameters
         ----------
@@ -186,42 +187,9 @@ class EmbeddingClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
         vectors = self._embed_vectors(X)
         return np.asarray(self.head_.decision_function(vectors))
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Accuracy of the predictions.
-
-        Parameters
-        ----------
-        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
-            The texts, or embeddings; as `fit` got them.
-        y : array-like, shape (n_texts,)
-            Their labels. A label that `fit` did not see counts as an error.
-        sample_weight : array-like of float, shape (n_texts,), optional
-            Weights of the texts.
-
-        Returns
-        -------
-        float
-            Share of right predictions, in [0, 1].
-
-        Raises
-        ------
-        ValueError
-            When `fit` saw none of the labels.
-        """
-        check_is_fitted(self)
-        refuse_foreign_labels(y, self.classes_, owner=type(self).__name__)
-        return float(super().score(X, y, sample_weight))
-
-    def __sklearn_is_fitted__(self) -> bool:
-        """Fitted once there is a head."""
-        return hasattr(self, "head_")
-
-
-# Checking
-
 
 def _make_head(head: Any) -> Any:
-    """Return a fresh head; TypeError for what is no classifier."""
+    """Return a fresh head; raise TypeError for what is not a classifier."""
     if head is None:
         return LogisticRegression(C=DEFAULT_C, max_iter=1000)
     usable = all(callable(getattr(head, name, None)) for name in ("fit", "predict"))

@@ -10,76 +10,65 @@ from scipy import sparse
 from sklearn.base import clone
 from sklearn.feature_extraction.text import CountVectorizer
 
-__all__ = ["Ints", "compute_class_tfidf", "find_terms", "pick_representatives"]
+__all__ = ["Ints", "compute_class_tfidf", "find_terms", "name_clusters", "pick_representatives"]
 
 Ints = npt.NDArray[np.int64]
-
-
-# What a cluster is about
+_N_NAME_TERMS = 3
 
 
 def pick_representatives(
-    cluster: int, labels: Ints, distances: Any, texts: list[str] | None, n: int
-) -> list[int]:
-    """Return the n rows of a cluster nearest to its centre, no text twice."""
-    rows = np.flatnonzero(labels == cluster)
-    ordered = rows[np.argsort(distances[rows], kind="stable")].tolist()
-    if texts is not None:
-        ordered = list({texts[row]: row for row in reversed(ordered)}.values())[::-1]
-    return ordered[:n]
+    labels: Ints, k: int, distances: Any, texts: list[str] | None, n: int
+) -> dict[int, list[int]]:
+    """Return the n rows of each cluster nearest to its centre, no text twice."""
+    representatives = {}
+    for cluster in range(k):
+        rows = np.flatnonzero(labels == cluster)
+        nearest = rows[np.argsort(distances[rows], kind="stable")].tolist()
+        if texts is not None:
+            nearest = list({texts[row]: row for row in reversed(nearest)}.values())[::-1]
+        representatives[cluster] = nearest[:n]
+    return representatives
 
 
 def find_terms(
     texts: list[str], labels: Ints, k: int, term_vectorizer: Any, n_terms: int
 ) -> dict[int, list[str]]:
-    """Return the terms of each cluster with the highest class-based TF-IDF."""
+    """Return the terms of each cluster with the highest class-based TF-IDF, best first."""
     counter = CountVectorizer(stop_words="english")
     counter = counter if term_vectorizer is None else clone(term_vectorizer)
-    kept = np.flatnonzero(labels >= 0)
+    rows = np.flatnonzero(labels >= 0)
     analyze = counter.build_analyzer()
-    if not any(analyze(texts[row]) for row in kept):  # nothing but stop words
+    if not any(analyze(texts[row]) for row in rows):  # nothing but stop words
         return {cluster: [] for cluster in range(k)}
-    counts = counter.fit_transform([texts[row] for row in kept])
-    weights = compute_class_tfidf(counts, labels[kept])
+    counts = counter.fit_transform([texts[row] for row in rows])
+    weights = compute_class_tfidf(counts, labels[rows])
     terms = counter.get_feature_names_out()
-    found = {}
+    best_terms = {}
     for cluster in range(k):
         start, stop = weights.indptr[cluster : cluster + 2]
         columns, values = weights.indices[start:stop], weights.data[start:stop]
         best = np.lexsort((columns, -values))[:n_terms]  # equal weights by the alphabet
-        found[cluster] = [str(terms[i]) for i in columns[best]]
-    return found
+        best_terms[cluster] = [str(terms[i]) for i in columns[best]]
+    return best_terms
 
 
-def compute_class_tfidf(counts: Any, labels: npt.ArrayLike) -> Any:
-    r"""Weigh the terms of each class by class-based TF-IDF.
+def name_clusters(terms: dict[int, list[str]]) -> dict[int, str]:
+    """Return the first terms of each cluster as its name."""
+    return {
+        cluster: ", ".join(best[:_N_NAME_TERMS]) or f"cluster {cluster}"
+        for cluster, best in terms.items()
+    }
 
-    Parameters
-    ----------
-    counts : sparse matrix or array-like of int, shape (n_texts, n_terms)
-        How often each term stands in each text.
-    labels : array-like of int, shape (n_texts,)
-        Class of each text, from 0.
 
-    Returns
-    -------
-    CSR matrix of float64, shape (n_classes, n_terms)
-        :math:`f_{t,c} \log (1 + A / f_t)`, with :math:`f_{t,c}` the count of term t in class c,
-        :math:`f_t` its sum over classes and A the mean number of terms in a class.
+def compute_class_tfidf(counts: Any, labels: npt.ArrayLike) -> sparse.csr_matrix:
+    r"""Return class-based TF-IDF weights as CSR of float64, (n_classes, n_terms).
 
-    References
-    ----------
-    M. Grootendorst, BERTopic, arXiv 2203.05794, section 3.3.
-
-    Examples
-    --------
-    >>> from skembed.estimators.cluster_names import compute_class_tfidf
-    >>> compute_class_tfidf([[2, 0], [0, 1], [0, 1]], [0, 1, 1]).toarray().round(3)
-    array([[1.386, 0.   ],
-           [0.   , 1.386]])
+    :math:`f_{t,c} \log (1 + A / f_t)`, with :math:`f_{t,c}` the count of term t in class c,
+    :math:`f_t` its sum over classes and A the mean number of terms in a class: M. Grootendorst,
+    BERTopic, arXiv 2203.05794, section 3.3. `counts` are (n_texts, n_terms), `labels` (n_texts,).
     """
-    places = np.asarray(labels, dtype=np.int64)
-    cells = (np.ones(len(places)), (places, np.arange(len(places))))
+    classes = np.asarray(labels, dtype=np.int64)
+    cells = (np.ones(len(classes)), (classes, np.arange(len(classes))))
     sums = sparse.csr_matrix(cells) @ sparse.csr_matrix(counts, dtype=np.float64)  # (C, n_terms)
     sums.eliminate_zeros()
     totals = np.asarray(sums.sum(axis=0)).ravel()

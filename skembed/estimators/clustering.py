@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.base import BaseEstimator, ClusterMixin, clone
 from sklearn.cluster import HDBSCAN, AgglomerativeClustering, KMeans, MiniBatchKMeans
 from sklearn.metrics import pairwise_distances_argmin_min, silhouette_score, v_measure_score
@@ -17,32 +16,27 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 from skembed._validation import check_choice, check_int, check_real, import_optional
 from skembed.embedding import Vectors, check_text_column
 from skembed.estimators.base import TextEstimatorMixin
-from skembed.estimators.cluster_names import Ints, find_terms, pick_representatives
+from skembed.estimators.cluster_names import (
+    Ints,
+    find_terms,
+    name_clusters,
+    pick_representatives,
+)
 from skembed.exceptions import SkembedWarning
 
-__all__ = [
-    "CLUSTERERS",
-    "EmbeddingClusterer",
-    "MAX_AUTO_CLUSTERS",
-    "MAX_SILHOUETTE_ROWS",
-    "N_NAME_TERMS",
-    "REDUCERS",
-]
+__all__ = ["EmbeddingClusterer", "MAX_SILHOUETTE_ROWS"]
 
-CLUSTERERS = ("kmeans", "minibatch_kmeans", "agglomerative", "hdbscan")
-REDUCERS = ("umap",)
-
-# Silhouettes are taken of this many texts at most: their cost grows with the square.
+_CLUSTERERS = ("kmeans", "minibatch_kmeans", "agglomerative", "hdbscan")
+# Silhouettes are computed on at most this many texts: their cost grows with the square.
 MAX_SILHOUETTE_ROWS = 4000
-MAX_AUTO_CLUSTERS = 64
-N_NAME_TERMS = 3
+_MAX_AUTO_CLUSTERS = 64
 
 
 class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
     r"""Cluster texts by their embeddings, and say what each cluster is about.
 
-    One call embeds the texts, finds the clusters (choosing their number if asked), and names them
-    by their terms. Texts that a density method leaves out are -1 and belong to no cluster.
+    One call embeds the texts, finds the clusters (and, if asked, their number) and names them by
+    their terms. Texts that a density method leaves out have the label -1 and belong to no cluster.
 
     Parameters
     ----------
@@ -81,7 +75,7 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
     labels_ : ndarray of int64, shape (n_texts,)
         Cluster of each text, from 0; -1 is noise.
     n_clusters_ : int
-        Number of clusters, noise apart.
+        Number of clusters, without noise.
     cluster_centers_ : ndarray of float, shape (n_clusters_, dim)
         In the space of the embeddings: the clusterer's own where it has them and nothing was
         reduced, else the means of the clusters.
@@ -123,11 +117,11 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
 
     Noise is in none of the counts.
 
-    Distances are Euclidean, which orders unit vectors as cosine does. Embeddings that are handed
-    in are not scaled.
+    Distances are Euclidean, which orders unit vectors as cosine does. Given embeddings are not
+    scaled.
 
     `predict` takes the nearest centre, so after "agglomerative" and "hdbscan", or with a reducer,
-    it may differ from `labels_` on the very same texts.
+    it may differ from `labels_` on the same texts.
 
     References
     ----------
@@ -146,6 +140,8 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
     >>> found.cluster_names_[found.predict(["another account"])[0]]
     'account, open, new'
     """
+
+    _fitted_mark = "noise_radii_"
 
     def __init__(
         self,
@@ -194,10 +190,10 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         TypeError
             When X is not texts (or embeddings), or a parameter is of the wrong type.
         ValueError
-            When more clusters are asked for than there are texts, a parameter is out of range,
-            or embeddings are not finite.
+            When `n_clusters` exceeds the number of texts, a parameter is out of range, or
+            embeddings are not finite.
         ImportError
-            When UMAP is asked for and not installed.
+            When `reducer` is "umap" and umap-learn is not installed.
         """
         owner = type(self).__name__
         self._check_parameters(owner)
@@ -207,8 +203,8 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         seed = int(rng.randint(2**31 - 1))
         reducer = _make_reducer(self.reducer, len(vectors), seed=seed, owner=owner)
         space = vectors if reducer is None else np.asarray(reducer.fit_transform(vectors))
-        clusterer, found, silhouettes = self._find_clusters(space, seed=seed)
-        self.labels_ = _number_labels(found)
+        clusterer, labels, silhouettes = self._find_clusters(space, seed=seed)
+        self.labels_ = _number_labels(labels)
         self.n_clusters_ = int(self.labels_.max(initial=-1)) + 1
         if not self.n_clusters_:
             warnings.warn(
@@ -219,8 +215,10 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
                 stacklevel=2,
             )
         self.clusterer_, self.reducer_, self.silhouettes_ = clusterer, reducer, silhouettes
-        own = getattr(clusterer, "cluster_centers_", None) if reducer is None else None
-        self.cluster_centers_ = _compute_centers(vectors, self.labels_, self.n_clusters_, own)
+        centers = getattr(clusterer, "cluster_centers_", None) if reducer is None else None
+        if centers is None or np.shape(centers) != (self.n_clusters_, vectors.shape[1]):
+            centers = _compute_means(vectors, self.labels_, self.n_clusters_)
+        self.cluster_centers_ = np.asarray(centers)
         self._describe(vectors, words)
         return self
 
@@ -241,12 +239,15 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         vectors = self._embed_vectors(X)
         if not self.n_clusters_:
             return np.full(len(vectors), -1, dtype=np.int64)
-        nearest, distances = _find_nearest(vectors, self.cluster_centers_)
+        centers = self.cluster_centers_
+        rows, _ = pairwise_distances_argmin_min(vectors, centers.astype(vectors.dtype))
+        nearest = rows.astype(np.int64)
+        distances = np.linalg.norm(vectors - centers[nearest], axis=1)
         nearest[distances > self.noise_radii_[nearest]] = -1
         return nearest
 
     def score(self, X: Any, y: Any) -> float:
-        """V-measure of the predicted clusters against true labels.
+        """Return the V-measure of the predicted clusters against true labels.
 
         Parameters
         ----------
@@ -316,11 +317,11 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         name = "noise_quantile"
         check_real(self.noise_quantile, name=name, owner=owner, low=0, high=1, inclusive="right")
         if isinstance(self.clusterer, str):
-            check_choice(self.clusterer, name="clusterer", owner=owner, allowed=CLUSTERERS)
+            check_choice(self.clusterer, name="clusterer", owner=owner, allowed=_CLUSTERERS)
         elif isinstance(self.clusterer, type) or not hasattr(self.clusterer, "fit"):
             raise TypeError(
                 f"The `clusterer` parameter of `{owner}` must be one of "
-                f"{', '.join(map(repr, CLUSTERERS))}, or a scikit-learn clusterer; got an object "
+                f"{', '.join(map(repr, _CLUSTERERS))}, or a scikit-learn clusterer; got an object "
                 f"of type {type(self.clusterer).__name__}."
             )
 
@@ -332,14 +333,14 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
             )
         if self.vectorizer is None and texts is None:
             return None
-        given, name = (X, "X") if texts is None else (texts, "texts")
-        found = check_text_column(given, vectorizer=self.vectorizer, owner=owner, name=name)
+        column, name = (X, "X") if texts is None else (texts, "texts")
+        checked = check_text_column(column, vectorizer=self.vectorizer, owner=owner, name=name)
         if texts is not None:
-            check_consistent_length(X, found)
-        return [text or "" for text in found]
+            check_consistent_length(X, checked)
+        return [text or "" for text in checked]
 
     def _find_clusters(self, space: Vectors, *, seed: int) -> tuple[Any, Ints, dict[int, float]]:
-        """Fit the clusterer, with the best number of clusters; its labels and the silhouettes."""
+        """Return the clusterer fitted with the best number, its labels and the silhouettes."""
         counts = self._list_counts(len(space))
         count, silhouettes = counts[0], {}
         if len(counts) > 1:
@@ -381,14 +382,14 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         if isinstance(asked, (Sequence, np.ndarray)):
             if not len(asked):
                 raise ValueError(f"{subject} must hold at least one int; got none.")
-            found = sorted({check_int(k, name="n_clusters", owner=owner, low=2) for k in asked})
+            counts = sorted({check_int(k, name="n_clusters", owner=owner, low=2) for k in asked})
         else:
-            found = [check_int(asked, name="n_clusters", owner=owner, low=1)]
-        if found[-1] > n:
+            counts = [check_int(asked, name="n_clusters", owner=owner, low=1)]
+        if counts[-1] > n:
             raise ValueError(
-                f"{subject} must be at most the number of texts, {n}; got {found[-1]}."
+                f"{subject} must be at most the number of texts, {n}; got {counts[-1]}."
             )
-        return list(found)
+        return list(counts)
 
     def _make_clusterer(self, n_clusters: int | None, seed: int) -> Any:
         """Return a fresh clusterer, its number of clusters and seed set."""
@@ -419,29 +420,16 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         if k and (labels == -1).any():
             members = [distances[labels == c] for c in range(k)]  # type: ignore[index]
             self.noise_radii_ = np.array([np.quantile(m, self.noise_quantile) for m in members])
-        self.representative_indices_ = {
-            c: pick_representatives(c, labels, distances, texts, self.n_representatives)
-            for c in range(k)
-        }
+        representatives = pick_representatives(labels, k, distances, texts, self.n_representatives)
+        self.representative_indices_ = representatives
         for name in ("top_terms_", "cluster_names_", "representative_texts_"):
             self.__dict__.pop(name, None)
-        if texts is None:
-            return
-        self.representative_texts_ = {
-            c: [texts[row] for row in rows] for c, rows in self.representative_indices_.items()
-        }
-        self.top_terms_ = find_terms(texts, labels, k, self.term_vectorizer, self.n_terms)
-        self.cluster_names_ = {
-            c: ", ".join(terms[:N_NAME_TERMS]) or f"cluster {c}"
-            for c, terms in self.top_terms_.items()
-        }
-
-    def __sklearn_is_fitted__(self) -> bool:
-        """Fitted once there are labels."""
-        return hasattr(self, "noise_radii_")
-
-
-# Clusters
+        if texts is not None:
+            self.representative_texts_ = {
+                c: [texts[row] for row in rows] for c, rows in representatives.items()
+            }
+            self.top_terms_ = find_terms(texts, labels, k, self.term_vectorizer, self.n_terms)
+            self.cluster_names_ = name_clusters(self.top_terms_)
 
 
 def _has_param(estimator: Any, name: str) -> bool:
@@ -456,10 +444,8 @@ def _auto_counts(n: int, *, owner: str) -> list[int | None]:
             f"`{owner}` must have at least 3 texts to choose the number of clusters; got "
             f"n_samples={n}. Pass n_clusters."
         )
-    highest = max(2, min(MAX_AUTO_CLUSTERS, n // 2))
-    found = np.unique(np.rint(np.geomspace(2, highest, 14)).astype(int))
-    # The silhouette of a single number says nothing, but one number is all that two texts allow.
-    return [int(count) for count in found] if len(found) > 1 else [2]
+    highest = max(2, min(_MAX_AUTO_CLUSTERS, n // 2))
+    return [int(k) for k in np.unique(np.rint(np.geomspace(2, highest, 14)))]
 
 
 def _make_reducer(reducer: Any, n: int, *, seed: int, owner: str) -> Any:
@@ -467,14 +453,14 @@ def _make_reducer(reducer: Any, n: int, *, seed: int, owner: str) -> Any:
     if reducer is None:
         return None
     if isinstance(reducer, str):
-        check_choice(reducer, name="reducer", owner=owner, allowed=REDUCERS)
+        check_choice(reducer, name="reducer", owner=owner, allowed=("umap",))
         umap = import_optional("umap", extra="plot", purpose=f"`{owner}` with reducer='umap'")
         if n < 8:
             raise ValueError(
                 f"`{owner}` must have at least 8 texts for reducer='umap'; got {n}. Set "
                 "reducer=None."
             )
-        # With a seed UMAP runs on one thread, and warns where it is not asked to.
+        # With a seed UMAP runs on one thread, and warns if it may use more.
         options = {"n_components": 5, "min_dist": 0.0, "metric": "cosine", "n_jobs": 1}
         return umap.UMAP(n_neighbors=min(15, n - 1), random_state=seed, **options)
     if isinstance(reducer, type) or not callable(getattr(reducer, "fit_transform", None)):
@@ -493,31 +479,23 @@ def _fit_labels(clusterer: Any, space: Vectors) -> Ints:
 
 def _number_labels(labels: Ints) -> Ints:
     """Number the clusters 0, 1, ... in the order of their labels; all below 0 become -1."""
-    found = np.full(len(labels), -1, dtype=np.int64)
-    kept = labels >= 0
-    found[kept] = np.unique(labels[kept], return_inverse=True)[1]
-    return found
+    numbers = np.full(len(labels), -1, dtype=np.int64)
+    clustered = labels >= 0
+    numbers[clustered] = np.unique(labels[clustered], return_inverse=True)[1]
+    return numbers
 
 
 def _compute_silhouette(space: Vectors, labels: Ints) -> float:
-    """Mean silhouette; -1 where it is not defined, the lowest there is."""
+    """Return the mean silhouette; -1, the lowest value, where it is not defined."""
     if not 2 <= len(np.unique(labels)) < len(labels):
         return -1.0
     return float(silhouette_score(space, labels))
 
 
-def _compute_centers(vectors: Vectors, labels: Ints, k: int, own: Any) -> Vectors:
-    """Return the clusterer's own centres where they fit, else the means, (k, dim)."""
-    if own is not None and np.shape(own) == (k, vectors.shape[1]):
-        return np.asarray(own)
-    kept = labels >= 0
-    centers = np.zeros((k, vectors.shape[1]), dtype=np.float64)
-    np.add.at(centers, labels[kept], vectors[kept])
-    centers /= np.bincount(labels[kept], minlength=k)[:, None]
-    return centers.astype(vectors.dtype)
-
-
-def _find_nearest(vectors: Vectors, centers: Vectors) -> tuple[Ints, npt.NDArray[Any]]:
-    """Return the nearest centre of each row and its distance, (n,) each."""
-    nearest, _ = pairwise_distances_argmin_min(vectors, centers.astype(vectors.dtype))
-    return nearest.astype(np.int64), np.linalg.norm(vectors - centers[nearest], axis=1)
+def _compute_means(vectors: Vectors, labels: Ints, k: int) -> Vectors:
+    """Return the mean of each cluster, (k, dim)."""
+    clustered = labels >= 0
+    sums = np.zeros((k, vectors.shape[1]), dtype=np.float64)
+    np.add.at(sums, labels[clustered], vectors[clustered])
+    sums /= np.bincount(labels[clustered], minlength=k)[:, None]
+    return sums.astype(vectors.dtype)

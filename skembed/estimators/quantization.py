@@ -21,9 +21,9 @@ from skembed.search.codes import Codec, Levels, Ranges
 from skembed.search.top_k import N_SPARE, rescore_candidates, top_k_rows
 from skembed.similarity import Indices, TopK, Vectors, check_vectors, iterate_blocks
 
-__all__ = ["Codes", "EmbeddingQuantizer", "OWNER", "PRECISIONS"]
+__all__ = ["Codes", "EmbeddingQuantizer", "PRECISIONS"]
 
-OWNER = "EmbeddingQuantizer"
+_OWNER = "EmbeddingQuantizer"
 PRECISIONS = ("int8", "uint8", "binary")
 _BLOCK_BYTES = 32 * 2**20
 _SIGN = np.uint8(0x80)  # 0 ... 255 as unsigned is -128 ... 127 as signed with this bit turned
@@ -140,7 +140,7 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
             When a parameter is not as it must be, or X is not two-dimensional and finite, or has
             fewer than two rows.
         """
-        check_choice(self.precision, name="precision", owner=OWNER, allowed=PRECISIONS)
+        check_choice(self.precision, name="precision", owner=_OWNER, allowed=PRECISIONS)
         percentiles = _check_percentiles(self.quantile_range)
         vectors = self._check_embeddings(X, reset=True, ensure_min_samples=2)
         for name in ("ranges_", "levels_"):
@@ -154,7 +154,7 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         if not np.isfinite(extent).all():
             column = int(np.argmin(np.isfinite(extent)))
             raise ValueError(
-                f"The `X` parameter of `{OWNER}` must have dimensions whose extent is a number of "
+                f"The `X` parameter of `{_OWNER}` must have dimensions whose extent is a number of "
                 f"float32; got [{low[column]:g}, {high[column]:g}] in column {column}. Scale the "
                 "embeddings first."
             )
@@ -210,7 +210,7 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
             When X is of another type or width than what `transform` returns.
         """
         check_is_fitted(self)
-        codes = self._check_codes(X, name="X", owner=f"{OWNER}.inverse_transform")
+        codes = self._check_codes(X, name="X", owner=f"{_OWNER}.inverse_transform")
         vectors = np.empty((len(codes), self.n_features_in_), dtype=np.float32)
         for rows in iterate_blocks(*vectors.shape):
             vectors[rows] = self._decode(codes[rows])
@@ -261,8 +261,8 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
             When an array is of another type, shape or width than it must be, or not finite.
         """
         check_is_fitted(self)
-        owner = f"{OWNER}.search"
-        found = _check_queries(queries, self.n_features_in_, owner=owner)
+        owner = f"{_OWNER}.search"
+        vectors = _check_queries(queries, self.n_features_in_, owner=owner)
         coarse = _Rows(self._check_codes(codes, name="codes", owner=owner), self._decode)
         n = len(coarse.values)
         if not n:
@@ -272,8 +272,8 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         finest = coarse if finer is None else self._check_finer(finer, n, owner=owner)
         n_candidates = min(n, top_k * (1 if finer is None else rescore) + N_SPARE)
         ranks = np.arange(n, dtype=np.int64)
-        candidates = top_k_rows(found, coarse.read, ranks, n_candidates, block_bytes=_BLOCK_BYTES)
-        return rescore_candidates(found, candidates.indices, finest.read, ranks, top_k)
+        candidates = top_k_rows(vectors, coarse.read, ranks, n_candidates, block_bytes=_BLOCK_BYTES)
+        return rescore_candidates(vectors, candidates.indices, finest.read, ranks, top_k)
 
     def get_feature_names_out(self, input_features: Any = None) -> npt.NDArray[Any]:
         """Return the names of the columns of `transform`: those of the input, or of the bytes.
@@ -298,51 +298,47 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         packed = hasattr(self, "levels_")
         mixin = ClassNamePrefixFeaturesOutMixin if packed else OneToOneFeatureMixin
-        names: npt.NDArray[Any] = mixin.get_feature_names_out(self, input_features)
-        return names
-
-    # Parts
+        return np.asarray(mixin.get_feature_names_out(self, input_features))
 
     def __sklearn_tags__(self) -> Any:
-        """Integers come out, whatever goes in."""
+        """Return tags for integers as output, whatever the input."""
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = []
         return tags
 
     @property
     def _n_features_out(self) -> int:
-        """Columns of `transform`."""
+        """Number of columns of `transform`."""
         dim = int(self.n_features_in_)
         return -(-dim // 8) if hasattr(self, "levels_") else dim
 
     @property
-    def _code_dtype(self) -> Any:
-        """Type of the codes."""
+    def _code_dtype(self) -> np.dtype[Any]:
+        """Dtype of the codes."""
         signed = self.precision == "int8" and not hasattr(self, "levels_")
         return np.dtype(np.int8 if signed else np.uint8)
 
     @property
     def _codec(self) -> Codec:
-        """What `fit` learned, as arithmetic."""
+        """The codec with what `fit` learned."""
         if hasattr(self, "levels_"):
             return Levels(self.levels_)
         return Ranges.between(*self.ranges_)
 
     def _decode(self, codes: Any) -> Vectors:
-        """Return the vectors of a block of codes that are checked already, (n_rows, dim)."""
+        """Return the vectors of a block of checked codes, (n_rows, dim)."""
         unsigned = codes.view(np.uint8)
         if self._code_dtype == np.int8:
             unsigned = unsigned ^ _SIGN
         return self._codec.decode(unsigned)
 
     def _check_embeddings(self, X: Any, **options: Any) -> Vectors:
-        """Check embeddings by scikit-learn's rules, float32, (n, dim)."""
+        """Return embeddings checked by scikit-learn's rules, float32, (n, dim)."""
         with np.errstate(over="ignore"):  # what is too large for float32 is refused as infinite
-            vectors: Vectors = validate_data(self, X, dtype=np.float32, **options)
-        return vectors
+            return np.asarray(validate_data(self, X, dtype=np.float32, **options))
 
-    def _check_codes(self, codes: Any, *, name: str, owner: str) -> Any:
-        """Return codes as an array, not copied if they are one."""
+    def _check_codes(self, codes: Any, *, name: str, owner: str) -> npt.NDArray[Any]:
+        """Return codes as an array, (n, n_features_out); an array is not copied."""
         subject = f"The `{name}` parameter of `{owner}`"
         array = np.asarray(codes)
         if array.dtype != self._code_dtype:
@@ -358,12 +354,12 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         return array
 
     def _check_finer(self, finer: Any, n: int, *, owner: str) -> _Rows:
-        """Return the rows of a finer copy of n documents; nothing of it is read yet."""
+        """Return the rows of a finer copy of n documents, without reading them."""
         subject = f"The `finer` parameter of `{owner}`"
         if isinstance(finer, tuple):
             if len(finer) != 2 or not isinstance(finer[0], EmbeddingQuantizer):
                 raise TypeError(
-                    f"{subject} must be an array of embeddings, or a pair of a fitted {OWNER} and "
+                    f"{subject} must be an array of embeddings, or a pair of a fitted {_OWNER} and "
                     f"its codes; got a tuple of {len(finer)}."
                 )
             quantizer, codes = finer
@@ -393,16 +389,16 @@ def _check_percentiles(quantile_range: Any) -> tuple[float, float]:
     """Return the two percentiles."""
     if not isinstance(quantile_range, (tuple, list)) or len(quantile_range) != 2:
         raise TypeError(
-            f"The `quantile_range` parameter of `{OWNER}` must be a pair of numbers, such as "
+            f"The `quantile_range` parameter of `{_OWNER}` must be a pair of numbers, such as "
             f"(0.5, 99.5); got {type(quantile_range).__name__}."
         )
     low, high = (
-        check_real(value, name="quantile_range", owner=OWNER, low=0, high=100)
+        check_real(value, name="quantile_range", owner=_OWNER, low=0, high=100)
         for value in quantile_range
     )
     if low >= high:
         raise ValueError(
-            f"The `quantile_range` parameter of `{OWNER}` must rise, such as (0.5, 99.5); got "
+            f"The `quantile_range` parameter of `{_OWNER}` must rise, such as (0.5, 99.5); got "
             f"({low:g}, {high:g})."
         )
     return low, high
@@ -410,22 +406,22 @@ def _check_percentiles(quantile_range: Any) -> tuple[float, float]:
 
 def _check_queries(queries: Any, dim: int, *, owner: str) -> Vectors:
     """Return queries as finite float32, (n_queries, dim)."""
-    found = check_vectors(queries, name="queries", owner=owner, dim=dim)
-    if not np.isfinite(found).all():
-        row = int(np.argmin(np.isfinite(found).all(axis=1)))
+    vectors = check_vectors(queries, name="queries", owner=owner, dim=dim)
+    if not np.isfinite(vectors).all():
+        row = int(np.argmin(np.isfinite(vectors).all(axis=1)))
         raise ValueError(
             f"The `queries` parameter of `{owner}` must be finite numbers of float32; queries"
             f"[{row}] has others."
         )
-    return found
+    return vectors
 
 
 def _read_finite(rows: Any) -> Vectors:
-    """Return rows of embeddings as float32; refuses NaN, which no order has."""
-    found: Vectors = rows.astype(np.float32, copy=False)
-    if not np.isfinite(found).all():
+    """Return rows of embeddings as float32; refuse NaN, which has no order."""
+    vectors: Vectors = rows.astype(np.float32, copy=False)
+    if not np.isfinite(vectors).all():
         raise ValueError(
-            f"The `finer` parameter of `{OWNER}.search` must hold finite numbers; the vector of a "
+            f"The `finer` parameter of `{_OWNER}.search` must hold finite numbers; the vector of a "
             "candidate has others."
         )
-    return found
+    return vectors

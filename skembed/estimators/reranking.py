@@ -20,18 +20,11 @@ from skembed.estimators.base import (
     trains_on_labels,
 )
 from skembed.metrics.ranking import map_at_k
-from skembed.similarity import (
-    Floats,
-    Ints,
-    Ranking,
-    check_vectors,
-    paired_cosine,
-    paired_dot,
-)
+from skembed.similarity import Floats, Ints, Ranking, check_vectors, paired_cosine, paired_dot
 
-__all__ = ["OWNER", "Reranker"]
+__all__ = ["Reranker"]
 
-OWNER = "Reranker"
+_OWNER = "Reranker"
 _N_NEGATIVES = 7  # where the trainer is "auto", as in ContrastiveTrainer
 _MAP_CUT = 1000  # as mteb; no list of candidates is longer
 
@@ -88,12 +81,14 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
     [[1, 0], []]
     """
 
+    _fitted_mark = "trained_"
+
     def __init__(self, vectorizer: Any = "skembed-mini", *, similarity: str = "cosine") -> None:
         self.vectorizer = vectorizer
         self.similarity = similarity
 
     def fit(self, X: Any = None, y: Any = None, *, groups: Any = None) -> Reranker:
-        """Train on judged pairs where there are some and the vectorizer has a trainer.
+        """Train on judged pairs, if there are any and the vectorizer has a trainer.
 
         Parameters
         ----------
@@ -113,26 +108,26 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         Raises
         ------
         TypeError, ValueError
-            When a parameter, a pair or `y` is not as it must be, or training is asked for and no
+            When a parameter, a pair or `y` is not as it must be, or the vectorizer trains and no
             document is relevant.
         ImportError, SkembedError
             As `NVEmbedVectorizer.fit`, where that trains.
         """
-        check_choice(self.similarity, name="similarity", owner=OWNER, allowed=("cosine", "dot"))
-        vectorizer = make_vectorizer(self.vectorizer, owner=OWNER)
+        check_choice(self.similarity, name="similarity", owner=_OWNER, allowed=("cosine", "dot"))
+        vectorizer = make_vectorizer(self.vectorizer, owner=_OWNER)
         if X is None:
             return self._set_fitted(vectorizer, None, trained=False)
         if vectorizer is None:
             pairs = check_embeddings(self, X, reset=True)
             dim = _half_width(pairs.shape[1])
             if y is not None:
-                _check_relevance(y, len(pairs), owner=OWNER)
+                _check_relevance(y, len(pairs), owner=_OWNER)
             return self._set_fitted(None, dim, trained=False)
-        queries, documents = check_pair_columns(X, vectorizer=vectorizer, owner=OWNER, min_rows=1)
-        relevance = None if y is None else _check_relevance(y, len(queries), owner=OWNER)
+        queries, documents = check_pair_columns(X, vectorizer=vectorizer, owner=_OWNER, min_rows=1)
+        relevance = None if y is None else _check_relevance(y, len(queries), owner=_OWNER)
         trained = relevance is not None and trains_on_labels(vectorizer)
         if relevance is not None and trained:
-            numbers = _number_groups(groups, queries, owner=OWNER, n=len(queries))
+            numbers = _number_groups(groups, queries, owner=_OWNER, n=len(queries))
             trainer = vectorizer.trainer
             rows = _make_rows(
                 queries,
@@ -145,7 +140,7 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
             vectorizer.fit(list(rows))
         else:
             fit_vectorizer(vectorizer, [*queries, *documents])
-        dim = embed(vectorizer, queries[:1], "query", owner=OWNER).shape[1]
+        dim = embed(vectorizer, queries[:1], "query", owner=_OWNER).shape[1]
         return self._set_fitted(vectorizer, dim, trained=trained)
 
     def predict(self, X: Any) -> Floats:
@@ -175,8 +170,8 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
             pairs = check_embeddings(_Plain() if first else self, X, reset=first)
             dim = _half_width(pairs.shape[1])
             return self._score(pairs[:, :dim], pairs[:, -dim:])
-        columns = check_pair_columns(X, vectorizer=vectorizer, owner=OWNER)
-        return self._score(*embed_pairs(vectorizer, columns, owner=OWNER))
+        columns = check_pair_columns(X, vectorizer=vectorizer, owner=_OWNER)
+        return self._score(*embed_pairs(vectorizer, columns, owner=_OWNER))
 
     def rank(self, queries: Any, candidates: Sequence[Any]) -> Ranking:
         """Sort the candidates of each query.
@@ -205,11 +200,11 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         check_is_fitted(self)
         vectorizer = getattr(self, "vectorizer_", None)
         if vectorizer is None:
-            found, parts = _check_vector_lists(queries, candidates)
-            flat = np.concatenate([*parts, found[:0]])
+            vectors, parts = _check_vector_lists(queries, candidates)
+            flat = np.concatenate([*parts, vectors[:0]])
             sizes = np.array([len(part) for part in parts], dtype=np.int64)
         else:
-            options = {"vectorizer": vectorizer, "owner": f"{OWNER}.rank", "min_rows": 0}
+            options = {"vectorizer": vectorizer, "owner": f"{_OWNER}.rank", "min_rows": 0}
             texts = check_text_column(queries, name="queries", **options)
             _check_lists(candidates, len(texts))
             lists = [
@@ -221,8 +216,8 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
             if not documents:
                 indices = [np.empty(0, dtype=np.int64) for _ in texts]
                 return Ranking(indices, [np.empty(0, dtype=np.float32) for _ in texts])
-            found, flat = embed_pairs(vectorizer, (texts, documents), owner=OWNER)
-        scores = self._score(found, flat, rows=np.repeat(np.arange(len(sizes)), sizes))
+            vectors, flat = embed_pairs(vectorizer, (texts, documents), owner=_OWNER)
+        scores = self._score(vectors[np.repeat(np.arange(len(sizes)), sizes)], flat)
         ranked = Ranking([], [])
         for part in np.split(scores, np.cumsum(sizes)[:-1]) if len(sizes) else ():
             order = np.argsort(-part, kind="stable")
@@ -261,14 +256,15 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         documents.
         """
         scores = self.predict(X)
-        relevance = _check_relevance(y, len(scores), owner=f"{OWNER}.score")
+        relevance = _check_relevance(y, len(scores), owner=f"{_OWNER}.score")
         vectorizer = getattr(self, "vectorizer_", None)
         keys: Sequence[Any] = ()
         if groups is None and vectorizer is None:
-            keys = [row.tobytes() for row in _first_half(X)]
+            array = np.asarray(X)
+            keys = [row.tobytes() for row in array[:, : array.shape[1] // 2]]
         elif groups is None:
-            keys, _ = check_pair_columns(X, vectorizer=vectorizer, owner=OWNER)
-        numbers = _number_groups(groups, keys, owner=f"{OWNER}.score", n=len(scores))
+            keys, _ = check_pair_columns(X, vectorizer=vectorizer, owner=_OWNER)
+        numbers = _number_groups(groups, keys, owner=f"{_OWNER}.score", n=len(scores))
         judged: dict[int, dict[int, int]] = {}
         run: dict[int, dict[int, float]] = {}
         for row, (group, score, grade) in enumerate(
@@ -278,42 +274,30 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
             run.setdefault(group, {})[row] = score
         return map_at_k(judged, run, k=_MAP_CUT)
 
-    # Parts
-
     def _set_fitted(self, vectorizer: Any, dim: int | None, *, trained: bool) -> Reranker:
-        """Keep what `fit` has learned."""
+        """Store what `fit` learned; without pairs no width is known."""
+        self._set_vectorizer(vectorizer, dim or 0)
         if dim is None:
             for name in ("n_features_in_", "feature_names_in_", "embedding_dim_"):
                 self.__dict__.pop(name, None)
-            self._set_vectorizer(vectorizer, 0)
-            del self.embedding_dim_
-        else:
-            self._set_vectorizer(vectorizer, dim)
         self.trained_ = trained
         return self
 
-    def _score(self, queries: Any, documents: Any, rows: Ints | None = None) -> Floats:
-        """Return the similarity of each document with its query, that of the row if given."""
-        queries = queries if rows is None else queries[rows]
+    def _score(self, queries: Any, documents: Any) -> Floats:
+        """Return the similarity of each document with the query of its row, (n,)."""
         compare = paired_cosine if self.similarity == "cosine" else paired_dot
         return compare(queries, documents)
 
 
 class _Plain(BaseEstimator):
-    """Something for scikit-learn to check the width of an array on, once."""
-
-
-def _first_half(X: Any) -> npt.NDArray[Any]:
-    """Return the query side of pairs of embeddings, (n, dim)."""
-    array = np.asarray(X)
-    return np.ascontiguousarray(array[:, : array.shape[1] // 2])
+    """An estimator on which scikit-learn checks the width of an array once."""
 
 
 def _half_width(width: int) -> int:
     """Return the width of one embedding of a pair."""
     if width % 2:
         raise ValueError(
-            f"The `X` parameter of `{OWNER}` must hold two embeddings a row, side by side, so an "
+            f"The `X` parameter of `{_OWNER}` must hold two embeddings a row, side by side, so an "
             f"even number of columns; got n_features = {width}."
         )
     return width // 2
@@ -326,7 +310,7 @@ def _check_relevance(y: Any, n: int, *, owner: str) -> npt.NDArray[np.float64]:
     try:
         if array.dtype.kind not in "fiubO":
             raise TypeError
-        found = array.astype(np.float64)
+        relevance = array.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{subject} must hold the relevance of each document as a number; "
@@ -334,10 +318,10 @@ def _check_relevance(y: Any, n: int, *, owner: str) -> npt.NDArray[np.float64]:
         ) from error
     if array.shape != (n,):
         raise ValueError(f"{subject} must be of shape ({n},); got shape {array.shape}.")
-    if not np.isfinite(found).all():
-        row = int(np.argmin(np.isfinite(found)))
-        raise ValueError(f"{subject} must hold finite numbers; y[{row}] is {found[row]}.")
-    return found
+    if not np.isfinite(relevance).all():
+        row = int(np.argmin(np.isfinite(relevance)))
+        raise ValueError(f"{subject} must hold finite numbers; y[{row}] is {relevance[row]}.")
+    return relevance
 
 
 def _number_groups(groups: Any, keys: Sequence[Any], *, owner: str, n: int) -> Ints:
@@ -356,33 +340,29 @@ def _number_groups(groups: Any, keys: Sequence[Any], *, owner: str, n: int) -> I
 def _check_vector_lists(
     queries: Any, candidates: Any
 ) -> tuple[npt.NDArray[Any], list[npt.NDArray[Any]]]:
-    """Return queries (n, dim), and of each its candidates, (n_candidates, dim)."""
-    owner = f"{OWNER}.rank"
-    found = check_embeddings(_Plain(), queries, reset=True, name="queries", min_rows=0)
-    _check_lists(candidates, len(found))
-    dim, lists = found.shape[1], []
+    """Return queries (n, dim), and the candidates of each, (n_candidates, dim)."""
+    owner = f"{_OWNER}.rank"
+    vectors = check_embeddings(_Plain(), queries, reset=True, name="queries", min_rows=0)
+    _check_lists(candidates, len(vectors))
+    dim, lists = vectors.shape[1], []
     for i, part in enumerate(candidates):
         name = f"candidates[{i}]"
-        given = np.empty((0, dim)) if len(part) == 0 else part
-        vectors = check_vectors(given, name=name, owner=owner, dim=dim)
-        if not np.isfinite(vectors).all():
+        rows = np.empty((0, dim)) if len(part) == 0 else part
+        lists.append(check_vectors(rows, name=name, owner=owner, dim=dim))
+        if not np.isfinite(lists[-1]).all():
             raise ValueError(f"The `{name}` parameter of `{owner}` must hold finite numbers.")
-        lists.append(vectors)
-    return found, lists
+    return vectors, lists
 
 
 def _check_lists(candidates: Any, n: int) -> None:
     """Raise unless there is one list of candidates for each of n queries."""
-    subject = f"The `candidates` parameter of `{OWNER}.rank`"
+    subject = f"The `candidates` parameter of `{_OWNER}.rank`"
     if isinstance(candidates, (str, bytes)) or not hasattr(candidates, "__len__"):
         raise TypeError(f"{subject} must be a list of lists; got {type(candidates).__name__}.")
     if len(candidates) != n:
         raise ValueError(
             f"{subject} must hold a list for each of {n} queries; got {len(candidates)}."
         )
-
-
-# Training
 
 
 def _make_rows(
@@ -396,28 +376,30 @@ def _make_rows(
 ) -> Iterator[tuple[str | None, ...]]:
     """Yield (query, relevant document, negatives...) for each relevant pair, all of one length.
 
-    Raises ValueError where no pair is relevant. Without any negative, rows are pairs.
+    Without any negative, rows are pairs.
     """
     if not relevant.any():
         raise ValueError(
-            f"The `y` parameter of `{OWNER}` must hold a relevance above 0, to train on; got none."
+            f"The `y` parameter of `{_OWNER}` must hold a relevance above 0, to train on; got none."
         )
-    rng = np.random.default_rng(None if random_state is None else _draw_seed(random_state))
+    seed = random_state
+    if isinstance(random_state, np.random.RandomState):
+        seed = int(random_state.randint(2**31))
+    rng = np.random.default_rng(seed)
     by_group = _list_negatives(queries, documents, relevant, groups)
-    spare = list(dict.fromkeys(documents))
-    width = n_negatives if any(len(own) for own, _ in by_group.values()) else 0
+    distinct = list(dict.fromkeys(documents))
+    width = n_negatives if any(irrelevant for irrelevant, _ in by_group.values()) else 0
     for row in np.flatnonzero(relevant).tolist():
-        own, known = by_group[int(groups[row])]
-        negatives = [own[i] for i in rng.permutation(len(own))[:width]]
+        irrelevant, excluded = by_group[int(groups[row])]
+        negatives = [irrelevant[i] for i in rng.permutation(len(irrelevant))[:width]]
         # A query whose documents are all relevant, or few, gets those of other queries.
-        tried = rng.permutation(len(spare)) if len(negatives) < width else ()
-        for place in tried:
+        for i in rng.permutation(len(distinct)) if len(negatives) < width else ():
             if len(negatives) == width:
                 break
-            if spare[place] not in known and spare[place] not in negatives:
-                negatives.append(spare[place])
+            if distinct[i] not in excluded and distinct[i] not in negatives:
+                negatives.append(distinct[i])
         while negatives and len(negatives) < width:
-            negatives.append(negatives[len(negatives) % len(own or negatives)])
+            negatives.append(negatives[len(negatives) % len(irrelevant or negatives)])
         if len(negatives) == width:
             yield (queries[row], documents[row], *negatives)
 
@@ -428,24 +410,14 @@ def _list_negatives(
     relevant: npt.NDArray[np.bool_],
     groups: Ints,
 ) -> dict[int, tuple[list[str | None], set[str | None]]]:
-    """Return for each group its distinct negatives, and what is never one of them."""
-    known: dict[int, set[str | None]] = {}
-    for group, query, document, good in zip(
+    """Return for each group its distinct negatives, and the texts that are never one of them."""
+    excluded: dict[int, set[str | None]] = {}
+    for group, query, document, is_relevant in zip(
         groups.tolist(), queries, documents, relevant.tolist(), strict=True
     ):
-        own = known.setdefault(group, set())
-        own.add(query)
-        if good:
-            own.add(document)
-    negatives: dict[int, dict[str | None, None]] = {group: {} for group in known}
+        excluded.setdefault(group, set()).update([query, document] if is_relevant else [query])
+    negatives: dict[int, dict[str | None, None]] = {group: {} for group in excluded}
     for group, document in zip(groups.tolist(), documents, strict=True):
-        if document not in known[group]:
+        if document not in excluded[group]:
             negatives[group][document] = None
-    return {group: (list(negatives[group]), known[group]) for group in known}
-
-
-def _draw_seed(random_state: Any) -> int:
-    """Return a seed from an int or a RandomState."""
-    if isinstance(random_state, np.random.RandomState):
-        return int(random_state.randint(2**31))
-    return int(random_state)
+    return {group: (list(negatives[group]), excluded[group]) for group in excluded}

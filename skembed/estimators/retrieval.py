@@ -28,10 +28,10 @@ from skembed.search.index_file import read_index, write_index
 from skembed.search.stored_vectors import STORAGE_KINDS
 from skembed.similarity import TopK
 
-__all__ = ["OWNER", "Retriever", "SAVED_PARAMETERS"]
+__all__ = ["Retriever"]
 
-OWNER = "Retriever"
-SAVED_PARAMETERS = ("similarity", "storage", "rescore_storage", "rescore", "algorithm")
+_OWNER = "Retriever"
+_SAVED_PARAMETERS = ("similarity", "storage", "rescore_storage", "rescore", "algorithm")
 _SCORED = 10  # of nDCG@10
 
 
@@ -40,7 +40,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
 
     The search is exact: it compares each query with every document, block by block, in bounded
     memory. Documents can be stored in 2, 4 or 32 times less memory, and an approximate index can
-    go before the exact scores.
+    propose the candidates for exact scores.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
     instruction stands in front of queries only, unless `document_instruction` asks for more.
 
     Each score that is returned is computed from one query and one document alone: equal documents
-    have equal scores, and a query finds the same in any company. Equal scores are sorted as
+    have equal scores, and the other queries of a call change nothing. Equal scores are sorted as
     trec_eval does: by descending id; str as text, int as numbers.
 
     Beside the stored vectors a search on the CPU holds at most about 64 MiB (32 MiB where they are
@@ -111,6 +111,8 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
     >>> scores.shape, retriever.ids_[indices[0, 0]]
     ((1, 2), 'faust')
     """
+
+    _fitted_mark = "ids_"
 
     def __init__(
         self,
@@ -157,18 +159,18 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             When `algorithm` is "hnsw" and usearch is not installed.
         """
         self._check_parameters()
-        choose_search_device(self.device, owner=OWNER)  # an error now, not at the first search
-        known = check_ids(ids, owner=OWNER)
-        documents = X if self.vectorizer is None else join_titles(X, owner=OWNER)
-        # On a copy, so that an error leaves an index that is there, and its model, as they were.
+        choose_search_device(self.device, owner=_OWNER)  # an error now, not at the first search
+        checked_ids = check_ids(ids, owner=_OWNER)
+        documents = X if self.vectorizer is None else join_titles(X, owner=_OWNER)
+        # On a copy, so that an error leaves an earlier index and its model as they were.
         fresh = clone(self)
         vectors = fresh._fit_vectors(documents, side="document")
-        if known is None:
-            known = np.arange(len(vectors), dtype=np.int64)
-        _check_count(known, len(vectors), owner=OWNER)
+        if checked_ids is None:
+            checked_ids = np.arange(len(vectors), dtype=np.int64)
+        _check_count(checked_ids, len(vectors), owner=_OWNER)
         index = DocumentIndex.build(
-            known,
-            prepare_vectors(vectors, self.similarity, owner=OWNER),
+            checked_ids,
+            prepare_vectors(vectors, self.similarity, owner=_OWNER),
             storage=self.storage,
             rescore_storage=self.rescore_storage,
             hnsw=self.algorithm == "hnsw",
@@ -206,16 +208,16 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         check_is_fitted(self)
         n = len(self.ids_)
         if not n:
-            raise ValueError(f"This {OWNER} holds no documents. Call `add` or `fit` first.")
-        top_k = check_int(top_k, name="top_k", owner=OWNER, low=1, high=n)
-        rescore = check_int(self.rescore, name="rescore", owner=OWNER, low=1)
-        device = choose_search_device(self.device, owner=OWNER)
+            raise ValueError(f"This {_OWNER} holds no documents. Call `add` or `fit` first.")
+        top_k = check_int(top_k, name="top_k", owner=_OWNER, low=1, high=n)
+        rescore = check_int(self.rescore, name="rescore", owner=_OWNER, low=1)
+        device = choose_search_device(self.device, owner=_OWNER)
         vectors = self._embed_vectors(queries, name="queries", min_rows=0)
-        vectors = prepare_vectors(vectors, self.similarity, owner=f"{OWNER}.search")
+        vectors = prepare_vectors(vectors, self.similarity, owner=f"{_OWNER}.search")
         return self._index.search(vectors, top_k, rescore=rescore, device=device)
 
     def add(self, documents: Any, *, ids: Any = None) -> Retriever:
-        """Add documents behind those that are there.
+        """Add documents at the end of the index.
 
         Costs a copy of the stored vectors, so add many at once. An error leaves the index as it
         was.
@@ -225,7 +227,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         documents : list, tuple, ndarray, Series or frame of str, n_added rows
             As in `fit`.
         ids : array-like of str or int, shape (n_added,), optional
-            New ids, of the type of those that are there. None counts on, where `fit` counted.
+            New ids, of the type of the present ones. None counts on, where `fit` counted.
 
         Returns
         -------
@@ -237,27 +239,27 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         NotFittedError
             Before `fit`.
         TypeError, ValueError
-            When a document is not as it must be, or an id is there already.
+            When a document is not as it must be, or an id is already in the index.
         """
         check_is_fitted(self)
-        owner = f"{OWNER}.add"
-        new = check_ids(ids, owner=owner)
-        if new is None and not self._ids_counted:
+        owner = f"{_OWNER}.add"
+        new_ids = check_ids(ids, owner=owner)
+        if new_ids is None and not self._ids_counted:
             raise ValueError(
-                f"The `ids` parameter of `{owner}` must hold an id for each document, since those "
-                "that are there were given ids; got None."
+                f"The `ids` parameter of `{owner}` must hold an id for each document, since `fit` "
+                "was given ids; got None."
             )
-        if new is not None:
-            check_new_ids(new, self.ids_, owner=owner)
+        if new_ids is not None:
+            check_new_ids(new_ids, self.ids_, owner=owner)
         if getattr(self, "vectorizer_", None) is not None:
             documents = join_titles(documents, owner=owner, name="documents")
         vectors = self._embed_vectors(documents, side="document", name="documents")
         vectors = prepare_vectors(vectors, self.similarity, owner=owner)
-        if new is None:
+        if new_ids is None:
             first = self._index.n_seen
-            new = np.arange(first, first + len(vectors), dtype=np.int64)
-        _check_count(new, len(vectors), owner=owner)
-        self._index.add(new, vectors)
+            new_ids = np.arange(first, first + len(vectors), dtype=np.int64)
+        _check_count(new_ids, len(vectors), owner=owner)
+        self._index.add(new_ids, vectors)
         self._ids_counted = self._ids_counted and ids is None
         self.ids_ = self._index.ids
         return self
@@ -271,7 +273,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         Parameters
         ----------
         ids : array-like of str or int, shape (n_removed,)
-            Ids that are there.
+            Ids in the index.
 
         Returns
         -------
@@ -283,14 +285,14 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         NotFittedError
             Before `fit`.
         TypeError, ValueError
-            When an id is not there, or is given twice.
+            When an id is not in the index, or is given twice.
         """
         check_is_fitted(self)
-        owner = f"{OWNER}.remove"
-        gone = check_ids(ids, owner=owner)
-        if gone is None:
+        owner = f"{_OWNER}.remove"
+        checked_ids = check_ids(ids, owner=owner)
+        if checked_ids is None:
             raise TypeError(f"The `ids` parameter of `{owner}` must be a list of ids; got None.")
-        self._index.remove(find_positions(gone, self.ids_, owner=owner))
+        self._index.remove(find_positions(checked_ids, self.ids_, owner=owner))
         self.ids_ = self._index.ids
         return self
 
@@ -326,14 +328,14 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         judgments is an error, since leaving it out would raise the mean: drop such queries.
         """
         check_is_fitted(self)
-        judged = read_judgments(y, query_ids, ids=self.ids_, owner=f"{OWNER}.score")
-        found = self.search(X, min(_SCORED, max(1, len(self.ids_))))
-        if len(found.scores) != len(judged):
+        judged = read_judgments(y, query_ids, ids=self.ids_, owner=f"{_OWNER}.score")
+        top = self.search(X, min(_SCORED, max(1, len(self.ids_))))
+        if len(top.scores) != len(judged):
             raise ValueError(
-                f"The `y` parameter of `{OWNER}.score` must judge each of {len(found.scores)} "
+                f"The `y` parameter of `{_OWNER}.score` must judge each of {len(top.scores)} "
                 f"queries; got {len(judged)}."
             )
-        run = search_to_run(*found, document_ids=self.ids_.tolist())
+        run = search_to_run(*top, document_ids=self.ids_.tolist())
         return ndcg_at_k(judged, run, k=_SCORED)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -354,14 +356,14 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         ValueError
             When the folder holds other files.
         OSError
-            When the folder cannot be written; what was there is still there.
+            When the folder cannot be written; its earlier content is kept.
         """
         check_is_fitted(self)
         named = isinstance(self.vectorizer, (str, os.PathLike))
-        mark, probe = mark_model(getattr(self, "vectorizer_", None), owner=OWNER)
+        mark, probe = mark_model(getattr(self, "vectorizer_", None), owner=_OWNER)
         settings, arrays = self._index.pack()
         settings |= {
-            "parameters": {key: getattr(self, key) for key in SAVED_PARAMETERS},
+            "parameters": {key: getattr(self, key) for key in _SAVED_PARAMETERS},
             "ids_counted": self._ids_counted,
             "vectorizer": os.fspath(self.vectorizer) if named else None,
             "model": mark,
@@ -412,13 +414,13 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             if vectorizer is None and settings["model"] is not None:
                 raise ValueError(
                     f"{where} was built with a vectorizer that has no name. Pass it: "
-                    f"{OWNER}.load(path, vectorizer=...)."
+                    f"{_OWNER}.load(path, vectorizer=...)."
                 )
         retriever = cls(vectorizer, device=device, **settings["parameters"])
         retriever._check_parameters()
         named = isinstance(vectorizer, (str, os.PathLike))
-        model = make_vectorizer(vectorizer, owner=OWNER) if named else vectorizer
-        check_mark(model, settings["model"], arrays.get("probe"), where=where, owner=OWNER)
+        model = make_vectorizer(vectorizer, owner=_OWNER) if named else vectorizer
+        check_mark(model, settings["model"], arrays.get("probe"), where=where, owner=_OWNER)
         retriever._set_vectorizer(model, settings["dim"])
         if model is None:
             retriever.n_features_in_ = settings["dim"]
@@ -427,26 +429,22 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         retriever.ids_ = retriever._index.ids
         return retriever
 
-    # Parts
-
     def _check_parameters(self) -> None:
-        """Raise for a parameter of wrong type or value."""
-        similarities, algorithms = ("cosine", "dot"), ("exact", "hnsw")
-        check_choice(self.similarity, name="similarity", owner=OWNER, allowed=similarities)
-        check_choice(self.storage, name="storage", owner=OWNER, allowed=STORAGE_KINDS)
-        check_choice(self.algorithm, name="algorithm", owner=OWNER, allowed=algorithms)
-        check_int(self.rescore, name="rescore", owner=OWNER, low=1)
-        check_string(self.device, name="device", owner=OWNER)
-        if self.rescore_storage is None:
+        """Raise for a parameter of the wrong type or value."""
+        algorithms = ("exact", "hnsw")
+        check_choice(self.similarity, name="similarity", owner=_OWNER, allowed=("cosine", "dot"))
+        check_choice(self.storage, name="storage", owner=_OWNER, allowed=STORAGE_KINDS)
+        check_choice(self.algorithm, name="algorithm", owner=_OWNER, allowed=algorithms)
+        check_int(self.rescore, name="rescore", owner=_OWNER, low=1)
+        check_string(self.device, name="device", owner=_OWNER)
+        finer = self.rescore_storage
+        if finer is None:
             return
-        finer = STORAGE_KINDS[: STORAGE_KINDS.index(self.storage)]
-        check_choice(
-            self.rescore_storage, name="rescore_storage", owner=OWNER, allowed=STORAGE_KINDS[:-1]
-        )
-        if self.rescore_storage not in finer:
+        check_choice(finer, name="rescore_storage", owner=_OWNER, allowed=STORAGE_KINDS[:-1])
+        if finer not in STORAGE_KINDS[: STORAGE_KINDS.index(self.storage)]:
             raise ValueError(
-                f"The `rescore_storage` parameter of `{OWNER}` must be finer than "
-                f"storage={self.storage!r}, or None; got {self.rescore_storage!r}."
+                f"The `rescore_storage` parameter of `{_OWNER}` must be finer than "
+                f"storage={self.storage!r}, or None; got {finer!r}."
             )
 
 

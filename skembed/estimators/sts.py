@@ -1,4 +1,4 @@
-"""Score how alike two texts are, on a scale of the user's own."""
+"""`SimilarityRegressor`: how alike two texts are, on the scale of the user's scores."""
 
 from __future__ import annotations
 
@@ -28,11 +28,9 @@ from skembed.estimators.base import (
 )
 from skembed.exceptions import SkembedWarning
 
-__all__ = ["CALIBRATIONS", "Floats", "SimilarityRegressor"]
+__all__ = ["SimilarityRegressor"]
 
-CALIBRATIONS = ("logistic", "isotonic", None)
-
-Floats = npt.NDArray[np.float64]
+_Floats = npt.NDArray[np.float64]  # (n,)
 _Texts = list[str | None]
 
 
@@ -100,6 +98,8 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
     True
     """
 
+    _fitted_mark = "calibration_"
+
     def __init__(
         self,
         vectorizer: Any = "skembed-mini",
@@ -144,23 +144,24 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
             When cosines do not rise with the scores, so that the curve is flat.
         """
         owner = type(self).__name__
-        name = "calibration"
-        check_choice(self.calibration, name=name, owner=owner, allowed=CALIBRATIONS)
-        name = "calibration_fraction"
-        check_real(
-            self.calibration_fraction, name=name, owner=owner, low=0, high=1, inclusive="neither"
-        )
+        allowed = ("logistic", "isotonic", None)
+        check_choice(self.calibration, name="calibration", owner=owner, allowed=allowed)
+        fraction = self.calibration_fraction
+        limits: dict[str, Any] = {"low": 0, "high": 1, "inclusive": "neither"}
+        check_real(fraction, name="calibration_fraction", owner=owner, **limits)
         scores = None if y is None else _check_scores(y, owner=owner)
         cosines, rows = self._fit_cosines(X, scores)
         if scores is None or self.calibration is None:
             self.calibration_ = None
             return self
-        curve = _LogisticCurve() if self.calibration == "logistic" else _make_isotonic()
+        curve: Any = _LogisticCurve()
+        if self.calibration == "isotonic":  # flat beyond the cosines it saw
+            curve = IsotonicRegression(increasing=True, out_of_bounds="clip")
         self.calibration_ = curve.fit(cosines, scores[rows])
         _warn_flat(self.calibration_, cosines, scores[rows])
         return self
 
-    def predict(self, X: Any) -> Floats:
+    def predict(self, X: Any) -> _Floats:
         """Score each pair.
 
         Parameters
@@ -180,7 +181,7 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
         return np.asarray(self.calibration_.predict(cosines), dtype=np.float64)
 
     def score(self, X: Any, y: Any, sample_weight: None = None) -> float:
-        """Spearman correlation of predictions and scores.
+        """Return the Spearman correlation of predictions and scores.
 
         Parameters
         ----------
@@ -210,22 +211,21 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
             return 0.0
         return float(spearmanr(predicted, scores).statistic)
 
-    def _fit_cosines(self, X: Any, scores: Floats | None) -> tuple[Floats, Any]:
-        """Fit the vectorizer; cosines of the pairs to calibrate on, and their rows."""
+    def _fit_cosines(self, X: Any, scores: _Floats | None) -> tuple[_Floats, Any]:
+        """Fit the vectorizer; return the cosines to calibrate on, (n,), and their rows."""
         owner = type(self).__name__
         vectorizer = make_vectorizer(self.vectorizer, owner=owner)
-        everything = slice(None)
         if vectorizer is None:
             vectors = check_embeddings(self, X, reset=True)
             if scores is not None:
                 check_consistent_length(vectors, scores)
             _check_even(vectors.shape[1], owner=owner)
             self._set_vectorizer(None, vectors.shape[1] // 2)
-            return _split_cosines(vectors), everything
+            return _split_cosines(vectors), slice(None)
         pairs = check_pair_columns(X, vectorizer=vectorizer, owner=owner)
         if scores is not None:
             check_consistent_length(pairs[0], scores)
-        rows = everything
+        rows = slice(None)
         if scores is not None and trains_on_labels(vectorizer):
             rows = self._train(vectorizer, pairs, scores)
         else:
@@ -235,18 +235,17 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
         self._set_vectorizer(vectorizer, sides[0].shape[1])
         return _split_cosines(np.hstack(sides)), rows
 
-    def _train(self, vectorizer: Any, pairs: tuple[_Texts, _Texts], scores: Floats) -> Any:
+    def _train(self, vectorizer: Any, pairs: tuple[_Texts, _Texts], scores: _Floats) -> Any:
         """Train the vectorizer on some of the pairs and return the rows it did not see."""
-        rows = np.arange(len(scores))
-        kept = rows
+        rows = unseen = np.arange(len(scores))
         if self.calibration is not None and len(rows) > 2:
             split = {"test_size": self.calibration_fraction, "random_state": self.random_state}
-            rows, kept = train_test_split(rows, **split)
+            rows, unseen = train_test_split(rows, **split)
         vectorizer.fit([(pairs[0][i], pairs[1][i]) for i in rows], scores[rows])
-        return np.sort(kept)
+        return np.sort(unseen)
 
-    def _compute_cosines(self, X: Any) -> Floats:
-        """Cosine of each pair, (n,)."""
+    def _compute_cosines(self, X: Any) -> _Floats:
+        """Return the cosine of each pair, (n,)."""
         owner = type(self).__name__
         if not self.__sklearn_is_fitted__() or not hasattr(self, "vectorizer_"):
             return _split_cosines(self._embed_vectors(X))
@@ -254,12 +253,8 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
         sides = embed_pairs(self.vectorizer_, pairs, owner=owner, dim=self.embedding_dim_)
         return _split_cosines(np.hstack(sides))
 
-    def __sklearn_is_fitted__(self) -> bool:
-        """Fitted once it is known whether there is a curve."""
-        return hasattr(self, "calibration_")
-
     def __sklearn_tags__(self) -> Any:
-        """Scores are optional, and a cosine cannot fit any target."""
+        """Return tags for optional scores, and for a cosine, which cannot fit any target."""
         tags = super().__sklearn_tags__()
         tags.target_tags.required = False
         tags.regressor_tags.poor_score = True
@@ -275,36 +270,29 @@ class _LogisticCurve:
     slope: float = 0.0
     offset: float = 0.0
 
-    def fit(self, cosines: Floats, scores: Floats) -> _LogisticCurve:
-        """Least squares over slope (as its logarithm, so that it stays above 0) and offset."""
+    def fit(self, cosines: _Floats, scores: _Floats) -> _LogisticCurve:
+        """Fit slope (as its logarithm, so that it stays above 0) and offset by least squares."""
         self.low, self.high = float(scores.min()), float(scores.max())
         center, spread = float(cosines.mean()), float(cosines.std()) or 1.0
         if self.high == self.low:
             return self
         targets = (scores - self.low) / (self.high - self.low)
         scaled = (cosines - center) / spread
-        found = least_squares(lambda p: expit(np.exp(p[0]) * scaled + p[1]) - targets, [0.0, 0.0])
-        self.slope = float(np.exp(found.x[0])) / spread
-        self.offset = float(found.x[1]) - self.slope * center
+        fit = least_squares(lambda p: expit(np.exp(p[0]) * scaled + p[1]) - targets, [0.0, 0.0])
+        self.slope = float(np.exp(fit.x[0])) / spread
+        self.offset = float(fit.x[1]) - self.slope * center
         return self
 
-    def predict(self, cosines: Floats) -> Floats:
-        """Score of each cosine, (n,)."""
+    def predict(self, cosines: _Floats) -> _Floats:
+        """Return the score of each cosine, (n,)."""
         share = expit(self.slope * cosines + self.offset)
-        found: Floats = self.low + (self.high - self.low) * share
-        return found
+        return np.asarray(self.low + (self.high - self.low) * share)
 
 
-def _make_isotonic() -> Any:
-    """Return an isotonic curve that stays flat beyond the cosines it saw."""
-    return IsotonicRegression(increasing=True, out_of_bounds="clip")
-
-
-def _split_cosines(vectors: npt.NDArray[Any]) -> Floats:
-    """Cosine of the two halves of each row, float64, (n,); 0 beside a vector of zeros."""
+def _split_cosines(vectors: npt.NDArray[Any]) -> _Floats:
+    """Return the cosine of the halves of each row, float64, (n,); 0 beside a vector of zeros."""
     left, right = (normalize(half.astype(np.float64)) for half in np.hsplit(vectors, 2))
-    found: Floats = np.clip(np.einsum("nd,nd->n", left, right), -1.0, 1.0)
-    return found
+    return np.clip(np.einsum("nd,nd->n", left, right), -1.0, 1.0)
 
 
 def _check_even(n_columns: int, *, owner: str) -> None:
@@ -316,17 +304,15 @@ def _check_even(n_columns: int, *, owner: str) -> None:
         )
 
 
-def _check_scores(y: Any, *, owner: str) -> Floats:
+def _check_scores(y: Any, *, owner: str) -> _Floats:
     """Return the scores as float64, (n,); ValueError for missing ones."""
     if y is None:
         raise ValueError(f"{owner} requires y to be passed, but the target y is None.")
     scores = column_or_1d(y, warn=True)
-    options = {"ensure_2d": False, "dtype": np.float64, "input_name": "y"}
-    found: Floats = check_array(scores, **options)
-    return found
+    return np.asarray(check_array(scores, ensure_2d=False, dtype=np.float64, input_name="y"))
 
 
-def _warn_flat(curve: Any, cosines: Floats, scores: Floats) -> None:
+def _warn_flat(curve: Any, cosines: _Floats, scores: _Floats) -> None:
     """Warn where the scores differ but the curve cannot follow them upwards."""
     rises = np.ptp(curve.predict(cosines)) > 1e-3 * np.ptp(scores)
     if np.ptp(scores) and np.ptp(cosines) and not rises:

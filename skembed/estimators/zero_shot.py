@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator
 from sklearn.preprocessing import normalize
-from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_consistent_length, column_or_1d
 
-from skembed._inputs import (
-    check_labels,
-    check_texts,
-    name_some,
-    refuse_foreign_labels,
-    refuse_missing_labels,
-)
+from skembed._inputs import check_labels, check_texts, name_some, refuse_missing_labels
 from skembed._validation import check_real, check_string
 from skembed.embedding import Vectors, check_text_column, embed
 from skembed.estimators.base import (
-    TextEstimatorMixin,
+    TextClassifierMixin,
     check_embeddings,
     fit_vectorizer,
     make_vectorizer,
 )
 
-__all__ = ["Labels", "ZeroShotClassifier"]
+__all__ = ["ZeroShotClassifier"]
 
-Labels = npt.NDArray[Any]
+_Labels = npt.NDArray[Any]  # (n,)
 
 
-class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
-    r"""Classify texts by which label's description they are most like.
+class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
+    r"""Classify texts by the label whose description is most similar.
 
-    Each label becomes a prototype: the mean direction of its descriptions, moved towards labelled
-    examples where there are some. A text gets the label of the nearest prototype.
+    Each label becomes a prototype: the mean direction of its descriptions, moved towards its
+    labelled examples, if any. A text gets the label of the nearest prototype.
 
     Parameters
     ----------
@@ -52,10 +46,10 @@ class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
         descriptions.
     label_instruction : str, optional
         Instruction for descriptions, as the vectorizer's `document_instruction`. None leaves
-        that parameter as it is. Texts go with the vectorizer's `instruction`.
+        that parameter unchanged. Texts get the vectorizer's `instruction`.
     description_weight : float, default=3.0
-        How many labelled examples the descriptions of a label weigh. ``float("inf")`` leaves
-        examples out of account.
+        How many labelled examples the descriptions of a label weigh. ``float("inf")`` ignores
+        examples.
     temperature : float, default=0.05
         Of the softmax in `predict_proba`. Does not change predictions.
 
@@ -101,6 +95,8 @@ class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
     array(['sport'], dtype='<U5')
     """
 
+    _fitted_mark = "prototypes_"
+
     def __init__(
         self,
         vectorizer: Any = "skembed-mini",
@@ -117,7 +113,7 @@ class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
         self.temperature = temperature
 
     def fit(self, X: Any = None, y: Any = None) -> ZeroShotClassifier:
-        """Embed the descriptions, and the examples if there are some.
+        """Embed the descriptions, and the examples if there are any.
 
         Parameters
         ----------
@@ -145,26 +141,26 @@ class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
         owner = type(self).__name__
         weight = _check_weight(self.description_weight, owner=owner)
         check_real(self.temperature, name="temperature", owner=owner, low=0, inclusive="neither")
-        given = X if self.descriptions is None else self.descriptions
+        described = X if self.descriptions is None else self.descriptions
         names = y if self.descriptions is None else None
-        if names is None and self.vectorizer is not None and not isinstance(given, Mapping):
-            names = None if given is None else check_texts(given, owner=owner).columns[0]
-        rows, labels = _read_descriptions(given, names, owner=owner)
-        classes, places = np.unique(labels, return_inverse=True)
-        examples = None
-        if self.descriptions is not None and X is not None:
-            examples = _read_examples(X, y, classes, owner=owner)
-        vectors, example_vectors = self._fit_both(rows, labels, examples)
-        sums = _sum_rows(normalize(vectors), places, len(classes))
-        if examples is not None and math.isfinite(weight):
-            places = np.searchsorted(classes, examples.labels)
+        if names is None and self.vectorizer is not None and not isinstance(described, Mapping):
+            names = None if described is None else check_texts(described, owner=owner).columns[0]
+        rows, labels = _read_descriptions(described, names, owner=owner)
+        classes, codes = np.unique(labels, return_inverse=True)
+        example_labels = None
+        if self.descriptions is not None and X is not None and y is not None:
+            example_labels = _check_example_labels(X, y, classes, owner=owner)
+        vectors, example_vectors = self._fit_both(rows, labels, X, example_labels)
+        sums = _sum_rows(normalize(vectors), codes, len(classes))
+        if example_labels is not None and math.isfinite(weight):
+            codes = np.searchsorted(classes, example_labels)
             sums = weight * normalize(sums)
-            sums += _sum_rows(normalize(example_vectors), places, len(classes))
+            sums += _sum_rows(normalize(example_vectors), codes, len(classes))
         self.classes_ = classes
         self.prototypes_ = normalize(sums)
         return self
 
-    def predict(self, X: Any) -> Labels:
+    def predict(self, X: Any) -> _Labels:
         """Predict the label whose prototype is nearest.
 
         Parameters
@@ -175,14 +171,13 @@ class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
         Returns
         -------
         ndarray, shape (n_texts,)
-            One of `classes_` a text; of equally near ones, the first.
+            One of `classes_` for each text; the first of equally near ones.
         """
         nearest = self._cosines(X).argmax(axis=1)
-        found: Labels = self.classes_[nearest]
-        return found
+        return np.asarray(self.classes_[nearest])
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
-        """Softmax of the cosines over the temperature; not calibrated.
+        """Return the softmax of the cosines over the temperature; not calibrated.
 
         Parameters
         ----------
@@ -196,11 +191,10 @@ class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
         """
         logits = self._cosines(X) / self.temperature
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        found: npt.NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
-        return found
+        return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
     def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
-        """Cosine of each text with each prototype.
+        """Return the cosine of each text with each prototype.
 
         Parameters
         ----------
@@ -215,73 +209,39 @@ class ZeroShotClassifier(TextEstimatorMixin, ClassifierMixin, BaseEstimator):
         cosines = self._cosines(X)
         return cosines[:, 1] - cosines[:, 0] if len(self.classes_) == 2 else cosines
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Accuracy of the predictions.
-
-        Parameters
-        ----------
-        X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
-            The texts; embeddings where ``vectorizer=None``.
-        y : array-like, shape (n_texts,)
-            Their labels. A label without description counts as an error.
-        sample_weight : array-like of float, shape (n_texts,), optional
-            Weights of the texts.
-
-        Returns
-        -------
-        float
-            Share of right predictions, in [0, 1].
-
-        Raises
-        ------
-        ValueError
-            When none of the labels has a description.
-        """
-        check_is_fitted(self)
-        refuse_foreign_labels(y, self.classes_, owner=type(self).__name__)
-        return float(super().score(X, y, sample_weight))
-
     def _cosines(self, X: Any) -> npt.NDArray[np.float64]:
-        """Cosine of each text with each prototype, (n, n_classes)."""
+        """Return the cosine of each text with each prototype, (n, n_classes)."""
         vectors = normalize(self._embed_vectors(X).astype(np.float64))
-        found: npt.NDArray[np.float64] = vectors @ self.prototypes_.T
-        return found
+        return np.asarray(vectors @ self.prototypes_.T)
 
     def _fit_both(
-        self, rows: Any, labels: Labels, examples: _Examples | None
+        self, rows: Any, labels: _Labels, examples: Any, example_labels: _Labels | None
     ) -> tuple[Vectors, Vectors]:
-        """Fit the vectorizer; vectors of descriptions (n, dim) and of examples (m, dim)."""
+        """Fit the vectorizer and return the vectors of descriptions (n, dim) and examples (m, dim).
+
+        Examples without labels are not looked at.
+        """
         owner = type(self).__name__
         vectorizer = make_vectorizer(self.vectorizer, owner=owner)
+        example_vectors = None
         if vectorizer is None:
             vectors = self._fit_vectors(rows)
-            others = vectors[:0] if examples is None else check_embeddings(self, examples.X)
-            return vectors.astype(np.float64), others.astype(np.float64)
-        _set_label_instruction(vectorizer, self.label_instruction, owner=owner)
-        texts = check_text_column(rows, vectorizer=vectorizer, owner=owner)
-        more: list[str | None] = []
-        if examples is not None:
-            more = check_text_column(examples.X, vectorizer=vectorizer, owner=owner)
-            labels = np.concatenate([labels, examples.labels])
-        fit_vectorizer(vectorizer, texts + more, labels)
-        vectors = embed(vectorizer, texts, "document", owner=owner)
-        others = embed(vectorizer, more, "query", owner=owner) if more else vectors[:0]
-        self._set_vectorizer(vectorizer, vectors.shape[1])
-        return vectors.astype(np.float64), others.astype(np.float64)
-
-    def __sklearn_is_fitted__(self) -> bool:
-        """Fitted once there are prototypes."""
-        return hasattr(self, "prototypes_")
-
-
-class _Examples(NamedTuple):
-    """Labelled texts or embeddings, and their labels, (n,)."""
-
-    X: Any
-    labels: Labels
-
-
-# Descriptions
+            if example_labels is not None:
+                example_vectors = check_embeddings(self, examples)
+        else:
+            _set_label_instruction(vectorizer, self.label_instruction, owner=owner)
+            texts = check_text_column(rows, vectorizer=vectorizer, owner=owner)
+            example_texts: list[str | None] = []
+            if example_labels is not None:
+                example_texts = check_text_column(examples, vectorizer=vectorizer, owner=owner)
+                labels = np.concatenate([labels, example_labels])
+            fit_vectorizer(vectorizer, texts + example_texts, labels)
+            vectors = embed(vectorizer, texts, "document", owner=owner)
+            if example_texts:
+                example_vectors = embed(vectorizer, example_texts, "query", owner=owner)
+            self._set_vectorizer(vectorizer, vectors.shape[1])
+        example_vectors = vectors[:0] if example_vectors is None else example_vectors
+        return vectors.astype(np.float64), example_vectors.astype(np.float64)
 
 
 def _check_weight(weight: Any, *, owner: str) -> float:
@@ -291,7 +251,7 @@ def _check_weight(weight: Any, *, owner: str) -> float:
     return check_real(weight, name="description_weight", owner=owner, low=0, inclusive="neither")
 
 
-def _read_descriptions(X: Any, y: Any, *, owner: str) -> tuple[Any, Labels]:
+def _read_descriptions(X: Any, y: Any, *, owner: str) -> tuple[Any, _Labels]:
     """Return the rows of descriptions, texts or embeddings, and the label of each, (n,)."""
     if isinstance(X, Mapping) and not hasattr(X, "tocsr"):  # a DOK matrix is a dict
         if y is not None:
@@ -319,16 +279,16 @@ def _flatten_mapping(descriptions: Mapping[Any, Any], *, owner: str) -> tuple[An
     """Return all descriptions in one list (or array of embeddings) and the label of each."""
     rows: list[Any] = []
     labels: list[Any] = []
-    for label, found in descriptions.items():
-        is_one = isinstance(found, str) or (
-            not isinstance(found, (list, tuple)) and np.ndim(found) == 1
+    for label, described in descriptions.items():
+        is_one = isinstance(described, str) or (
+            not isinstance(described, (list, tuple)) and np.ndim(described) == 1
         )
-        many = [found] if is_one else found
+        many = [described] if is_one else described
         if not isinstance(many, (list, tuple, np.ndarray)) or not len(many):
             raise TypeError(
                 f"The descriptions of `{owner}` must map each label to a text or a list of texts "
                 f"(embeddings where vectorizer=None); that of {label!r} is "
-                f"{'an empty list' if isinstance(many, (list, tuple)) else type(found).__name__}."
+                f"{'an empty list' if isinstance(many, (list, tuple)) else type(many).__name__}."
             )
         rows.extend(many)
         labels.extend([label] * len(many))
@@ -337,31 +297,28 @@ def _flatten_mapping(descriptions: Mapping[Any, Any], *, owner: str) -> tuple[An
     return rows, labels
 
 
-def _read_examples(X: Any, y: Any, classes: Labels, *, owner: str) -> _Examples | None:
-    """Return the labelled examples, or None without labels: then X is not looked at."""
-    if y is None:
-        return None
-    labels = column_or_1d(y)
+def _check_example_labels(X: Any, y: Any, classes: _Labels, *, owner: str) -> _Labels:
+    """Return the labels of the examples X, each one of the classes, (n,)."""
+    labels: _Labels = column_or_1d(y)
     refuse_missing_labels(labels, owner=owner)
     check_consistent_length(X, labels)
-    known = set(classes.tolist())
-    unknown = [i for i, label in enumerate(labels.tolist()) if label not in known]
+    described = set(classes.tolist())
+    unknown = [i for i, label in enumerate(labels.tolist()) if label not in described]
     if unknown:
         raise ValueError(
             f"The `y` parameter of `{owner}` must hold labels that have a description, "
             f"{name_some(classes)}; got {len(unknown)} without, the first at y[{unknown[0]}]: "
             f"{name_some(labels[unknown[0] :][:1])}."
         )
-    return _Examples(X, labels)
+    return labels
 
 
 def _set_label_instruction(vectorizer: Any, instruction: str | None, *, owner: str) -> None:
     """Give the vectorizer the instruction for descriptions."""
-    name = "label_instruction"
-    if check_string(instruction, name=name, owner=owner, allow_none=True) is None:
+    if check_string(instruction, name="label_instruction", owner=owner, allow_none=True) is None:
         return
-    known = vectorizer.get_params() if hasattr(vectorizer, "get_params") else {}
-    if "document_instruction" not in known:
+    parameters = vectorizer.get_params() if hasattr(vectorizer, "get_params") else {}
+    if "document_instruction" not in parameters:
         raise ValueError(
             f"The `label_instruction` parameter of `{owner}` must be None for a vectorizer "
             f"without `document_instruction`; {type(vectorizer).__name__} has none."
@@ -369,8 +326,8 @@ def _set_label_instruction(vectorizer: Any, instruction: str | None, *, owner: s
     vectorizer.set_params(document_instruction=instruction)
 
 
-def _sum_rows(vectors: Vectors, places: Labels, n_classes: int) -> npt.NDArray[np.float64]:
-    """Sum the rows of each class, (n_classes, dim)."""
+def _sum_rows(vectors: Vectors, codes: _Labels, n_classes: int) -> npt.NDArray[np.float64]:
+    """Return the sum of the rows of each class, (n_classes, dim)."""
     sums = np.zeros((n_classes, vectors.shape[1]))
-    np.add.at(sums, places, vectors)
+    np.add.at(sums, codes, vectors)
     return sums

@@ -1,9 +1,4 @@
-"""`evaluate`: vectorizers on a user's own data by mteb's protocols, with intervals and pairs.
-
-A task is a small dataclass; its draws and bootstrap samples are the same for every vectorizer, so
-two vectorizers, or two instructions of one, are compared on the same data by
-`EvaluationResult.compare`.
-"""
+"""`evaluate`: each vectorizer on each task, and what happens when one fails."""
 
 from __future__ import annotations
 
@@ -45,8 +40,8 @@ def evaluate(
     vectorizers : object, list of objects, or dict of str to object
         Anything that embeds texts: transformers, objects with `encode` such as a
         SentenceTransformer, callables. Queries and documents go through `encode_query` and
-        `encode_document` where they are there. Used as they are, never fitted: fit those that need
-        it. The names of a dict are the names in the table; else classes are.
+        `encode_document` if present. Used as they are, never fitted: fit those that need it. The
+        keys of a dict are the names in the table; without a dict, the names are the classes.
     tasks : task or list of tasks
         `ClassificationTask`, `ClusteringTask`, `STSTask`, `RetrievalTask`, `RerankingTask`; each
         with a name of its own.
@@ -55,7 +50,7 @@ def evaluate(
     n_bootstraps : int, default=1000
         Bootstrap samples of queries or pairs; 0 for no interval. Draws need none.
     on_error : {"raise", "warn"}, default="raise"
-        What to do when a vectorizer fails on a task, or returns what is no vector: stop, with the
+        What to do when a vectorizer fails on a task, or does not return vectors: stop, with the
         finished rows in the `results` of the error; or warn, leave its row out and go on.
     verbose : bool, default=False
         Show a progress bar.
@@ -83,8 +78,8 @@ def evaluate(
     The interval is the percentiles of the main score over draws (classification, clustering), which
     tells how much the draw matters, or over bootstrap samples of the queries or pairs.
 
-    The same call gives the same scores: each makes its generators anew. mteb's own clustering
-    tasks go on with theirs, so a task object evaluated twice gives two scores there.
+    The same call gives the same scores: each starts with fresh generators. mteb's own clustering
+    tasks keep theirs, so a task object evaluated twice gives two scores there.
 
     References
     ----------
@@ -110,18 +105,19 @@ def evaluate(
     level = check_real(
         confidence, name="confidence", owner=owner, low=0, high=1, inclusive="neither"
     )
-    n_samples = check_int(n_bootstraps, name="n_bootstraps", owner=owner, low=0)
+    n_bootstraps = check_int(n_bootstraps, name="n_bootstraps", owner=owner, low=0)
+    verbose = check_bool(verbose, name="verbose", owner=owner)
     named = _name_vectorizers(vectorizers)
-    work = [(task, read_task(task)) for task in _list_tasks(tasks)]
-    steps = [(task, data, name) for task, data in work for name in named]
-    shown = tqdm(
-        steps, desc="evaluate", disable=not check_bool(verbose, name="verbose", owner=owner)
-    )
+    steps = [
+        (task, data, name)
+        for task, data in [(task, read_task(task)) for task in _list_tasks(tasks)]
+        for name in named
+    ]
     result, failure = EvaluationResult([], confidence=level), None
-    for task, data, name in shown:
+    for task, data, name in tqdm(steps, desc="evaluate", disable=not verbose):
         vectorizer = TimedVectorizer(named[name])
         try:
-            outcome = run_protocol(task, data, vectorizer, n_bootstraps=n_samples)
+            outcome = run_protocol(task, data, vectorizer, n_bootstraps=n_bootstraps)
             row = _make_row(task, name, outcome, vectorizer, level=level)
         except Exception as error:
             failure = _describe_failure(task, name, error, result)
@@ -143,7 +139,7 @@ def evaluate(
 def _describe_failure(
     task: Task, name: str, error: Exception, result: EvaluationResult
 ) -> EvaluationError:
-    """Return an error that says what failed and holds what was finished before."""
+    """Return an error that says what failed and holds the rows finished before."""
     failure = EvaluationError(
         f"The vectorizer {name!r} failed on the task {task.name!r} and has no row there. "
         f"{type(error).__name__}: {error}",
@@ -176,7 +172,7 @@ def _make_row(
 
 
 def _name_vectorizers(vectorizers: Any) -> dict[str, Any]:
-    """Return the vectorizers by name; of one class, they are numbered."""
+    """Return the vectorizers by name; those of one class are numbered."""
     if isinstance(vectorizers, Mapping):
         named = dict(vectorizers)
     else:
@@ -200,15 +196,15 @@ def _name_vectorizers(vectorizers: Any) -> dict[str, Any]:
 
 
 def _list_tasks(tasks: Any) -> list[Any]:
-    """Return the tasks as a list, each with a name of its own."""
-    found = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
-    if not found:
+    """Return the tasks as a list, no two of one name."""
+    listed = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
+    if not listed:
         raise ValueError("The `tasks` parameter of `evaluate` must hold a task; got none.")
-    names = [getattr(task, "name", None) for task in found]
-    twice = sorted({str(name) for name in names if names.count(name) > 1})
-    if twice and None not in names:
+    names = [getattr(task, "name", None) for task in listed]
+    repeated = sorted({str(name) for name in names if names.count(name) > 1})
+    if repeated and None not in names:
         raise ValueError(
             f"The `tasks` parameter of `evaluate` must hold tasks of different names; "
-            f"{twice[0]!r} occurs more than once. Pass `name=`."
+            f"{repeated[0]!r} occurs more than once. Pass `name=`."
         )
-    return found
+    return listed

@@ -1,8 +1,6 @@
 """The protocols of mteb 2.26, from a task's data to its scores.
 
-Each takes embeddings from a `TimedVectorizer` and returns an `Outcome`. The operations and their
-order are mteb's, so that scores are equal to its last digit; what is drawn stands in the data
-already.
+The operations and their order are mteb's, so that scores agree to the last digit.
 """
 
 from __future__ import annotations
@@ -67,29 +65,16 @@ _Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The scores of one vectorizer on one task.
-
-    Parameters
-    ----------
-    metrics : dict of str to float
-        All metrics, the main score among them.
-    values : ndarray of float64, shape (n,)
-        The main score of each draw or query; of STS, the similarity of each pair.
-    replicates : ndarray of float64, shape (n_replicates,)
-        The main score of each draw, or of each bootstrap sample of the queries or pairs. Of one
-        task, they belong together across vectorizers.
-    unit : {"draws", "queries", "pairs"}
-        What `values` are of.
-    """
+    """The scores of one vectorizer on one task; fields as in `TaskScore`."""
 
     metrics: dict[str, float]
-    values: _Floats
-    replicates: _Floats
+    values: _Floats  # (n,)
+    replicates: _Floats  # (n_replicates,); of one task, paired across vectorizers
     unit: str
 
 
 class TimedVectorizer:
-    """A vectorizer, and how long it took to embed how many texts."""
+    """A vectorizer that counts its texts and seconds."""
 
     def __init__(self, vectorizer: Any) -> None:
         self.vectorizer = vectorizer
@@ -108,44 +93,7 @@ class TimedVectorizer:
 def run_protocol(
     task: Task, data: TaskData, vectorizer: TimedVectorizer, *, n_bootstraps: int
 ) -> Outcome:
-    """Run the protocol of a task.
-
-    Parameters
-    ----------
-    task : ClassificationTask, ClusteringTask, STSTask, RetrievalTask or RerankingTask
-        The task.
-    data : ClassificationData, ClusteringData, STSData or RankingData
-        What `read_task` made of it.
-    vectorizer : TimedVectorizer
-        Where vectors come from.
-    n_bootstraps : int
-        Bootstrap samples, where there are no draws.
-
-    Returns
-    -------
-    Outcome
-        The scores.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the vectors are not as they must be.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from skembed.evaluation import STSTask
-    >>> from skembed.evaluation.protocols import TimedVectorizer, run_protocol
-    >>> from skembed.evaluation.task_data import read_task
-    >>> class Letters:
-    ...     def transform(self, texts):
-    ...         return np.array([[text.count(letter) for letter in "acr"] for text in texts])
-    >>> task = STSTask([("cat", "cats"), ("cat", "car"), ("cat", "roar")], [5.0, 2.5, 0.0])
-    >>> run_protocol(task, read_task(task), TimedVectorizer(Letters()), n_bootstraps=0).metrics[
-    ...     "cosine_spearman"
-    ... ]
-    1.0
-    """
+    """Run the protocol of a task on what `read_task` returned for it."""
     if isinstance(task, ClassificationTask) and isinstance(data, ClassificationData):
         return _run_classification(task, data, vectorizer)
     if isinstance(task, ClusteringTask) and isinstance(data, ClusteringData):
@@ -157,9 +105,6 @@ def run_protocol(
     raise TypeError(f"No protocol for {type(task).__name__} with {type(data).__name__}.")
 
 
-# Draws
-
-
 def _run_classification(
     task: ClassificationTask, data: ClassificationData, vectorizer: TimedVectorizer
 ) -> Outcome:
@@ -167,28 +112,26 @@ def _run_classification(
     pooled = data.test_texts is None
     used = np.arange(len(data.texts)) if pooled else np.unique(np.concatenate(data.draws))
     vectors = vectorizer.embed([data.texts[row] for row in used.tolist()])  # (U, D)
-    place = np.full(len(data.texts), -1)
-    place[used] = np.arange(len(used))
     test = vectors if data.test_texts is None else vectorizer.embed(data.test_texts)
     _check_width(vectors, test)
-    found = []
+    labels = data.labels if data.test_labels is None else data.test_labels
+    by_draw = []
     for draw in data.draws:
         rows = np.setdiff1d(used, draw) if pooled else np.arange(len(test))
-        labels = data.labels if data.test_labels is None else data.test_labels
         classifier = _make_classifier(task)
         with warnings.catch_warnings():
-            if task.classifier is None:  # 100 iterations are the protocol, enough or not
+            if task.classifier is None:  # the protocol has 100 iterations, enough or not
                 warnings.simplefilter("ignore", ConvergenceWarning)
-            classifier.fit(vectors[place[draw]], data.labels[draw])
-        found.append(classification_metrics(labels[rows], classifier.predict(test[rows])))
-    names = [name for name in found[0] if all(name in metrics for metrics in found)]
+            classifier.fit(vectors[np.searchsorted(used, draw)], data.labels[draw])
+        by_draw.append(classification_metrics(labels[rows], classifier.predict(test[rows])))
+    names = [name for name in by_draw[0] if all(name in metrics for metrics in by_draw)]
     if task.metric not in names:
         raise ValueError(
             f"The `metric` parameter of `ClassificationTask` must be one of {names} for the labels "
             f"of {task.name!r}; got {task.metric!r}, which needs two labels."
         )
-    means = {name: float(np.mean([metrics[name] for metrics in found])) for name in names}
-    values = np.array([metrics[task.metric] for metrics in found])
+    means = {name: float(np.mean([metrics[name] for metrics in by_draw])) for name in names}
+    values = np.array([metrics[task.metric] for metrics in by_draw])
     return Outcome(means, values, values, "draws")
 
 
@@ -207,7 +150,7 @@ def _run_clustering(
 ) -> Outcome:
     """Cluster each sample of each level; metrics are means over all of them."""
     vectors = vectorizer.embed(data.texts)  # (N, D)
-    found: dict[str, list[float]] = {name: [] for name in CLUSTERING_METRICS}
+    by_metric: dict[str, list[float]] = {name: [] for name in CLUSTERING_METRICS}
     for rows, labels, samples in data.levels:
         kmeans = MiniBatchKMeans(
             n_clusters=len(np.unique(labels)),
@@ -218,16 +161,13 @@ def _run_clustering(
         )
         for sample in samples:
             clusters = kmeans.fit_predict(vectors[rows[sample]])
-            found["v_measure"].append(v_measure(labels[sample], clusters))
-            found["ami"].append(ami(labels[sample], clusters))
+            by_metric["v_measure"].append(v_measure(labels[sample], clusters))
+            by_metric["ami"].append(ami(labels[sample], clusters))
     means = {}
-    for name, scores in found.items():
+    for name, scores in by_metric.items():
         means[name], means[f"{name}_std"] = float(np.mean(scores)), float(np.std(scores))
-    values = np.array(found[task.metric])
+    values = np.array(by_metric[task.metric])
     return Outcome(means, values, values, "draws")
-
-
-# Pairs and queries
 
 
 def _run_sts(
@@ -242,17 +182,17 @@ def _run_sts(
         "euclidean": -paired_euclidean_distances(left, right),
     }
     correlations = {"pearson": pearson, "spearman": spearman}
-    found = {}
+    metrics = {}
     for metric in STS_METRICS:
         similarity, name = metric.split("_")
-        found[metric] = correlations[name](data.scores, similarities[similarity])
+        metrics[metric] = correlations[name](data.scores, similarities[similarity])
     similarity, name = task.metric.split("_")
     values = np.asarray(similarities[similarity], dtype=np.float64)
     correlate = correlations[name]
     replicates = _bootstrap(
         len(values), n_bootstraps, task.random_state, lambda i: correlate(data.scores[i], values[i])
     )
-    return Outcome(found, values, replicates, "pairs")
+    return Outcome(metrics, values, replicates, "pairs")
 
 
 def _run_ranking(
@@ -266,13 +206,13 @@ def _run_ranking(
     documents = vectorizer.embed(data.documents, "document")  # (N, D)
     _check_width(queries, documents)
     if data.candidates is None:
-        found = _search_corpus(queries, documents, _rank_ids(data.document_ids), task.top_k)
+        ranked = _search_corpus(queries, documents, _rank_ids(data.document_ids), task.top_k)
     else:
-        found = _rank_candidates(queries, documents, data, task.top_k)
+        ranked = _rank_candidates(queries, documents, data, task.top_k)
     run: dict[Any, dict[Any, float]] = {}
-    for i, (query, (places, scores)) in enumerate(zip(data.query_ids, found, strict=True)):
+    for i, (query, (positions, scores)) in enumerate(zip(data.query_ids, ranked, strict=True)):
         ids = data.document_ids if data.candidate_ids is None else data.candidate_ids[i]
-        run[query] = {ids[j]: s for j, s in zip(places.tolist(), scores.tolist(), strict=True)}
+        run[query] = {ids[j]: s for j, s in zip(positions.tolist(), scores.tolist(), strict=True)}
         if isinstance(task, RetrievalTask) and task.ignore_identical_ids:
             run[query].pop(query, None)
     metrics = ranking_metrics(data.relevance, run)
@@ -297,23 +237,24 @@ def _search_corpus(
                 new = _choose_best(row, ranks[start : start + len(chunk)], top_k)
                 rows = np.concatenate([best[i][0], new + start])
                 values = np.concatenate([best[i][1], row[new]])
-                kept = _choose_best(values, ranks[rows], top_k)
-                best[i] = rows[kept], values[kept]
+                order = _choose_best(values, ranks[rows], top_k)
+                best[i] = rows[order], values[order]
     return best
 
 
 def _rank_candidates(
     queries: Vectors, documents: Vectors, data: RankingData, top_k: int
 ) -> list[tuple[_Ints, Vectors]]:
-    """Return the best candidates of each query, as places in its list or rows of the corpus."""
-    ranks, found = _rank_ids(data.document_ids), []
+    """Return the best candidates of each query, as positions in its list or rows of the corpus."""
+    ranks, ranked = _rank_ids(data.document_ids), []
+    by_position = data.candidate_ids is not None
     for i, rows in enumerate(data.candidates or ()):
         scores = _cosines(queries[i : i + 1], documents[rows])[0]  # (C,)
-        own_ids = data.candidate_ids is not None
-        order = np.arange(len(rows))[::-1] if own_ids else ranks[rows]
-        kept = _choose_best(scores, order, top_k)
-        found.append((kept if own_ids else rows[kept], scores[kept]))
-    return found
+        best = _choose_best(
+            scores, np.arange(len(rows))[::-1] if by_position else ranks[rows], top_k
+        )
+        ranked.append((best if by_position else rows[best], scores[best]))
+    return ranked
 
 
 def _cosines(queries: Vectors, documents: Vectors) -> Vectors:
@@ -326,19 +267,19 @@ def _cosines(queries: Vectors, documents: Vectors) -> Vectors:
 
 
 def _rank_ids(ids: list[Any]) -> _Ints:
-    """Return the place of each id in descending order, (N,)."""
+    """Return the rank of each id in descending order, (N,)."""
     ranks = np.empty(len(ids), dtype=np.int64)
     ranks[sorted(range(len(ids)), key=ids.__getitem__, reverse=True)] = np.arange(len(ids))
     return ranks
 
 
 def _choose_best(scores: Vectors, ranks: _Ints, top_k: int) -> _Ints:
-    """Return where the highest scores are, the best first, equal ones by rank, (<= top_k,)."""
-    kept = np.arange(len(scores))
+    """Return the positions of the highest scores, best first, equal ones by rank, (<= top_k,)."""
+    candidates = np.arange(len(scores))
     if len(scores) > top_k:
         floor = np.partition(scores, len(scores) - top_k)[len(scores) - top_k]
-        kept = np.flatnonzero(scores >= floor)
-    return kept[np.lexsort((ranks[kept], -scores[kept]))][:top_k]
+        candidates = np.flatnonzero(scores >= floor)
+    return candidates[np.lexsort((ranks[candidates], -scores[candidates]))][:top_k]
 
 
 def _bootstrap(n: int, n_bootstraps: int, seed: int, score: Callable[[_Ints], float]) -> _Floats:

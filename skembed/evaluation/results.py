@@ -1,10 +1,10 @@
-"""Results of `evaluate`: rows that show as a table, a frame or bars, and are compared in pairs."""
+"""Results of `evaluate`: rows shown as a table, a frame or bars, and compared in pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, overload
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ __all__ = [
 _Floats = npt.NDArray[np.float64]
 _Row = TypeVar("_Row")
 
-# Okabe and Ito's colours, told apart by colour-blind eyes too; the yellow is too light for bars.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without the pale yellow.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 
 
@@ -107,7 +107,7 @@ class Comparison:
     unit: str
 
 
-class _Table(Sequence[_Row], Generic[_Row]):
+class _Table(Sequence[_Row]):
     """Rows of one dataclass, shown as a text table."""
 
     columns: tuple[str, ...] = ()
@@ -181,10 +181,7 @@ class ComparisonResult(_Table[Comparison]):
     pets  a      b       accuracy      0.1000  0.0500  0.1500  1.0000  10  draws
     """
 
-    columns = (
-        *("task", "first", "second", "metric", "difference", "low", "high"),
-        *("wins", "n", "unit"),
-    )
+    columns = tuple(field.name for field in fields(Comparison))
 
 
 class EvaluationResult(_Table[TaskScore]):
@@ -202,10 +199,7 @@ class EvaluationResult(_Table[TaskScore]):
     evaluate : Makes it.
     """
 
-    columns = (
-        *("task", "vectorizer", "metric", "score", "low", "high"),
-        *("n", "unit", "seconds", "texts_per_s"),
-    )
+    columns = tuple(field.name for field in fields(TaskScore) if field.repr)
 
     def __init__(self, rows: Sequence[TaskScore], *, confidence: float = 0.95) -> None:
         super().__init__(rows)
@@ -238,7 +232,7 @@ class EvaluationResult(_Table[TaskScore]):
         return row
 
     def _find(self, task: str, vectorizer: str) -> TaskScore | None:
-        """Return a row, or None: a vectorizer that failed has none."""
+        """Return a row, or None for a vectorizer that failed."""
         rows = (row for row in self.rows if (row.task, row.vectorizer) == (task, vectorizer))
         return next(rows, None)
 
@@ -359,16 +353,15 @@ class EvaluationResult(_Table[TaskScore]):
             )
             width = max(4.0, 1.2 + 0.8 * len(tasks) + 0.35 * len(self.rows))
             _, ax = pyplot.subplots(figsize=(width, 4), layout="constrained")
-        places, share = np.arange(len(tasks)), 0.8 / len(vectorizers)
+        share = 0.8 / len(vectorizers)
         for j, vectorizer in enumerate(vectorizers):
-            found = [(place, self._find(task, vectorizer)) for place, task in enumerate(tasks)]
-            rows = [row for _, row in found if row is not None]
-            own = places[[place for place, row in found if row is not None]]
+            rows = [row for row in self.rows if row.vectorizer == vectorizer]
+            ticks = np.array([tasks.index(row.task) for row in rows])
             scores = np.array([row.score for row in rows])
             # A bar for a score beyond its own interval would have a negative length.
             errors = np.array([(r.score - r.low, r.high - r.score) for r in rows]).T.clip(min=0)
             ax.bar(
-                own + (j - (len(vectorizers) - 1) / 2) * share,
+                ticks + (j - (len(vectorizers) - 1) / 2) * share,
                 np.nan_to_num(scores),
                 width=0.9 * share,
                 yerr=np.nan_to_num(errors),
@@ -377,12 +370,12 @@ class EvaluationResult(_Table[TaskScore]):
                 label=vectorizer,
             )
         metrics = {row.task: row.metric for row in self.rows}
-        ax.set_xticks(places, [f"{task}\n{metrics[task]}" for task in tasks])
+        ax.set_xticks(range(len(tasks)), [f"{task}\n{metrics[task]}" for task in tasks])
         ax.axhline(0, color="0.2", linewidth=0.8)
         ax.set_ylabel(f"main score, {self.confidence:.0%} interval")
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
-        # Above the axes: inside them it would hide bars.
+        # Inside the axes the legend would hide bars.
         ax.legend(
             loc="lower left", bbox_to_anchor=(0, 1), ncols=min(3, len(vectorizers)), frameon=False
         )
@@ -430,13 +423,7 @@ class EvaluationError(SkembedError, RuntimeError):
 
 
 def percentile_interval(replicates: _Floats, level: float) -> tuple[float, float]:
-    """Return the percentiles that hold the middle of the replicates; NaN where there are none.
-
-    >>> import numpy as np
-    >>> from skembed.evaluation.results import percentile_interval
-    >>> percentile_interval(np.arange(101.0), 0.5)
-    (25.0, 75.0)
-    """
+    """Return the bounds of the middle `level` of the replicates; NaN where there are none."""
     finite = replicates[np.isfinite(replicates)]
     if not len(finite):
         return float("nan"), float("nan")

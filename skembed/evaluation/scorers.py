@@ -181,13 +181,9 @@ def retrieval_scorer(estimator: Any, X: Any, y: Any = None) -> float:
     relevance: dict[str, dict[str, Any]] = {query: {} for query in rows}
     for query, document, grade in zip(queries, documents, grades, strict=True):
         relevance[query][document] = max(grade, relevance[query].get(document, grade))
-    scores = (
-        normalize_rows(left[list(rows.values())]) @ normalize_rows(right[list(columns.values())]).T
-    )
-    run = {
-        q: dict(zip(columns, line.tolist(), strict=True))
-        for q, line in zip(rows, scores, strict=True)
-    }
+    left, right = left[list(rows.values())], right[list(columns.values())]
+    scores = (normalize_rows(left) @ normalize_rows(right).T).tolist()
+    run = {q: dict(zip(columns, row, strict=True)) for q, row in zip(rows, scores, strict=True)}
     return ndcg_at_k(relevance, run)
 
 
@@ -207,14 +203,14 @@ def _score_search(estimator: Any, queries: Any, y: Any) -> float:
 
 
 def _score_pairs(estimator: Any, X: Any, *, owner: str) -> _Floats:
-    """Return one score a row: what is predicted, or the cosine of both texts, (n,)."""
+    """Return the prediction for each row, or the cosine of its texts, (n,)."""
     if hasattr(estimator, "predict"):
         return np.asarray(estimator.predict(X))
     return paired_cosine(*_embed_pairs(estimator, X, owner=owner))
 
 
 def _embed_pairs(estimator: Any, X: Any, *, owner: str) -> tuple[_Floats, _Floats]:
-    """Return the vectors of both texts of each row, each (n, dim)."""
+    """Return the vectors of the first and of the second texts, (n, dim) each."""
     if not hasattr(estimator, "transform"):
         raise TypeError(
             f"`{owner}` needs an estimator with `predict`, `search` or `transform`; "
@@ -231,7 +227,7 @@ def _embed_pairs(estimator: Any, X: Any, *, owner: str) -> tuple[_Floats, _Float
 
 
 def _read_pairs(X: Any, *, owner: str) -> list[list[str]]:
-    """Return the two columns of pairs of texts."""
+    """Return the two columns of pairs of texts, n each."""
     columns = check_texts(X, owner=owner).columns
     if len(columns) != 2:
         raise ValueError(f"The `X` parameter of `{owner}` must hold pairs; got single texts.")

@@ -1,13 +1,12 @@
-"""What a protocol runs on: a task checked, and drawn from, before anything is embedded.
+"""The data of a task, checked and drawn before anything is embedded.
 
-All draws are made here, from a fresh generator each time: every vectorizer sees the same ones, and
-so does the next call.
+All draws come from fresh generators: they are the same for every vectorizer and every call.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,46 +81,21 @@ class RankingData(NamedTuple):
     document_ids: list[Any]
     relevance: dict[Any, dict[Any, int]]
     candidates: list[_Ints] | None
-    # Ids of the candidates, where a document has one of its own in every list.
-    candidate_ids: list[list[Any]] | None = None
+    candidate_ids: list[list[Any]] | None = None  # where each list numbers its documents
 
 
 TaskData = ClassificationData | ClusteringData | STSData | RankingData
 
 
 def read_task(task: Task) -> TaskData:
-    """Check a task and make its draws.
-
-    Parameters
-    ----------
-    task : ClassificationTask, ClusteringTask, STSTask, RetrievalTask or RerankingTask
-        The task.
-
-    Returns
-    -------
-    ClassificationData, ClusteringData, STSData or RankingData
-        What a protocol runs on.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the task is of another class, or its data cannot be evaluated.
-
-    Examples
-    --------
-    >>> from skembed.evaluation import STSTask
-    >>> from skembed.evaluation.task_data import read_task
-    >>> read_task(STSTask([("a cat", "a feline"), ("a cat", "a car")], [5, 0])).left
-    ['a cat', 'a cat']
-    """
+    """Check a task and make its draws; raise TypeError or ValueError for bad data."""
     for kind, (read, metrics) in _READERS.items():
         if isinstance(task, kind):
             owner = kind.__name__
             check_choice(task.metric, name="metric", owner=owner, allowed=metrics)
-            # What numpy's and Python's generators both take.
+            # The range that the generators of numpy and Python share.
             check_int(task.random_state, name="random_state", owner=owner, low=0, high=2**32 - 1)
-            data: TaskData = read(task, owner)
-            return data
+            return read(task, owner)
     raise TypeError(
         "The `tasks` parameter of `evaluate` must hold tasks, such as ClassificationTask; "
         f"got an object of type {type(task).__name__}."
@@ -132,7 +106,7 @@ def _read_classification(task: ClassificationTask, owner: str) -> Classification
     """Check texts and labels and draw the training samples."""
     texts = read_column(task.texts, name="texts", owner=owner)
     labels = read_labels(task.labels, len(texts), name="labels", owner=owner)
-    check_distinct_classes(labels, name="labels", owner=owner)
+    check_distinct_classes(labels, owner=owner)
     size = check_int(task.samples_per_label, name="samples_per_label", owner=owner, low=1)
     n = check_int(task.n_experiments, name="n_experiments", owner=owner, low=1)
     draws = _draw_samples(labels.tolist(), size, n, seed=task.random_state)
@@ -182,34 +156,27 @@ def _read_clustering(task: ClusteringTask, owner: str) -> ClusteringData:
     n = check_int(task.n_experiments, name="n_experiments", owner=owner, low=1)
     size = check_int(task.sample_size, name="sample_size", owner=owner, low=1)
     generator = random.Random(task.random_state)  # one for all draws, in mteb's order
-    kept = _draw_texts(task, len(texts), generator, owner=owner)
-    found = []
+    drawn_rows = _draw_texts(task, len(texts), generator, owner=owner)
+    drawn_levels = []
     for rows, labels in levels[:depth]:
-        places = {row: place for place, row in enumerate(rows.tolist())}
-        inside = [(i, places[row]) for i, row in enumerate(kept) if row in places]
-        chosen = labels[[place for _, place in inside]]
-        check_distinct_classes(chosen, name="labels", owner=owner)
+        label_of = dict(zip(rows.tolist(), labels, strict=True))
+        reached = [i for i, row in enumerate(drawn_rows) if row in label_of]
+        drawn_labels = np.array([label_of[drawn_rows[i]] for i in reached], dtype=labels.dtype)
+        check_distinct_classes(drawn_labels, owner=owner)
         samples = [
-            np.array(generator.choices(range(len(inside)), k=size), dtype=np.int64)
+            np.array(generator.choices(range(len(reached)), k=size), dtype=np.int64)
             for _ in range(n)
         ]
-        found.append((np.array([i for i, _ in inside], dtype=np.int64), chosen, samples))
-    return ClusteringData([texts[row] for row in kept], found)
+        drawn_levels.append((np.array(reached, dtype=np.int64), drawn_labels, samples))
+    return ClusteringData([texts[row] for row in drawn_rows], drawn_levels)
 
 
 def _draw_texts(
     task: ClusteringTask, n: int, generator: random.Random, *, owner: str
 ) -> Sequence[int]:
     """Return the rows to embed, in the order drawn."""
-    fraction = check_real(
-        task.max_fraction,
-        name="max_fraction",
-        owner=owner,
-        low=0,
-        high=1,
-        inclusive="right",
-        allow_none=True,
-    )
+    limits: dict[str, Any] = {"low": 0, "high": 1, "inclusive": "right", "allow_none": True}
+    fraction = check_real(task.max_fraction, name="max_fraction", owner=owner, **limits)
     most = check_int(task.max_texts, name="max_texts", owner=owner, low=1, allow_none=True)
     if fraction is not None and most is not None:
         raise ValueError(
@@ -236,8 +203,9 @@ def _read_sts(task: STSTask, owner: str) -> STSData:
             f"one a pair; got {scores.dtype} of shape {scores.shape}."
         )
     scores = scores.astype(np.float64)
-    if not np.isfinite(scores).all() or len(np.unique(scores)) < 2:
-        got = "NaN or infinity" if not np.isfinite(scores).all() else "less than two"
+    is_finite = np.isfinite(scores).all()
+    if not is_finite or len(np.unique(scores)) < 2:
+        got = "less than two" if is_finite else "NaN or infinity"
         raise ValueError(
             f"The `scores` parameter of `{owner}` must hold two different finite numbers or more; "
             f"got {got}."
@@ -264,15 +232,15 @@ def _read_reranking(task: RerankingTask, owner: str) -> RankingData:
         return _read_listed(task, queries, query_ids, lists, owner=owner)
     corpus, ids = read_items(task.corpus, task.document_ids, kind="document", owner=owner)
     relevance = read_relevance(task.relevance, query_ids, ids, owner=owner)
-    place = {document: row for row, document in enumerate(ids)}
+    row_of = {document: row for row, document in enumerate(ids)}
     rows = []
     for query, names in zip(query_ids, lists, strict=True):
-        if not set(names) <= place.keys() or len(set(names)) != len(names):
+        if not set(names) <= row_of.keys() or len(set(names)) != len(names):
             raise ValueError(
                 f"The `candidates` parameter of `{owner}` must hold ids of the corpus, each once; "
                 f"query {query!r} has an unknown or repeated one."
             )
-        rows.append(np.array([place[name] for name in names], dtype=np.int64))
+        rows.append(np.array([row_of[name] for name in names], dtype=np.int64))
     return RankingData(queries, query_ids, corpus, ids, relevance, rows)
 
 
@@ -288,13 +256,13 @@ def _read_candidates(candidates: Any, query_ids: list[Any], *, owner: str) -> li
         raise ValueError(
             f"{subject} must hold one list a query, {len(query_ids)}; got {len(lists)}."
         )
-    for query, found in zip(query_ids, lists, strict=True):
-        if isinstance(found, (str, bytes)) or not isinstance(found, Iterable):
+    for query, items in zip(query_ids, lists, strict=True):
+        if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
             raise TypeError(
-                f"{subject} must hold lists; got {type(found).__name__} for query {query!r}."
+                f"{subject} must hold lists; got {type(items).__name__} for query {query!r}."
             )
-    lists = [list(found) for found in lists]
-    empty = [query for query, found in zip(query_ids, lists, strict=True) if not found]
+    lists = [list(items) for items in lists]
+    empty = [query for query, items in zip(query_ids, lists, strict=True) if not items]
     if empty:
         raise ValueError(
             f"{subject} must hold candidates for every query; {len(empty)} have none, the first is "
@@ -318,20 +286,21 @@ def _read_listed(
             f"The `relevance` parameter of `{owner}` must hold one list a query, {len(lists)}; "
             f"got {len(grades)}."
         )
-    relevance, place, rows = {}, dict[str, int](), []
+    relevance, row_of, rows = {}, dict[str, int](), []
     for query, names, values in zip(query_ids, lists, grades, strict=True):
         texts = check_texts(names, owner=owner, name="candidates").columns[0]
         judged = read_grades(values, len(texts), where=f"query {query!r}", owner=owner)
         relevance[query] = dict(enumerate(judged))
-        rows.append(np.array([place.setdefault(text, len(place)) for text in texts]))
+        rows.append(np.array([row_of.setdefault(text, len(row_of)) for text in texts]))
     ids = [list(range(len(names))) for names in lists]
+    documents = list(row_of)
     return RankingData(
-        queries, query_ids, list(place), list(range(len(place))), relevance, rows, ids
+        queries, query_ids, documents, list(range(len(documents))), relevance, rows, ids
     )
 
 
 _RANKING = tuple(f"{name}_at_{k}" for name in RANKING_METRICS for k in K_VALUES)
-_READERS: dict[type, tuple[Any, tuple[str, ...]]] = {
+_READERS: dict[type[Task], tuple[Callable[[Any, str], TaskData], tuple[str, ...]]] = {
     ClassificationTask: (_read_classification, CLASSIFICATION_METRICS),
     ClusteringTask: (_read_clustering, CLUSTERING_METRICS),
     STSTask: (_read_sts, STS_METRICS),

@@ -18,12 +18,7 @@ _Labels = npt.NDArray[Any]
 
 
 def read_column(texts: Any, *, name: str, owner: str) -> list[str]:
-    """Return one column of texts, not empty.
-
-    >>> from skembed.evaluation.task_input import read_column
-    >>> read_column(("a cat",), name="texts", owner="ClusteringTask")
-    ['a cat']
-    """
+    """Return one column of texts, not empty."""
     columns = check_texts(texts, owner=owner, name=name).columns
     if len(columns) != 1 or not columns[0]:
         got = "pairs" if len(columns) != 1 else "none"
@@ -32,12 +27,7 @@ def read_column(texts: Any, *, name: str, owner: str) -> list[str]:
 
 
 def read_levels(labels: Any, n: int, *, owner: str) -> list[tuple[_Ints, _Labels]]:
-    """Return, for each level of a hierarchy, the rows that reach it and their labels.
-
-    >>> from skembed.evaluation.task_input import read_levels
-    >>> read_levels([["a"], ["a", "b"]], 2, owner="ClusteringTask")[1]
-    (array([1]), array(['b'], dtype='<U1'))
-    """
+    """Return, for each level of a hierarchy, the rows that reach it and their labels."""
     items = list(labels)
     if len(items) != n:
         raise ValueError(
@@ -53,37 +43,27 @@ def read_levels(labels: Any, n: int, *, owner: str) -> list[tuple[_Ints, _Labels
     levels = []
     for level in range(max(map(len, paths))):
         rows = [row for row, path in enumerate(paths) if len(path) > level]
-        found = read_labels(
+        at_level = read_labels(
             [paths[row][level] for row in rows], len(rows), name="labels", owner=owner
         )
-        is_int = found.dtype.kind in "iu"
-        reached = found != -1 if is_int else np.ones(len(rows), dtype=bool)
-        levels.append((np.array(rows, dtype=np.int64)[reached], found[reached]))
+        is_int = at_level.dtype.kind in "iu"
+        reached = at_level != -1 if is_int else np.ones(len(rows), dtype=bool)
+        levels.append((np.array(rows, dtype=np.int64)[reached], at_level[reached]))
     return levels
 
 
-def check_distinct_classes(labels: _Labels, *, name: str, owner: str) -> None:
-    """Raise ValueError unless there are two different labels.
-
-    >>> import numpy as np
-    >>> from skembed.evaluation.task_input import check_distinct_classes
-    >>> check_distinct_classes(np.array(["a", "b"]), name="labels", owner="ClusteringTask")
-    """
-    classes = np.unique(labels)
-    if len(classes) < 2:
+def check_distinct_classes(labels: _Labels, *, owner: str) -> None:
+    """Raise ValueError unless there are two different labels."""
+    n_classes = len(np.unique(labels))
+    if n_classes < 2:
         raise ValueError(
-            f"The `{name}` parameter of `{owner}` must hold at least two different labels; "
-            f"got {len(classes)}."
+            f"The `labels` parameter of `{owner}` must hold at least two different labels; "
+            f"got {n_classes}."
         )
 
 
 def read_items(items: Any, ids: Any, *, kind: str, owner: str) -> tuple[list[str], list[Any]]:
-    """Return the texts and ids of queries or documents; documents are stripped, as in mteb.
-
-    >>> from skembed.evaluation.task_input import read_items
-    >>> read_items({"d": {"title": "Cats", "text": "purr"}}, None, kind="document", owner="Task")
-    (['Cats purr'], ['d'])
-    """
+    """Return the texts and ids of queries or documents; documents are stripped, as in mteb."""
     name = "queries" if kind == "query" else "corpus"
     is_mapping = isinstance(items, Mapping)
     if is_mapping:

@@ -1,7 +1,4 @@
-"""Tasks of an evaluation: plain dataclasses around a user's own arrays, lists and frames.
-
-They only hold what they are given. `skembed.evaluation.task_data` checks it and makes the draws.
-"""
+"""Tasks of an evaluation: dataclasses around a user's own arrays, lists and frames, unchecked."""
 
 from __future__ import annotations
 
@@ -33,9 +30,21 @@ STS_METRICS = tuple(
 )
 
 
+class Task:
+    """A task of `evaluate`."""
+
+    name: str
+    metric: str
+    random_state: int
+
+    def __repr__(self) -> str:
+        """Return class and name alone: texts may be many, long or private."""
+        return f"{type(self).__name__}(name={self.name!r})"
+
+
 # eq=False: arrays and frames have no single truth value to compare by.
 @dataclass(frozen=True, eq=False, repr=False)
-class ClassificationTask:
+class ClassificationTask(Task):
     """Classify texts with a linear classifier on few labelled ones, drawn several times.
 
     Parameters
@@ -85,12 +94,9 @@ class ClassificationTask:
     metric: str = "accuracy"
     random_state: int = 42
 
-    def __repr__(self) -> str:
-        return _show(self)
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ClusteringTask:
+class ClusteringTask(Task):
     """Cluster samples of the texts with k-means, as many clusters as labels.
 
     Parameters
@@ -143,12 +149,9 @@ class ClusteringTask:
     metric: str = "v_measure"
     random_state: int = 42
 
-    def __repr__(self) -> str:
-        return _show(self)
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class STSTask:
+class STSTask(Task):
     """Correlate the similarity of pairs of texts with graded scores.
 
     Parameters
@@ -182,12 +185,9 @@ class STSTask:
     metric: str = "cosine_spearman"
     random_state: int = 42
 
-    def __repr__(self) -> str:
-        return _show(self)
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RetrievalTask:
+class RetrievalTask(Task):
     """Find the relevant documents of a corpus for each query.
 
     Parameters
@@ -237,12 +237,9 @@ class RetrievalTask:
     metric: str = "ndcg_at_10"
     random_state: int = 42
 
-    def __repr__(self) -> str:
-        return _show(self)
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RerankingTask:
+class RerankingTask(Task):
     """Order the candidates of each query.
 
     Parameters
@@ -286,14 +283,3 @@ class RerankingTask:
     top_k: int = 1000
     metric: str = "map_at_1000"
     random_state: int = 42
-
-    def __repr__(self) -> str:
-        return _show(self)
-
-
-Task = ClassificationTask | ClusteringTask | STSTask | RetrievalTask | RerankingTask
-
-
-def _show(task: Task) -> str:
-    """Return the class and the name: texts may be many, long or private."""
-    return f"{type(task).__name__}(name={task.name!r})"

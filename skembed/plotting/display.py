@@ -321,15 +321,17 @@ class EmbeddingMapDisplay:
         >>> display.place(["I lost my card"]).shape
         (1, 2)
         """
-        found = split_estimator(estimator, owner=_OWNER)
-        vectors = embed_input(found.vectorizer, X, owner=_OWNER)
-        own = y is None
-        if own:
-            y = predict_groups(found, X, vectors, owner=_OWNER)
-        elif knows_rows(found.predictor, X):
-            own = np.array_equal(np.asarray(y), found.predictor.labels_)
+        vectorizer, predictor = split_estimator(estimator, owner=_OWNER)
+        vectors = embed_input(vectorizer, X, owner=_OWNER)
+        is_predicted = y is None
+        if is_predicted:
+            y = predict_groups(predictor, X, vectors, owner=_OWNER)
+        elif knows_rows(predictor, X):
+            is_predicted = np.array_equal(np.asarray(y), predictor.labels_)
+        if names is None and is_predicted:
+            names = getattr(predictor, "cluster_names_", None)
         if names is None:
-            names = _find_names(found.predictor, y, own)
+            names = _name_classes(predictor, y)
         display = cls.from_embeddings(
             vectors,
             y,
@@ -343,7 +345,7 @@ class EmbeddingMapDisplay:
             ax=ax,
             **plot_options,
         )
-        display.vectorizer_ = found.vectorizer
+        display.vectorizer_ = vectorizer
         return display
 
     def plot(
@@ -470,7 +472,7 @@ class EmbeddingMapDisplay:
         check_int(text_length, name="text_length", owner=_OWNER, low=1)
         check_string(title, name="title", owner=_OWNER, allow_none=True)
         positions, groups = self._read()
-        texts = None if self.texts is None else self._read_texts(len(positions))
+        texts = self._read_texts(len(positions))
         return make_plotly(
             positions, groups, texts, annotate=annotate, text_length=text_length, title=title
         )
@@ -522,9 +524,8 @@ class EmbeddingMapDisplay:
         return file
 
     def _check(self, n: int) -> MapGroups:
-        """Check labels and texts against the number of points; the groups."""
-        if self.texts is not None:
-            self._read_texts(n)
+        """Check labels and texts against the number of points, and return the groups."""
+        self._read_texts(n)
         return read_groups(
             self.y,
             n,
@@ -534,8 +535,10 @@ class EmbeddingMapDisplay:
             owner=_OWNER,
         )
 
-    def _read_texts(self, n: int) -> list[str]:
-        """Return the texts of n points."""
+    def _read_texts(self, n: int) -> list[str] | None:
+        """Return the texts of n points, or None where there are none."""
+        if self.texts is None:
+            return None
         texts = check_text_column(self.texts, vectorizer=None, owner=_OWNER, name="texts")
         if len(texts) != n:
             raise ValueError(
@@ -545,15 +548,13 @@ class EmbeddingMapDisplay:
         return [text or "" for text in texts]
 
     def _read(self) -> tuple[npt.NDArray[np.float64], MapGroups]:
-        """Return the coordinates (n, 2) and the groups of the points, checked."""
+        """Return the checked coordinates (n, 2) and groups of the points."""
         positions = check_coordinates(self.coordinates, None, owner=_OWNER)
         return positions, self._check(len(positions))
 
 
-def _find_names(predictor: Any, y: Any, own: bool) -> Any:
-    """Return the names that a predictor has for the labels y, in its order; None if it has none."""
-    if own and hasattr(predictor, "cluster_names_"):
-        return predictor.cluster_names_
+def _name_classes(predictor: Any, y: Any) -> dict[Any, str] | None:
+    """Return the names of a classifier's labels, in its order; None where y has none of them."""
     classes = getattr(predictor, "classes_", None)
     if isinstance(classes, np.ndarray) and classes.ndim == 1 and np.isin(y, classes).any():
         return {label: str(label) for label in classes.tolist()}

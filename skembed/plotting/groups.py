@@ -1,4 +1,4 @@
-"""What the points of a map are coloured by: labels, clusters with noise, or numbers."""
+"""The groups of the points of a map: labels, clusters with noise, or numbers."""
 
 from __future__ import annotations
 
@@ -21,41 +21,29 @@ __all__ = [
     "shorten_name",
 ]
 
-# Seven colours of Okabe and Ito (all but yellow, too pale on white), then colours picked one after
-# the other, each as far as possible from all before it: distance in OKLab, the least of that seen
-# by most people and with protanopia, deuteranopia and tritanopia (matrices of Machado et al.
-# 2009), contrast with white above 2. `tests/test_plotting.py` measures the distances.
+# Seven colours of Okabe and Ito (all but yellow, too pale on white), then colours picked in turn,
+# each as far as possible from all earlier ones: the smallest distance in OKLab with normal sight,
+# protanopia, deuteranopia and tritanopia (matrices of Machado et al. 2009), contrast with white
+# above 2. The tests of the plots measure the distances.
 PALETTE = (
     "#0072b2", "#e69f00", "#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#000000",
     "#552200", "#0000aa", "#884444", "#9966ff", "#7700ee", "#553366",
 )  # fmt: skip
 N_PLAIN_COLORS = 7
 NOISE_COLOR = "#bbbbbb"
-# Signs of matplotlib. Their number has no factor in common with that of the colours: the pair of
-# colour and sign comes back only after 91 classes.
+# Signs of matplotlib. Their number and that of the colours share no factor, so that a pair of
+# colour and sign repeats only after 91 classes.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 class MapGroups(NamedTuple):
-    """The groups of n points, in the order of their colours.
+    """The groups of n points, in the order of their colours."""
 
-    Attributes
-    ----------
-    codes : ndarray of int64, shape (n,)
-        Group of each point; -1 is noise.
-    names : list of str
-        Name of each group; empty where there is nothing to tell apart.
-    colors, markers : list of str
-        Colour (as "#rrggbb") and sign of each group.
-    values : ndarray of float64, shape (n,), or None
-        What a continuous scale colours by; then there are no groups.
-    """
-
-    codes: npt.NDArray[np.int64]
-    names: list[str]
-    colors: list[str]
+    codes: npt.NDArray[np.int64]  # (n,), group of each point; -1 is noise
+    names: list[str]  # empty where there is nothing to tell apart
+    colors: list[str]  # "#rrggbb"
     markers: list[str]
-    values: npt.NDArray[np.float64] | None
+    values: npt.NDArray[np.float64] | None  # (n,), for a continuous scale; then without groups
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
@@ -78,32 +66,27 @@ def read_groups(
     noise_label: Any = -1,
     owner: str,
 ) -> MapGroups:
-    """Sort n points into groups by their labels, or take numbers of a float dtype as values.
-
-    >>> from skembed.plotting.groups import read_groups
-    >>> groups = read_groups([0, 1, -1], 3, names=["cats", "dogs"], owner="EmbeddingMapDisplay")
-    >>> groups.codes, groups.names
-    (array([ 0,  1, -1]), ['cats', 'dogs'])
-    """
+    """Return the groups of n points by their labels, or the values of a float dtype."""
     if y is None:
         return MapGroups(np.zeros(n, dtype=np.int64), [], [PALETTE[0]], [MARKERS[0]], None)
     labels = _read_labels(y, n, owner=owner)
     if labels.dtype.kind == "f":
         return MapGroups(np.zeros(n, dtype=np.int64), [], [], [], labels.astype(np.float64))
     is_noise = _find_noise(labels, noise_label)
-    kinds = np.unique(labels[~is_noise]).tolist()
+    classes = np.unique(labels[~is_noise]).tolist()
     named = _read_names(names, owner=owner)
-    order = [*named, *(label for label in kinds if label not in named)]
-    places = {label: place for place, label in enumerate(order)}
+    order = [*named, *(label for label in classes if label not in named)]
+    code_of = {label: code for code, label in enumerate(order)}
     codes = np.full(n, -1, dtype=np.int64)
-    codes[~is_noise] = [places[label] for label in labels[~is_noise].tolist()]
-    plain = len(order) <= N_PLAIN_COLORS
-    chosen = [PALETTE[i % len(PALETTE)] for i in range(len(order))]
+    codes[~is_noise] = [code_of[label] for label in labels[~is_noise].tolist()]
+    palette = {label: PALETTE[code % len(PALETTE)] for label, code in code_of.items()}
+    palette |= _read_colors(colors, owner=owner)
+    n_markers = 1 if len(order) <= N_PLAIN_COLORS else len(MARKERS)
     return MapGroups(
         codes,
         [str(named.get(label, label)) for label in order],
-        _replace_colors(chosen, places, colors, owner=owner),
-        [MARKERS[0 if plain else i % len(MARKERS)] for i in range(len(order))],
+        [palette[label] for label in order],
+        [MARKERS[code % n_markers] for code in range(len(order))],
         None,
     )
 
@@ -124,14 +107,14 @@ def _read_labels(y: Any, n: int, *, owner: str) -> npt.NDArray[Any]:
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
         position = int(np.argmin(np.isfinite(labels)))
         raise ValueError(f"{subject} must hold finite numbers; y[{position}] is not finite.")
-    # numpy turns a list such as ["a", 1] into str without a word; an object array tells.
+    # numpy silently turns a list such as ["a", 1] into str; an object array keeps the types.
     if isinstance(y, (list, tuple)) and labels.dtype.kind == "U":
         refuse_missing_labels(np.array(y, dtype=object), owner=owner)
     return np.array(labels.tolist()) if labels.dtype.kind == "O" else labels
 
 
 def _find_noise(labels: npt.NDArray[Any], noise_label: Any) -> npt.NDArray[np.bool_]:
-    """Mark the labels that are `noise_label`, (n,); none where it is of another type."""
+    """Return a mask of the labels equal to `noise_label`, (n,), none if it is of another type."""
     number = isinstance(noise_label, (int, np.integer)) and not isinstance(noise_label, bool)
     alike = labels.dtype.kind in "iu" if number else labels.dtype.kind in "UT"
     if noise_label is None or not alike:
@@ -153,17 +136,16 @@ def _read_names(names: Any, *, owner: str) -> dict[Any, str]:
     )
 
 
-def _replace_colors(
-    chosen: list[str], places: dict[Any, int], colors: Any, *, owner: str
-) -> list[str]:
-    """Return the chosen colours, those of a mapping of label to "#rrggbb" in their places."""
+def _read_colors(colors: Any, *, owner: str) -> dict[Any, str]:
+    """Return label -> "#rrggbb"."""
     if colors is None:
-        return chosen
+        return {}
     if not isinstance(colors, Mapping):
         raise TypeError(
             f"The `colors` parameter of `{owner}` must be a mapping of label to colour; "
             f"got {type(colors).__name__}."
         )
+    checked = {}
     for label, color in colors.items():
         digits = str(color).removeprefix("#")
         if len(digits) != 6 or not set(digits) <= set("0123456789abcdefABCDEF"):
@@ -171,9 +153,8 @@ def _replace_colors(
                 f"The `colors` parameter of `{owner}` must hold colours such as '#0072b2'; "
                 f"got {color!r}."
             )
-        if _plain(label) in places:
-            chosen[places[_plain(label)]] = f"#{digits.lower()}"
-    return chosen
+        checked[_plain(label)] = f"#{digits.lower()}"
+    return checked
 
 
 def _plain(label: Any) -> Any:
@@ -182,23 +163,13 @@ def _plain(label: Any) -> Any:
 
 
 def shorten(text: str, length: int) -> str:
-    """Cut a text to at most `length` characters, the last of them an ellipsis.
-
-    >>> from skembed.plotting.groups import shorten
-    >>> shorten("card payment fee charged", 12)
-    'card paymen…'
-    """
+    """Return a text cut to at most `length` characters, the last of them an ellipsis."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1].rstrip() + "…"
 
 
 def shorten_name(name: str, length: int) -> str:
-    """Cut the middle of a name: those of a family often begin alike.
-
-    >>> from skembed.plotting.groups import shorten_name
-    >>> shorten_name("balance_not_updated_after_bank_transfer", 24)
-    'balance_not…ank_transfer'
-    """
+    """Return a name without its middle: names of one family often begin alike."""
     line = " ".join(name.split())
     n_last = length // 2
     return line if len(line) <= length else f"{line[: length - n_last - 1]}…{line[-n_last:]}"

@@ -9,7 +9,9 @@ import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 
 __all__ = [
+    "Codes",
     "PlacedName",
+    "Points",
     "choose_alpha",
     "choose_point_size",
     "find_anchors",
@@ -18,9 +20,10 @@ __all__ = [
     "place_names",
 ]
 
-_Points = npt.NDArray[np.floating[Any]]
+Points = npt.NDArray[np.floating[Any]]  # (n, 2)
+Codes = npt.NDArray[np.int64]  # (n,)
 
-# Bins along each side of the density grid, and how far it is smoothed (in bins).
+# Bins along each side of the density grid, and the width of its smoothing, in bins.
 _N_BINS = 64
 _SMOOTHING = 2.0
 # The frame reaches this much farther from the median than all but 0.5 % of the points.
@@ -28,19 +31,24 @@ _FRAME_QUANTILE = 0.005
 _FRAME_STRETCH = 1.6
 _MARGIN = 0.04
 
-# Sought share of the area that points cover, and the smallest and largest point (points squared).
+# Share of the area for points to cover, and the smallest and largest point (points squared).
 _COVERAGE = 0.25
 _SMALLEST, _LARGEST = 2.0, 36.0
 
 _N_AVOIDED = 1500  # names avoid this many of the points
 _LEADER_FROM = 0.8  # heights of the name between it and the nearest point of its group
+# Names are wide: a step sideways looks shorter than a step up.
+_STRETCH = np.array([1.6, 1.0])
+_GROWTH = 0.06  # from ring to ring
+# Covering one point costs as much as this many heights of distance; covering many, at most that.
+_COVER_COST, _MAX_COVER_COST = 0.7, 3.5
 
 
-def find_frame(positions: _Points, anchors: _Points) -> tuple[_Points, _Points]:
+def find_frame(positions: Points, anchors: Points) -> tuple[Points, Points]:
     """Return the low and high corner (2,) of the frame, a square with a margin.
 
-    Islands of less than a percent of the points, far from all others, would shrink the rest:
-    they stay outside, but for those that hold an anchor.
+    Islands of less than a percent of the points, far from all others, would shrink the rest. They
+    stay outside unless they hold an anchor.
     """
     quantiles = [_FRAME_QUANTILE, 0.5, 1 - _FRAME_QUANTILE]
     low, middle, high = np.quantile(positions, quantiles, axis=0)
@@ -53,8 +61,8 @@ def find_frame(positions: _Points, anchors: _Points) -> tuple[_Points, _Points]:
     return middle - half, middle + half
 
 
-def find_anchors(positions: _Points, codes: npt.NDArray[np.int64], n_groups: int) -> _Points:
-    """Return the place where each group is densest, (n_groups, 2); NaN for an empty group.
+def find_anchors(positions: Points, codes: Codes, n_groups: int) -> Points:
+    """Return the position where each group is densest, (n_groups, 2); NaN for an empty group.
 
     A mean would fall between the islands of a group that has several.
     """
@@ -73,106 +81,71 @@ def find_anchors(positions: _Points, codes: npt.NDArray[np.int64], n_groups: int
     return anchors
 
 
-def _find_densest(positions: _Points, cells: npt.NDArray[np.int64]) -> _Points:
+def _find_densest(positions: Points, cells: Codes) -> Points:
     """Return the mean of the points (n, 2) around the densest cell of the grid, (2,)."""
     grid = np.zeros((_N_BINS, _N_BINS))
     np.add.at(grid, (cells[:, 0], cells[:, 1]), 1.0)
     peak = np.unravel_index(gaussian_filter(grid, _SMOOTHING).argmax(), grid.shape)
     distances = np.abs(cells - np.array(peak)).max(axis=1)
-    around = positions[distances <= max(_SMOOTHING, distances.min())]
-    return np.asarray(around.mean(axis=0))
+    return np.asarray(positions[distances <= max(_SMOOTHING, distances.min())].mean(axis=0))
 
 
 def choose_point_size(n: int, area: float) -> float:
-    """Return the size of n points on an area, both in points squared (1/72 inch).
-
-    >>> from skembed.plotting.layout import choose_point_size
-    >>> choose_point_size(200, 200_000.0), choose_point_size(50_000, 200_000.0)
-    (36.0, 2.0)
-    """
+    """Return the size of n points on an area, both in points squared (1/72 inch)."""
     return float(np.clip(_COVERAGE * area / max(n, 1), _SMALLEST, _LARGEST))
 
 
 def choose_alpha(n: int) -> float:
-    """Return the opacity of n points: 0.85 up to a thousand, 0.5 from a hundred thousand.
-
-    >>> from skembed.plotting.layout import choose_alpha
-    >>> choose_alpha(200), choose_alpha(10_000), choose_alpha(10**6)
-    (0.85, 0.675, 0.5)
-    """
+    """Return the opacity of n points: 0.85 up to a thousand, 0.5 from a hundred thousand."""
     share = np.clip((np.log10(max(n, 1)) - 3) / 2, 0, 1)
     return round(float(0.85 - 0.35 * share), 3)
 
 
 class PlacedName(NamedTuple):
-    """Where a name goes: how far from its group's anchor, and whether a line should join them."""
+    """The group of a name, its offset (2,) from the anchor, and whether a line joins the two."""
 
-    place: int
-    offset: _Points
+    group: int
+    offset: Points
     far: bool
 
 
 def place_names(
-    anchors: _Points,
-    sizes: _Points,
+    anchors: Points,
+    sizes: Points,
     bounds: tuple[Any, Any],
-    points: _Points,
-    codes: npt.NDArray[np.int64],
-    shown: npt.NDArray[np.int64],
+    points: Points,
+    codes: Codes,
+    shown: Codes,
 ) -> list[PlacedName]:
     """Place the names of the groups `shown`, the largest first, so that none overlaps another.
 
-    `anchors` and `sizes` (n_shown, 2), `bounds` and `points` (n, 2) are in one unit. `place` is
-    the row in `shown`; names that find no room are left out.
+    `anchors` and `sizes` (n_shown, 2), `bounds` and `points` (n, 2) are in one unit. Names that
+    find no room are left out.
     """
     avoided = points[np.random.default_rng(0).permutation(len(points))[:_N_AVOIDED]]
     counts = np.bincount(codes[codes >= 0], minlength=int(shown.max(initial=-1)) + 1)[shown]
     centres = place_boxes(anchors, sizes, bounds, counts, avoided)
-    found = []
-    for place, (centre, size) in enumerate(zip(centres, sizes, strict=True)):
+    names = []
+    for group, anchor, centre, size in zip(shown.tolist(), anchors, centres, sizes, strict=True):
         if np.isfinite(centre).all():
-            own = points[codes == shown[place]]
-            gap = np.maximum(np.abs(own - centre) - size / 2, 0)  # (n_own, 2)
-            far = bool(np.hypot(*gap.T).min() > _LEADER_FROM * size[1])
-            found.append(PlacedName(place, centre - anchors[place], far))
-    return found
+            gaps = np.maximum(np.abs(points[codes == group] - centre) - size / 2, 0)  # (n, 2)
+            far = bool(np.hypot(*gaps.T).min() > _LEADER_FROM * size[1])
+            names.append(PlacedName(group, centre - anchor, far))
+    return names
 
 
 def place_boxes(
-    anchors: _Points,
-    sizes: _Points,
+    anchors: Points,
+    sizes: Points,
     bounds: tuple[Any, Any],
     priority: npt.NDArray[Any],
-    points: _Points | None = None,
-) -> _Points:
+    points: Points | None = None,
+) -> Points:
     """Place boxes near their anchors so that none overlaps another.
 
-    Each box takes the best free place, the one with the highest priority first: near its anchor,
-    and covering few points.
-
-    Parameters
-    ----------
-    anchors, sizes : ndarray of float, shape (n, 2)
-        Where the centre of each box wants to be; its width and height. Any unit.
-    bounds : tuple of array-like, shape (2,) each
-        Low and high corner of the area that boxes stay in.
-    priority : ndarray, shape (n,)
-        The higher, the earlier; equal ones in input order.
-    points : ndarray of float, shape (n_points, 2), optional
-        What boxes should rather not cover. None: nearness alone counts.
-
-    Returns
-    -------
-    ndarray of float, shape (n, 2)
-        Centres; NaN for a box that finds no free place.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from skembed.plotting.layout import place_boxes
-    >>> anchors, sizes = np.array([[5.0, 5.0], [5.0, 5.0]]), np.array([[4.0, 2.0], [4.0, 2.0]])
-    >>> place_boxes(anchors, sizes, ((0, 0), (10, 10)), np.array([2, 1]))[0]
-    array([5., 5.])
+    The box with the highest priority goes first (equal ones in input order), to the best free
+    centre: near its anchor, and covering few points. `anchors` and `sizes` (width, height) are
+    (n, 2); centres stay in `bounds` (low and high corner), and are NaN where nothing is free.
     """
     low, high = np.asarray(bounds[0], dtype=float), np.asarray(bounds[1], dtype=float)
     placed = np.full(anchors.shape, np.nan)
@@ -196,21 +169,14 @@ def place_boxes(
     return placed
 
 
-def _count_within(tries: _Points, points: _Points, half: _Points) -> npt.NDArray[np.int64]:
+def _count_within(tries: Points, points: Points, half: Points) -> npt.NDArray[np.int64]:
     """Count the points (n, 2) less than `half`, (2,) or (n, 2), away from each try, (C,)."""
     gaps = np.abs(tries[:, None] - points[None])  # (C, n, 2)
     return np.asarray((gaps < half).all(axis=-1).sum(axis=1))
 
 
-# A box is wide: a step aside looks shorter than a step up.
-_STRETCH = np.array([1.6, 1.0])
-_GROWTH = 0.06  # from ring to ring
-# To cover a point is as bad as to stand this many heights away; to cover many, at most this.
-_COVER_COST, _MAX_COVER_COST = 0.7, 3.5
-
-
-def _make_offsets(step: float, *, reach: float) -> _Points:
-    """Return offsets (C, 2) on ellipses around 0, half a step apart and then ever farther."""
+def _make_offsets(step: float, *, reach: float) -> Points:
+    """Return offsets (C, 2) on ellipses around 0, half a step apart and then wider."""
     n_rings = int(np.log1p(2 * _GROWTH * reach / step) / np.log1p(_GROWTH)) + 1
     radii = step / 2 * np.expm1(np.arange(1, n_rings + 1) * np.log1p(_GROWTH)) / _GROWTH
     angles = np.arange(16) * (2 * np.pi / 16)

@@ -12,34 +12,21 @@ import numpy.typing as npt
 
 from skembed._validation import import_optional
 from skembed.plotting.drawing import (
-    EDGE,
     LEGEND_LENGTH,
-    LEGEND_WIDTH,
     NAME_LENGTH,
-    SIDE,
-    Codes,
-    Points,
     choose_font_size,
     darken,
-    find_shown_anchors,
+    find_map_frame,
     pick_names,
 )
-from skembed.plotting.groups import NOISE_COLOR, MapGroups, shorten, shorten_name
-from skembed.plotting.layout import choose_alpha, choose_point_size, find_frame, place_names
+from skembed.plotting.groups import MARKERS, NOISE_COLOR, MapGroups, shorten, shorten_name
+from skembed.plotting.layout import Codes, Points, choose_alpha, choose_point_size, place_names
 
 __all__ = ["make_plotly"]
 
-# plotly
-
-_SYMBOLS = {
-    "o": "circle",
-    "s": "square",
-    "^": "triangle-up",
-    "D": "diamond",
-    "v": "triangle-down",
-    "P": "cross",
-    "X": "x",
-}
+_SIDE, _LEGEND_WIDTH, _EDGE = 800, 300, 20  # pixels; the frame is a square
+_NAMES_OF_MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
+_SYMBOLS = dict(zip(MARKERS, _NAMES_OF_MARKERS, strict=True))
 _PLOTLY_FONT = 1.25  # pixels of a name for each point in the static map
 _HOVER_WIDTH = 70
 
@@ -58,11 +45,11 @@ def make_plotly(
         "plotly.graph_objects", extra="interactive", purpose="`EmbeddingMapDisplay.to_plotly`"
     )
     hover = _write_hover(texts, text_length)
-    size = 1.6 * np.sqrt(choose_point_size(len(positions), 0.3 * SIDE**2))
+    size = 1.6 * np.sqrt(choose_point_size(len(positions), 0.3 * _SIDE**2))
     marker = {"size": size, "opacity": choose_alpha(len(positions))}
     traces = []
     for name, rows, look in _iterate_traces(groups):
-        # Text is looked up only where there is some: an empty one would still open a box.
+        # Without texts there is no `customdata`: an empty text would still open a box.
         trace = {"customdata": hover[rows]} if hover is not None else {}
         traces.append(
             graph_objects.Scattergl(
@@ -109,7 +96,7 @@ def _write_hover(texts: list[str] | None, length: int) -> npt.NDArray[Any] | Non
 
 
 def _make_template(groups: MapGroups, *, has_text: bool) -> str:
-    """Return what a box shows: the group or the value, then the text."""
+    """Return the template of a hover box: the group or the value, then the text."""
     if groups.values is not None:
         head = "<b>%{marker.color:.4g}</b>"
     else:
@@ -120,17 +107,16 @@ def _make_template(groups: MapGroups, *, has_text: bool) -> str:
 
 def _set_plotly_layout(figure: Any, positions: Points, groups: MapGroups, title: Any) -> None:
     """Set sizes, frame and legend."""
-    anchors = find_shown_anchors(positions, groups)
-    low, high = find_frame(positions, anchors[np.isfinite(anchors).all(axis=1)])
+    low, high = find_map_frame(positions, groups)
     axis = {"showgrid": False, "zeroline": False, "showticklabels": False, "ticks": ""}
     axis.update(showline=True, linecolor="lightgrey", mirror=True)
-    top = EDGE if title is None else 3 * EDGE
+    top = _EDGE if title is None else 3 * _EDGE
     figure.update_layout(
         template="plotly_white",
-        width=SIDE + EDGE + LEGEND_WIDTH,
-        height=SIDE + top + EDGE,
+        width=_SIDE + _EDGE + _LEGEND_WIDTH,
+        height=_SIDE + top + _EDGE,
         title=None if title is None else {"text": html.escape(title)},
-        margin={"l": EDGE, "r": LEGEND_WIDTH, "t": top, "b": EDGE},
+        margin={"l": _EDGE, "r": _LEGEND_WIDTH, "t": top, "b": _EDGE},
         xaxis={**axis, "range": [low[0], high[0]]},
         yaxis={**axis, "range": [low[1], high[1]]},
         legend={"itemsizing": "constant"},
@@ -144,27 +130,25 @@ def _set_plotly_layout(figure: Any, positions: Points, groups: MapGroups, title:
 def _annotate_plotly(figure: Any, positions: Points, groups: MapGroups) -> None:
     """Write the names of the groups where they are densest, none over another."""
     anchors, shown = pick_names(positions, groups)
-    names = [shorten_name(groups.names[i], NAME_LENGTH) for i in shown]
-    layout = figure.layout
-    low = np.array([layout.xaxis.range[0], layout.yaxis.range[0]])
-    high = np.array([layout.xaxis.range[1], layout.yaxis.range[1]])
-    area = np.array([SIDE, SIDE])
+    names = [shorten_name(name, NAME_LENGTH) for name in groups.names]
+    low, high = np.array([figure.layout.xaxis.range, figure.layout.yaxis.range]).T
+    area = np.array([_SIDE, _SIDE])
     pixels = (anchors[shown] - low) / (high - low) * area
-    # A bold character of the font is about this wide; what is measured is in the browser.
+    # Estimated from the width of a bold character: only the browser knows the true sizes.
     font_size = _PLOTLY_FONT * choose_font_size(len(shown))
-    sizes = np.array([(0.62 * font_size * len(name) + 8, 1.35 * font_size) for name in names])
+    widths = [0.62 * font_size * len(names[i]) + 8 for i in shown]
+    sizes = np.column_stack([widths, np.full(len(shown), 1.35 * font_size)])
     points = (positions - low) / (high - low) * area
-    bounds = ((0, 0), area)
     notes = []
-    for place, (right, up), far in place_names(
-        pixels, sizes.reshape(-1, 2), bounds, points, groups.codes, shown
+    for group, (right, up), far in place_names(
+        pixels, sizes, ((0, 0), area), points, groups.codes, shown
     ):
         shift = {"ax": right, "ay": -up} if far else {"xshift": right, "yshift": up}
         note = dict(
-            x=anchors[shown[place], 0],
-            y=anchors[shown[place], 1],
-            text=f"<b>{html.escape(names[place])}</b>",
-            font={"size": font_size, "color": darken(groups.colors[shown[place]])},
+            x=anchors[group, 0],
+            y=anchors[group, 1],
+            text=f"<b>{html.escape(names[group])}</b>",
+            font={"size": font_size, "color": darken(groups.colors[group])},
             bgcolor="rgba(255, 255, 255, 0.6)",
             showarrow=far,
             arrowhead=0,
@@ -174,4 +158,5 @@ def _annotate_plotly(figure: Any, positions: Points, groups: MapGroups) -> None:
             **shift,
         )
         notes.append(note)
-    figure.update_layout(annotations=notes)  # one by one, their cost grows with the square
+    # In one call: adding them one by one takes quadratic time.
+    figure.update_layout(annotations=notes)

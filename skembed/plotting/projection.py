@@ -20,8 +20,6 @@ from skembed.embedding import Vectors, check_text_column, check_vectorizer, embe
 from skembed.exceptions import SkembedWarning
 
 __all__ = [
-    "MIN_UMAP_ROWS",
-    "REDUCERS",
     "Responder",
     "check_coordinates",
     "check_vectors",
@@ -35,31 +33,21 @@ __all__ = [
     "split_estimator",
 ]
 
-REDUCERS = ("umap", "pca")
-# Below, each text would be a neighbour of nearly all others.
-MIN_UMAP_ROWS = 10
+# With fewer, each text would be a neighbour of nearly all others.
+_MIN_UMAP_ROWS = 10
 
-_Coordinates = npt.NDArray[np.float64]
-
-
-# Estimators
+_Coordinates = npt.NDArray[np.float64]  # (n, 2)
 
 
 class Responder(NamedTuple):
-    """What embeds texts, and what predicts from the vectors; None where there is none."""
+    """The part that embeds texts and the part that predicts from vectors, each or None."""
 
     vectorizer: Any
     predictor: Any
 
 
 def split_estimator(estimator: Any, *, owner: str) -> Responder:
-    """Find what embeds and what predicts in a fitted estimator, vectorizer or Pipeline.
-
-    >>> from sklearn.feature_extraction.text import TfidfVectorizer
-    >>> from skembed.plotting.projection import split_estimator
-    >>> split_estimator(TfidfVectorizer(), owner="EmbeddingMapDisplay").predictor is None
-    True
-    """
+    """Return the parts of a fitted estimator, vectorizer or Pipeline."""
     best = getattr(estimator, "best_estimator_", None)  # of a search over parameters
     if best is not None:
         return split_estimator(best, owner=owner)
@@ -67,8 +55,8 @@ def split_estimator(estimator: Any, *, owner: str) -> Responder:
         return _split_pipeline(estimator, owner=owner)
     if hasattr(estimator, "vectorizer"):  # a task estimator of skembed, or one like it
         check_is_fitted(estimator)
-        says = hasattr(estimator, "predict") or hasattr(estimator, "labels_")
-        return Responder(getattr(estimator, "vectorizer_", None), estimator if says else None)
+        predicts = hasattr(estimator, "predict") or hasattr(estimator, "labels_")
+        return Responder(getattr(estimator, "vectorizer_", None), estimator if predicts else None)
     if hasattr(estimator, "predict") or hasattr(estimator, "labels_"):
         return Responder(None, estimator)
     subject = f"The `estimator` parameter of `{owner}`"
@@ -78,9 +66,9 @@ def split_estimator(estimator: Any, *, owner: str) -> Responder:
 
 
 def _split_pipeline(pipeline: Pipeline, *, owner: str) -> Responder:
-    """Cut a Pipeline before its predictor; one that embeds itself ends the embedding part."""
-    passes = pipeline[-1] is None or isinstance(pipeline[-1], str)  # "passthrough"
-    last = None if passes else split_estimator(pipeline[-1], owner=owner)
+    """Return the steps before the predictor, with the vectorizer inside it, and the predictor."""
+    is_empty = pipeline[-1] is None or isinstance(pipeline[-1], str)  # "passthrough"
+    last = None if is_empty else split_estimator(pipeline[-1], owner=owner)
     if last is None or last.predictor is None:
         return Responder(pipeline, None)
     steps = list(pipeline.steps[:-1])
@@ -93,26 +81,25 @@ def embed_input(vectorizer: Any, X: Any, *, owner: str) -> Vectors:
     """Return the vectors (n, dim) of texts through a vectorizer, or of embeddings without one."""
     if vectorizer is None:
         return check_vectors(X, owner=owner, name="X")
-    if not isinstance(vectorizer, Pipeline):  # whose first step may take frames and more
+    if not isinstance(vectorizer, Pipeline):  # its first step may take frames and more
         X = check_text_column(X, vectorizer=vectorizer, owner=owner)
     return embed(vectorizer, X, "query", owner=owner)
 
 
-class _Given:
-    """A vectorizer that returns vectors that are already there."""
+class _Precomputed:
+    """A vectorizer that returns precomputed vectors, whatever the texts."""
 
-    def __init__(self, vectors: Vectors, missing: Any) -> None:
+    def __init__(self, vectors: Vectors, missing: str) -> None:
         self.vectors = vectors
         self.missing = missing
 
     def transform(self, texts: Any) -> Vectors:
-        """Return the vectors, whatever the texts."""
+        """Return the vectors, (n, dim)."""
         return self.vectors
 
 
-def predict_groups(found: Responder, X: Any, vectors: Vectors, *, owner: str) -> Any:
-    """Return what the predictor says of vectors that it would else embed again, (n,), or None."""
-    predictor = found.predictor
+def predict_groups(predictor: Any, X: Any, vectors: Vectors, *, owner: str) -> Any:
+    """Return the predictions for X, (n,), from its vectors; None without a predictor."""
     if predictor is None:
         return None
     if knows_rows(predictor, X):
@@ -124,20 +111,16 @@ def predict_groups(found: Responder, X: Any, vectors: Vectors, *, owner: str) ->
         )
     if getattr(predictor, "vectorizer_", None) is None:
         return predictor.predict(vectors)
-    twin = copy.copy(predictor)
-    twin.vectorizer_ = _Given(vectors, getattr(predictor.vectorizer_, "missing", "error"))
-    return twin.predict(X)
+    copied = copy.copy(predictor)  # which does not embed X again
+    copied.vectorizer_ = _Precomputed(vectors, getattr(predictor.vectorizer_, "missing", "error"))
+    return copied.predict(X)
 
 
 def knows_rows(predictor: Any, X: Any) -> bool:
     """Tell whether X holds the rows that a clusterer was fitted on, so that it has their labels.
 
-    Its representative texts must stand in the same rows; without them, and without `predict`,
-    the number of rows must do.
-
-    >>> from skembed.plotting.projection import knows_rows
-    >>> knows_rows(object(), ["a text"])
-    False
+    Its representative texts must be in the same rows; without them, and without `predict`, the
+    number of rows must do.
     """
     labels = getattr(predictor, "labels_", None)
     if labels is None or len(labels) != len(X):
@@ -145,15 +128,15 @@ def knows_rows(predictor: Any, X: Any) -> bool:
     texts = getattr(predictor, "representative_texts_", None)
     if texts is None:
         return not hasattr(predictor, "predict")
-    given = read_hover_texts(X)
+    column = read_hover_texts(X)
     rows = predictor.representative_indices_
-    return given is not None and all(
-        [given[row] for row in rows[group]] == kept for group, kept in texts.items()
+    return column is not None and all(
+        [column[row] for row in rows[cluster]] == typical for cluster, typical in texts.items()
     )
 
 
 def read_hover_texts(X: Any) -> list[str] | None:
-    """Return one column of texts as a list, None for anything else."""
+    """Return one column of texts as a list; None for anything else."""
     try:
         columns = check_texts(X, owner="EmbeddingMapDisplay", missing="empty").columns
     except (TypeError, ValueError):
@@ -161,16 +144,8 @@ def read_hover_texts(X: Any) -> list[str] | None:
     return columns[0] if len(columns) == 1 else None
 
 
-# Numbers
-
-
 def is_matrix(X: Any) -> bool:
-    """Tell whether X is an array or frame of numbers.
-
-    >>> from skembed.plotting.projection import is_matrix
-    >>> is_matrix([[0.5, 1.0]]), is_matrix(["a text"])
-    (True, False)
-    """
+    """Tell whether X is an array or frame of numbers."""
     try:
         array = np.asarray(X)
     except ValueError:  # ragged
@@ -179,7 +154,7 @@ def is_matrix(X: Any) -> bool:
 
 
 def check_vectors(X: Any, *, owner: str, name: str, dim: int | None = None) -> Vectors:
-    """Return finite numbers, float32 or float64, (n, dim); at least one row and one column."""
+    """Return a matrix of finite numbers, float32 or float64, (n, dim), not empty."""
     subject = f"The `{name}` parameter of `{owner}`"
     if hasattr(X, "tocsr"):
         raise TypeError(
@@ -217,16 +192,13 @@ def check_coordinates(coordinates: Any, n: int | None, *, owner: str) -> _Coordi
     return array.astype(np.float64)
 
 
-# The plane
-
-
 def project(
     vectors: Vectors, reducer: Any, *, random_state: Any, owner: str
 ) -> tuple[_Coordinates, Any]:
-    """Fit a reducer to vectors; their coordinates (n, 2) and the fitted reducer."""
+    """Fit a reducer to vectors and return their coordinates (n, 2) and the fitted reducer."""
     model = _make_reducer(reducer, vectors.shape, random_state=random_state, owner=owner)
-    found = model.fit_transform(vectors)
-    return _check_plane(found, len(vectors), model, owner=owner), model
+    coordinates = model.fit_transform(vectors)
+    return _check_plane(coordinates, len(vectors), model, owner=owner), model
 
 
 def place_vectors(reducer: Any, vectors: Vectors, *, owner: str) -> _Coordinates:
@@ -240,9 +212,9 @@ def place_vectors(reducer: Any, vectors: Vectors, *, owner: str) -> _Coordinates
     return _check_plane(reducer.transform(vectors), len(vectors), reducer, owner=owner)
 
 
-def _check_plane(found: Any, n: int, reducer: Any, *, owner: str) -> _Coordinates:
-    """Return what a reducer made as float64, (n, 2); a missing second column is zero."""
-    array = np.asarray(found, dtype=np.float64)
+def _check_plane(coordinates: Any, n: int, reducer: Any, *, owner: str) -> _Coordinates:
+    """Return the output of a reducer as float64, (n, 2); a missing second column is zero."""
+    array = np.asarray(coordinates, dtype=np.float64)
     if isinstance(reducer, PCA) and array.shape == (n, 1):
         array = np.column_stack([array, np.zeros(n)])
     if array.shape != (n, 2) or not np.isfinite(array).all():
@@ -258,12 +230,15 @@ def _make_reducer(reducer: Any, shape: tuple[int, ...], *, random_state: Any, ow
     check_random_state(random_state)
     n, dim = shape
     if isinstance(reducer, str):
-        check_choice(reducer, name="reducer", owner=owner, allowed=REDUCERS)
-        if reducer == "umap" and n >= MIN_UMAP_ROWS:
-            return _make_umap(n, random_state)
+        check_choice(reducer, name="reducer", owner=owner, allowed=("umap", "pca"))
+        if reducer == "umap" and n >= _MIN_UMAP_ROWS:
+            umap = import_optional("umap", extra="plot", purpose=f"`{owner}`")
+            # With a seed UMAP runs on one thread, and warns if it may use more.
+            options = {"metric": "cosine", "n_jobs": -1 if random_state is None else 1}
+            return umap.UMAP(n_neighbors=min(15, n - 1), random_state=random_state, **options)
         if reducer == "umap":
             warnings.warn(
-                f"`{owner}` shows a PCA: UMAP needs at least {MIN_UMAP_ROWS} texts; got {n}. "
+                f"`{owner}` shows a PCA: UMAP needs at least {_MIN_UMAP_ROWS} texts; got {n}. "
                 "Silence this with reducer='pca'.",
                 SkembedWarning,
                 stacklevel=4,
@@ -277,13 +252,3 @@ def _make_reducer(reducer: Any, shape: tuple[int, ...], *, random_state: Any, ow
             f"`fit_transform`; got an object of type {type(reducer).__name__}."
         )
     return clone(reducer, safe=False)
-
-
-def _make_umap(n: int, random_state: Any) -> Any:
-    """Return a UMAP by cosine for n texts."""
-    umap = import_optional("umap", extra="plot", purpose="`EmbeddingMapDisplay`")
-    # With a seed UMAP runs on one thread, and warns where it is not asked to.
-    n_jobs = -1 if random_state is None else 1
-    return umap.UMAP(
-        n_neighbors=min(15, n - 1), metric="cosine", random_state=random_state, n_jobs=n_jobs
-    )
