@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -121,10 +122,11 @@ def _open_texts(X: Any, *, owner: str) -> TextSource:
         check_texts(X, owner=owner)  # raises, and says what to do
     rows = X.iloc if hasattr(X, "iloc") else X
     if _is_of_arrow(X) and hasattr(X, "to_pylist"):
-        return _slice_source(len(X), lambda a, b: X.slice(a, b - a).to_pylist())
+        cut = partial(_read_slices, len(X), lambda a, b: X.slice(a, b - a).to_pylist())
+        return TextSource(len(X), False, cut)
     is_column = hasattr(X, "dtype") and hasattr(X, "__len__") and hasattr(X, "__getitem__")
     if isinstance(X, (list, tuple)) or is_column:
-        return _slice_source(len(X), lambda a, b: rows[a:b])
+        return TextSource(len(X), False, partial(_read_slices, len(X), lambda a, b: rows[a:b]))
     n_rows = len(X) if isinstance(X, Sequence) else None
     return TextSource(n_rows, isinstance(X, Iterator), lambda size: _read_items(X, size))
 
@@ -134,12 +136,7 @@ def _is_of_arrow(X: Any) -> bool:
     return type(X).__module__.partition(".")[0] == "pyarrow"
 
 
-def _slice_source(n_rows: int, cut: Callable[[int, int], Any]) -> TextSource:
-    """A source of which `cut` gives any rows."""
-    return TextSource(n_rows, False, lambda size: _read_slices(n_rows, size, cut))
-
-
-def _read_slices(n: int, size: int, cut: Callable[[int, int], Any]) -> Iterator[Block]:
+def _read_slices(n: int, cut: Callable[[int, int], Any], size: int) -> Iterator[Block]:
     """Blocks of a source with places; one without rows if it is empty."""
     for start in range(0, max(n, 1), size):
         yield Block(cut(start, min(start + size, n)))

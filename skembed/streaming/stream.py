@@ -109,13 +109,13 @@ def write_embeddings(
     try:
         with hold_lock(target.lock_path, subject=f"{str(target.path)!r}"):
             run.begin(overwrite=overwrite)
-            run.read()
+            report = run.read()
     finally:
         target.tidy()
     if run.n_truncated:
         max_length = encoder.settings.parameters.max_length
         warn_truncated(run.n_truncated, run.n_embedded, max_length, stacklevel=4)
-    return run.report()
+    return report
 
 
 class _Run:
@@ -133,7 +133,7 @@ class _Run:
         self.encoder = encoder
         self.source = source
         self.target = target
-        self.side = side
+        self.sides = (side, "document")  # the second for pairs only
         self.rows = rows
         self.stored: Manifest | None = None
         self.manifest: Manifest | None = None
@@ -155,7 +155,7 @@ class _Run:
             )
         self.stored = read_manifest(self.target.manifest_path)
 
-    def read(self) -> None:
+    def read(self) -> StreamReport:
         """Go through the source; shards that are there are compared, all others embedded."""
         parameters = self.encoder.settings.parameters
         delay = 0.0 if parameters.verbose else PROGRESS_DELAY_S
@@ -170,7 +170,7 @@ class _Run:
                     self._embed(manifest, index, start, columns, block.carried)
                 start += len(columns.columns[0])
                 bar.update(len(columns.columns[0]))
-        self._finish(index + 1, start)
+        return self._finish(index + 1, start)
 
     def _start(self, block: Block, columns: TextColumns) -> Manifest:
         """The manifest to go on with: a new one, or the one that is there if it fits."""
@@ -211,10 +211,10 @@ class _Run:
         """Everything that decides vectors and files."""
         own = self.encoder.settings
         n_columns = len(columns.columns)
-        if n_columns == 2 and self.side != "query":
+        if n_columns == 2 and self.sides[0] != "query":
             raise ValueError(
                 f"The `side` parameter of `{METHOD}` must be 'query' for pairs, which are embedded "
-                f"as a query and a document; got {self.side!r}."
+                f"as a query and a document; got {self.sides[0]!r}."
             )
         settings: dict[str, Any] = {
             "layout": self.target.layout,
@@ -222,7 +222,7 @@ class _Run:
             "pooling": own.model.key.pooling,
             "dtype": own.model.key.dtype,
             "numerics": NUMERICS_VERSION,
-            "prefixes": [own.requests[side].prefix for side in self._sides(n_columns)],
+            "prefixes": [own.requests[side].prefix for side in self.sides[:n_columns]],
             "max_length": own.parameters.max_length,
             "dim": own.dim * n_columns,
             "normalize": own.parameters.normalize,
@@ -246,7 +246,7 @@ class _Run:
             "revision": model.source.revision,
             "instruction": parameters.instruction,
             "document_instruction": parameters.document_instruction,
-            "side": self.side,
+            "side": self.sides[0],
             "truncate_dim": parameters.truncate_dim,
             "device": model.key.device.partition(":")[0],
             "versions": {name: metadata.version(name) for name in packages},
@@ -313,8 +313,7 @@ class _Run:
         """Embed one block, write it, and name it in the manifest."""
         # All shards alike: on a GPU, "auto" would follow the memory that is free just then.
         budget = manifest.batch_tokens
-        sides = self._sides(len(columns.columns))
-        vectors, done = self.encoder.embed(columns, sides, batch_tokens=budget, progress=False)
+        vectors, done = self.encoder.embed(columns, self.sides, batch_tokens=budget, progress=False)
         manifest.batch_tokens = budget or done.batch_tokens or None
         self.n_truncated += done.n_truncated
         self.n_embedded += done.n_embedded
@@ -335,10 +334,6 @@ class _Run:
         ]
         self._save(manifest, index)
 
-    def _sides(self, n_columns: int) -> tuple[str, ...]:
-        """The side of each text column."""
-        return (self.side,) if n_columns == 1 else ("query", "document")
-
     def _save(self, manifest: Manifest, index: int) -> None:
         """Write the manifest; where it cannot be, the shard does not count."""
         try:
@@ -347,8 +342,8 @@ class _Run:
             start = index * manifest.settings["rows_per_shard"]
             raise explain_write_error(error, self.target, index, start) from error
 
-    def _finish(self, n_shards: int, n_rows: int) -> None:
-        """Mark the set as complete."""
+    def _finish(self, n_shards: int, n_rows: int) -> StreamReport:
+        """Mark the set as complete; what the call did."""
         manifest = self.manifest
         if manifest is None:  # a source gives one block at least
             raise RuntimeError(f"`{METHOD}` read no block; please report this.")
@@ -363,17 +358,8 @@ class _Run:
         if not manifest.complete:
             manifest.complete = True
             self._save(manifest, n_shards)
-
-    def report(self) -> StreamReport:
-        """What the call did."""
-        manifest = self.manifest or Manifest({"dim": 0}, {})
-        return StreamReport(
-            path=self.target.path,
-            n_rows=manifest.n_rows,
-            dim=manifest.settings["dim"],
-            n_shards=len(manifest.shards),
-            n_skipped=self.n_skipped,
-        )
+        dim = manifest.settings["dim"]
+        return StreamReport(self.target.path, n_rows, dim, n_shards, self.n_skipped)
 
 
 def _check_keep(keep_columns: Any, ids: Any, target: Target) -> list[str]:
