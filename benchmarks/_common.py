@@ -51,17 +51,7 @@ MIXED_SETS = {
 
 
 def make_parser(description: str, *, texts: int | None = None, data: bool = True) -> Any:
-    """Return an argument parser with the options that all benchmarks have.
-
-    Parameters
-    ----------
-    description : str
-        The benchmark's docstring; its first line is shown.
-    texts : int, optional
-        Default of ``--texts``; None leaves the option out.
-    data : bool
-        Whether the benchmark reads the evaluation sets.
-    """
+    """Return a parser with the options of all benchmarks; `texts` is the default of ``--texts``."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     if data:
         default = os.environ.get("SKEMBED_DATA", ROOT.parent / "shared" / "data")
@@ -80,15 +70,7 @@ def make_parser(description: str, *, texts: int | None = None, data: bool = True
 def start(
     parser: argparse.ArgumentParser, *, full: Mapping[str, Any] | None = None
 ) -> argparse.Namespace:
-    """Parse the arguments, set the number of threads, and silence what is expected.
-
-    Parameters
-    ----------
-    parser : argparse.ArgumentParser
-        With the options of the benchmark.
-    full : mapping of str to object, optional
-        Defaults that ``--full`` takes in the place of those that keep a run under five minutes.
-    """
+    """Parse the arguments, set torch's threads; ``--full`` takes the larger defaults of `full`."""
     if full is not None:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in full)
         parser.add_argument(
@@ -191,18 +173,10 @@ def describe_lengths(lengths: Sequence[int] | np.ndarray) -> dict[str, float]:
 
 @dataclass
 class Comparison:
-    """Times of two tasks run in turn: A B, A B, ...
+    """Times of two tasks run in turn: A B, A B, ..."""
 
-    Attributes
-    ----------
-    names : tuple of str
-        Of the two tasks; ours first.
-    times : list of (float, float)
-        Seconds of each pair.
-    """
-
-    names: tuple[str, str]
-    times: list[tuple[float, float]] = field(default_factory=list)
+    names: tuple[str, str]  # ours first
+    times: list[tuple[float, float]] = field(default_factory=list)  # seconds
 
     @property
     def ratios(self) -> list[float]:
@@ -411,24 +385,12 @@ def load_minilm(dtype: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class ShareOfPeak:
-    """Some encodes of the same texts between two measurements of the machine's peak.
-
-    Attributes
-    ----------
-    times_s : list of float
-        Seconds of each encode.
-    peaks : list of float
-        GFLOP/s of large matrix products in the model's type, before and after.
-    gflop : float
-        Of one encode.
-    activity : Activity
-        What the model did in the last one.
-    """
+    """Some encodes of the same texts between two measurements of the machine's peak."""
 
     times_s: list[float]
-    peaks: list[float]
-    gflop: float
-    activity: Activity
+    peaks: list[float]  # GFLOP/s of large matrix products, before and after
+    gflop: float  # of one encode
+    activity: Activity  # of the last one
 
     @property
     def wall_s(self) -> float:

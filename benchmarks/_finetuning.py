@@ -41,17 +41,7 @@ TRAINING_PACKAGES = ("peft", "setfit", "accelerate", "datasets")
 class Results:
     """Results of one benchmark that may come from several calls, written after each part.
 
-    Parameters
-    ----------
-    name, title : str
-        Of the files and of the page.
-    args : argparse.Namespace
-        Options of this call; `fresh` drops what an earlier call wrote.
-    settings : dict
-        What makes results comparable: a file with other settings, or from another machine, ends
-        the benchmark instead of being mixed with this call's.
-    make_figures : callable
-        Takes ``self.parts``, gives the figures of the page.
+    `settings` make results comparable: a file with others, or of another machine, is refused.
     """
 
     def __init__(
@@ -139,7 +129,7 @@ def read_version(package: str) -> str | None:
 def digest_sources() -> str:
     """Return a short hash of the package's Python files: which state of the code was measured."""
     found = hashlib.blake2b(digest_size=4)
-    for path in sorted((ROOT / "skembed").glob("*.py")):
+    for path in sorted((ROOT / "skembed").rglob("*.py")):
         found.update(path.read_bytes())
     return found.hexdigest()
 

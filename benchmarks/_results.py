@@ -87,21 +87,7 @@ def processor_name() -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured figure, and the bar it is held against if there is one.
-
-    Attributes
-    ----------
-    name : str
-        What was measured, with its unit.
-    value : float
-        The figure.
-    bar : float, optional
-        What is asked of it; None where the figure is for information.
-    at_least : bool
-        True where more is better.
-    aim : bool
-        True for an aim that is reported and fails nothing.
-    """
+    """A measured figure, and the bar it is held against if there is one."""
 
     name: str
     value: float
@@ -150,26 +136,7 @@ def finish(
     args: argparse.Namespace,
     device: torch.device | str = "cpu",
 ) -> int:
-    """Write NAME.json and NAME.md to ``args.out``, print the figures, and return the exit status.
-
-    Parameters
-    ----------
-    name, title : str
-        Of the files and of the page.
-    figures : sequence of Figure
-        The main figures: the page's first table.
-    values : dict
-        Everything else that was measured, nested as you like.
-    args : argparse.Namespace
-        The options of the run.
-    device : torch.device or str
-        Where the models ran.
-
-    Returns
-    -------
-    int
-        1 where a bar (not an aim) is missed, else 0.
-    """
+    """Write NAME.json and NAME.md, print the figures; return 1 where a bar (no aim) is missed."""
     record: dict[str, Any] = {
         **describe_run(name, command_line(), device),
         "seconds": round(time.monotonic() - STARTED, 1),

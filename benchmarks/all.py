@@ -37,24 +37,12 @@ PASSED, MISSED, SKIPPED, FAILED = "passed", "missed a bar", "skipped", "FAILED"
 
 @dataclass(frozen=True)
 class Run:
-    """What became of one benchmark.
-
-    Attributes
-    ----------
-    name : str
-        The script.
-    verdict : str
-        Passed, missed a bar, skipped or failed.
-    seconds : float
-        How long it took.
-    reason : str
-        The last line it printed, where it was skipped or failed.
-    """
+    """What became of one benchmark."""
 
     name: str
-    verdict: str
+    verdict: str  # passed, missed a bar, skipped or failed
     seconds: float
-    reason: str = ""
+    reason: str = ""  # the last line printed, where it was skipped or failed
 
     def __str__(self) -> str:
         reason = f": {self.reason}" if self.reason else ""

@@ -45,15 +45,7 @@ N_FITS = 5 * len(GRID["clf__C"]) + 1  # with the refit
 
 
 class Workload:
-    """The texts, their order, and what is stored under them.
-
-    Parameters
-    ----------
-    n_rows : int
-        Distinct texts of ordinary length (about 70 characters).
-    dim, batch : int
-        Width of the vectors; rows of one call.
-    """
+    """The texts, their order, and what is stored under them."""
 
     def __init__(self, n_rows: int, dim: int, batch: int) -> None:
         rng = np.random.default_rng(0)

@@ -126,17 +126,7 @@ def warm_up(embed: Pass, batches: list[PackedBatch]) -> list[float]:
 
 
 def count_texts_to_pay(warm_up_s: float, before_s: float, after_s: float, n_texts: int) -> float:
-    """Return the texts after which a warm-up is paid back; infinite where nothing is gained.
-
-    Parameters
-    ----------
-    warm_up_s : float
-        What it costs.
-    before_s, after_s : float
-        Seconds that `n_texts` take without and with it.
-    n_texts : int
-        Number of texts.
-    """
+    """Return the texts after which a warm-up is paid back; infinite where nothing is gained."""
     gain_s = before_s - after_s
     return n_texts * warm_up_s / gain_s if gain_s > 0 else math.inf
 

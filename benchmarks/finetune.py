@@ -84,29 +84,15 @@ def read_scifact(train: Path, args: argparse.Namespace) -> Examples:
 
 @dataclass(frozen=True)
 class Part:
-    """A set to fit on, how it is scored, and where else the fitted model is scored.
-
-    Attributes
-    ----------
-    task, dataset, metric : str
-        As in quality.py.
-    read : callable
-        Reads the examples from a data folder.
-    bar : float
-        Points that the fit must add.
-    elsewhere : (str, str)
-        Task and set that the model is scored on as well, for information.
-    trainer : dict
-        Parameters that differ from the defaults.
-    """
+    """A set to fit on, how it is scored, and where else the fitted model is scored."""
 
     task: str
     dataset: str
     metric: str
     read: Callable[[Path, argparse.Namespace], Examples]
-    bar: float
-    elsewhere: tuple[str, str]
-    trainer: dict[str, Any]
+    bar: float  # points that the fit must add
+    elsewhere: tuple[str, str]  # task and set, for information
+    trainer: dict[str, Any]  # what differs from the defaults
 
 
 PARTS = {

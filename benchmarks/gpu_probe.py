@@ -39,15 +39,7 @@ Probe = tuple[str, Callable[[], object]]
 
 
 class Bench:
-    """The device, the sizes, and one random model.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where everything runs.
-    layers : int
-        Of the model.
-    """
+    """The device and the sizes of a random model."""
 
     def __init__(self, device: torch.device, layers: int) -> None:
         self.device, self.on_cpu = device, device.type == "cpu"

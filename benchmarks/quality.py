@@ -216,21 +216,7 @@ def load_model(name: str) -> Embed:
 
 @dataclass
 class Column:
-    """One model in a run: vectors of the texts it has seen, scores, and the time it took.
-
-    Attributes
-    ----------
-    name : str
-        The model.
-    scores : dict of str to float
-        Score of each set, in percent.
-    n_texts : int
-        Texts embedded.
-    seconds : float
-        Time they took, loading left out.
-    kept : dict
-        Where and when, for a column of an earlier run; else empty.
-    """
+    """One model in a run: vectors of the texts it has seen, scores, and the time it took."""
 
     name: str
     scores: dict[str, float] = field(default_factory=dict)

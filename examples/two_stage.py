@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -128,6 +129,21 @@ def evaluate(model: NVEmbedVectorizer, data: Path) -> dict[str, float]:
     return scores
 
 
+def train(model: NVEmbedVectorizer, stage: str, tasks: list[TrainingTask], **options: Any) -> None:
+    """Fit one stage, with the options that both stages share."""
+    trainer = ContrastiveTrainer(mine_negatives="perc_pos", **options)
+    began = time.perf_counter()
+    model.set_params(trainer=trainer).fit_tasks(tasks)
+    print(f"{stage}: {len(model.history_)} steps in {time.perf_counter() - began:.0f} s")
+
+
+def print_table(table: dict[str, dict[str, float]]) -> None:
+    """Print the scores, one column a model."""
+    print(f"\n{'':32s}" + "".join(f"{column:>16s}" for column in table))
+    for name in table["skembed-mini"]:
+        print(f"{name:32s}" + "".join(f"{scores[name]:16.1f}" for scores in table.values()))
+
+
 def main() -> None:
     """Train both stages and print the scores before, between and after."""
     parser = argparse.ArgumentParser(
@@ -138,54 +154,29 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=2_000, help="examples of each set")
     parser.add_argument("--steps", type=int, default=None, help="bound on the steps of a stage")
     arguments = parser.parse_args()
-    data, limit = arguments.data, arguments.limit
+    data, limit, output = arguments.data, arguments.limit, arguments.output
 
     model = NVEmbedVectorizer("skembed-mini", max_length=256, verbose=True)
     table = {"skembed-mini": evaluate(model, data)}
 
-    stage_1 = ContrastiveTrainer(
-        in_batch_negatives=True,
-        mine_negatives="perc_pos",
-        n_negatives=1,
-        learning_rate=5e-4,
-        max_steps=arguments.steps,
-        checkpoint_dir=arguments.output / "stage-1",
-        random_state=0,
-    )
     retrieval = [pair_task(data, name, text, limit) for name, text in RETRIEVAL.items()]
-    began = time.perf_counter()
-    model.set_params(trainer=stage_1).fit_tasks(retrieval)
-    print(f"stage 1: {len(model.history_)} steps in {time.perf_counter() - began:.0f} s")
-    table["after stage 1"] = evaluate(model, data)
-
-    stage_2 = ContrastiveTrainer(
-        in_batch_negatives=False,
-        mine_negatives="perc_pos",
-        n_negatives=4,
-        learning_rate=3e-4,
-        max_steps=arguments.steps,
-        warm_start=True,
-        checkpoint_dir=arguments.output / "stage-2",
-        random_state=1,
-    )
+    in_batch = {"in_batch_negatives": True, "n_negatives": 1, "learning_rate": 5e-4}
+    own = {"in_batch_negatives": False, "n_negatives": 4, "learning_rate": 3e-4, "warm_start": True}
     blend = [
         *retrieval,
         *(pair_task(data, name, text, limit) for name, text in WITH_NEGATIVES.items()),
         *(intent_task(data, name, limit) for name in INTENTS),
         similarity_task(data, limit),
     ]
-    began = time.perf_counter()
-    model.set_params(trainer=stage_2).fit_tasks(blend)
-    print(f"stage 2: {len(model.history_)} steps in {time.perf_counter() - began:.0f} s")
-    table["after stage 2"] = evaluate(model, data)
+    for number, (tasks, options) in enumerate([(retrieval, in_batch), (blend, own)], start=1):
+        options |= {"max_steps": arguments.steps, "random_state": number - 1}
+        train(model, f"stage {number}", tasks, checkpoint_dir=output / f"stage-{number}", **options)
+        table[f"after stage {number}"] = evaluate(model, data)
 
     model.set_params(instruction=None, document_instruction=None)
-    model.save_pretrained(arguments.output / "adapter")
-    columns = list(table)
-    print(f"\n{'':32s}" + "".join(f"{column:>16s}" for column in columns))
-    for name in table["skembed-mini"]:
-        print(f"{name:32s}" + "".join(f"{table[column][name]:16.1f}" for column in columns))
-    print(f"\nThe adapter is in {arguments.output / 'adapter'}: NVEmbedVectorizer(that folder).")
+    model.save_pretrained(output / "adapter")
+    print_table(table)
+    print(f"\nThe adapter is in {output / 'adapter'}: NVEmbedVectorizer(that folder).")
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ class EmbeddingMapper:
     """Embed a column of whatever batches a data engine hands out.
 
     Hand it to Ray Data's ``map_batches``, Dask's ``map_partitions``, Spark's ``mapInPandas`` or, as
-    `make_predict_fn`, to Spark's ``predict_batch_udf``. It pickles small: settings and a trained
-    adapter, no base weights; each worker process loads the model at its first batch and keeps it
-    for the batches and tasks to come.
+    `make_predict_fn`, to Spark's ``predict_batch_udf``. Its pickle is small: settings and a trained
+    adapter, no base weights. Each worker process loads the model at its first batch and keeps it
+    for later batches and tasks.
 
     Parameters
     ----------
     vectorizer : NVEmbedVectorizer or text transformer, optional
-        What embeds; None takes the bundled model. Its model must be found on every machine.
+        What embeds; None takes the bundled model. Every machine must have its model.
     column : str, default="text"
         The column of texts.
     output_column : str, default="embedding"
@@ -48,7 +48,7 @@ class EmbeddingMapper:
 
     Notes
     -----
-    Rows stay in their order, and each worker embeds a text that comes back once, as the
+    Rows stay in their order, and each worker embeds a repeated text once, as far as the
     vectorizer's cache allows. ``device="auto"`` and ``dtype="auto"`` are decided in the worker: on
     machines of different kinds name the `dtype`, so that all rows are computed in one type.
 
@@ -83,11 +83,11 @@ class EmbeddingMapper:
         self._from_pickle = False
 
     def __repr__(self) -> str:
-        given = f"column={self.column!r}, output_column={self.output_column!r}"
-        return f"{OWNER}({self.vectorizer!r}, {given}, method={self.method!r})"
+        columns = f"column={self.column!r}, output_column={self.output_column!r}"
+        return f"{OWNER}({self.vectorizer!r}, {columns}, method={self.method!r})"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, remembering that a worker's next task may bring another copy."""
+        """Restore, and note that a worker's next task may bring another copy."""
         self.__dict__.update(state, _from_pickle=True)
 
     def __call__(self, batch: Any) -> Any:
@@ -96,7 +96,7 @@ class EmbeddingMapper:
         Parameters
         ----------
         batch : dict of ndarray, pandas.DataFrame, pyarrow.Table or iterator of these
-            Rows with the column; other columns go along.
+            Rows with the column; other columns are kept.
 
         Returns
         -------
@@ -107,9 +107,9 @@ class EmbeddingMapper:
         Raises
         ------
         ValueError
-            When the batch has no such column, or has the output column already.
+            When the batch has no such column, or already has the output column.
         TypeError
-            When the batch is of another kind, or holds something else than texts.
+            When the batch is of another kind, or holds anything but texts.
         """
         if isinstance(batch, Iterator):
             return map(self, batch)
@@ -129,7 +129,7 @@ class EmbeddingMapper:
         )
 
     def embed(self, texts: Any) -> np.ndarray:
-        """Vectors of one array of texts.
+        """Embed one array of texts.
 
         Parameters
         ----------
@@ -147,12 +147,14 @@ class EmbeddingMapper:
             As the vectorizer's method.
         """
         vectors = np.asarray(getattr(self.vectorizer, self.method)(texts), dtype=np.float32)
-        if self._from_pickle:
-            _keep_models(self.vectorizer)
+        lease = getattr(self.vectorizer, "__dict__", {}).get("_lease")
+        if self._from_pickle and lease is not None:  # the vectorizer goes with its task
+            for model in lease.models.values():
+                registry.keep(model)
         return vectors
 
     def make_predict_fn(self) -> Callable[[np.ndarray], np.ndarray]:
-        """What Spark's ``predict_batch_udf`` calls once in each worker: gives `embed`.
+        """Return `embed`; Spark's ``predict_batch_udf`` calls this once in each worker.
 
         Returns
         -------
@@ -162,7 +164,7 @@ class EmbeddingMapper:
         return self.embed
 
     def _check_columns(self, names: list[Any]) -> None:
-        """The texts are there, and nothing is written over."""
+        """Check that the batch has the texts and not yet the output."""
         if self.column not in names:
             raise ValueError(
                 f"The `column` parameter of `{OWNER}` must be a column of the batch; got "
@@ -175,20 +177,13 @@ class EmbeddingMapper:
             )
 
     def _extend_frame(self, frame: Any) -> Any:
-        """A copy of a pandas frame with one vector a row, its index kept."""
+        """Return a copy of a pandas frame with one vector a row, its index kept."""
         vectors = np.fromiter(self.embed(frame[self.column]), dtype=object, count=len(frame))
         return frame.assign(**{self.output_column: vectors})
 
     def _extend_table(self, table: Any) -> Any:
-        """A table with a column of fixed-size lists."""
+        """Return an Arrow table with a column of fixed-size lists."""
         pa = import_optional("pyarrow", extra="stream", purpose=f"`{OWNER}` of Arrow tables")
         vectors = self.embed(table[self.column].to_pylist())
         values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
         return table.append_column(self.output_column, values)
-
-
-def _keep_models(vectorizer: Any) -> None:
-    """Hold a vectorizer's models for as long as the process lives: it is gone with its task."""
-    lease = getattr(vectorizer, "__dict__", {}).get("_lease")
-    for model in lease.models.values() if lease is not None else ():
-        registry.keep(model)

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -15,8 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skembed._inputs import TextColumns, check_texts, count_columns
 from skembed._validation import check_bool, check_choice
-from skembed.adapters.adapter import Adapter
-from skembed.cache.embedding_cache import resolve_cache
+from skembed.cache.embedding_cache import EmbeddingCache, resolve_cache
 from skembed.exceptions import SkembedWarning
 from skembed.inference.encoder import Encoder, warn_truncated
 from skembed.inference.registry import Lease
@@ -24,21 +23,17 @@ from skembed.inference.saving import read_settings, save_vectorizer
 from skembed.inference.settings import (
     OWNER,
     Parameters,
-    ResolvedModel,
+    Settings,
     check_parameters,
     describe_model,
     find_settings,
-    find_source,
     load_resolved,
+    pack_model,
 )
-from skembed.model.sources import pack_folder
 from skembed.streaming.stream import ROWS_PER_SHARD, StreamReport, write_embeddings
 from skembed.training.examples import Examples, TrainingTask, check_examples, read_task
 from skembed.training.fit import check_run, fit_adapter
 from skembed.training.trainer import ContrastiveTrainer, check_trainer
-
-if TYPE_CHECKING:
-    from skembed.cache.embedding_cache import EmbeddingCache
 
 __all__ = ["NVEmbedVectorizer"]
 
@@ -56,7 +51,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         The bundled model, a local folder, or a hub id such as ``"nvidia/NV-Embed-v2"``. A folder
         holds NV-Embed's layout, a plain Mistral model, or what `save_pretrained` wrote.
     instruction : str, optional
-        What the texts are to be compared for, put in front of each text and kept out of the pool;
+        What the texts are compared for, put in front of each text and kept out of the pool;
         or the name of a known task ("STS", "Banking77", "NFCorpus"; see `skembed.instructions`).
     document_instruction : str, optional
         The same for `encode_document` and the second text of a pair. None leaves documents bare,
@@ -74,13 +69,11 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     missing : {"error", "empty", "zero", "nan"}, default="error"
         What None and NaN become: an error, the vector of the empty text, zeros, or NaN.
     trainer : "auto", None or ContrastiveTrainer, default="auto"
-        How `fit` trains. "auto" trains LoRA adapters on pairs and rows with default parameters and
-        leaves single texts frozen; a ContrastiveTrainer trains on labelled texts, too; None never
-        trains.
+        How `fit` trains. "auto" trains LoRA adapters with default parameters, on pairs and rows
+        only; a ContrastiveTrainer trains on labelled texts, too; None never trains.
     device : str or list of str, default="auto"
-        "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is. A list such as
-        ``["cuda:0", "cuda:1"]`` keeps a copy of the model on each and shares the texts among them;
-        `fit` trains on the first.
+        "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best one. A list such as ["cuda:0",
+        "cuda:1"] puts a copy of the model on each and splits the texts; `fit` uses the first.
     dtype : {"auto", "float32", "bfloat16", "float16", "int8", "nf4"}, default="auto"
         Type of weights and activations. "auto" takes bfloat16 where the device computes in it
         natively, else float32. "int8" and "nf4" (needs bitsandbytes) store weights in 1 or about
@@ -88,8 +81,8 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     batch_tokens : int or "auto", default="auto"
         Tokens of one forward pass. Halved when memory runs out, whatever it starts from.
     cache : None, "memory", path or EmbeddingCache, default="memory"
-        Where vectors are kept: nowhere, in a bounded memory shared by the process, or in an SQLite
-        file that several processes may share.
+        Where to keep vectors: nowhere, in bounded memory of the process, or in an SQLite file that
+        several processes may share.
     revision : str, optional
         Commit, tag or branch of a hub id. Known models are pinned to their published commit.
     store_weights : bool, default=False
@@ -186,14 +179,11 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         self.n_jobs = n_jobs
         self.verbose = verbose
 
-    # scikit-learn's methods
-
     def fit(self, X: Any, y: Any = None) -> NVEmbedVectorizer:
         """Check parameters and texts; fine-tune where `trainer` and the examples ask for it.
 
-        Frozen, the model learns nothing and is not loaded yet. Trained, an adapter of this
-        estimator's own is learned from scratch; the weights it sits on are shared and stay as
-        they are.
+        A frozen model learns nothing and is not loaded yet. Training learns an adapter for this
+        estimator alone, from scratch; the shared weights below it do not change.
 
         Parameters
         ----------
@@ -211,25 +201,20 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         Raises
         ------
         TypeError, ValueError
-            When a parameter, a text or an example is not as it must be; before training starts.
+            When a parameter, a text or an example is not allowed; before training starts.
         ImportError
             When training is asked for and peft is not installed.
         ModelNotFoundError, CheckpointError
-            When there is no such model, its files are damaged, or the state in `checkpoint_dir`
-            is another run's.
+            When there is no such model, its files are damaged, or `checkpoint_dir` holds the
+            state of another run.
         TrainingError
             When the loss is not finite, or nothing is left to compare.
         """
-        self._check_parameters()
-        trainer = self._find_trainer()
+        trainer = self._check_parameters()
         # A trainer always trains, "auto" on pairs and rows.
         if trainer is not None and (trainer is self.trainer or count_columns(X) > 1):
-            task = TrainingTask(
-                X,
-                y,
-                instruction=self.instruction,
-                document_instruction=self.document_instruction,
-            )
+            query, document = self.instruction, self.document_instruction
+            task = TrainingTask(X, y, instruction=query, document_instruction=document)
             template, missing = self.instruction_template, self.missing
             examples = read_task(task, trainer, template=template, owner=OWNER, missing=missing)
             n_columns = 1 if examples.kind == "labels" else 2
@@ -244,9 +229,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
                 stacklevel=2,
             )
             del self.adapter_, self.history_
-        settings = self._make_encoder().settings
-        self._set_fitted(settings.model, settings.dim, X, len(columns.columns))
-        return self
+        return self._set_fitted(self._make_encoder().settings, X, len(columns.columns))
 
     def fit_tasks(self, tasks: Sequence[TrainingTask]) -> NVEmbedVectorizer:
         """Fine-tune on several tasks at once, each with instructions of its own.
@@ -254,8 +237,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         Parameters
         ----------
         tasks : sequence of TrainingTask
-            The tasks; their examples are mixed in every batch unless the trainer's
-            `blend_tasks` is False.
+            Their examples are mixed in every batch unless the trainer's `blend_tasks` is False.
 
         Returns
         -------
@@ -267,8 +249,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         TypeError, ValueError, ImportError, SkembedError
             As `fit`; a bad task is named by its position.
         """
-        self._check_parameters()
-        trainer = self._find_trainer()
+        trainer = self._check_parameters()
         if trainer is None:
             raise ValueError(
                 f"The `trainer` parameter of `{OWNER}` must be 'auto' or a ContrastiveTrainer for "
@@ -286,20 +267,12 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         ]
         return self._train(examples, trainer, None, n_columns=1)
 
-    def _find_trainer(self) -> ContrastiveTrainer | None:
-        """The trainer, checked; one with the defaults for "auto", None where nothing trains."""
-        if not isinstance(self.trainer, ContrastiveTrainer):
-            check_choice(self.trainer, name="trainer", allowed=("auto", None), owner=OWNER)
-            return None if self.trainer is None else ContrastiveTrainer()
-        check_trainer(self.trainer)
-        return self.trainer
-
     def _train(
         self, examples: list[Examples], trainer: ContrastiveTrainer, X: Any, *, n_columns: int
     ) -> NVEmbedVectorizer:
-        """Train an adapter and put it on; the estimator changes only when that has worked."""
+        """Train an adapter and use it; nothing here changes if training fails."""
         check_run(examples, trainer)
-        start: Adapter | None = getattr(self, "adapter_", None) if trainer.warm_start else None
+        start = getattr(self, "adapter_", None) if trainer.warm_start else None
         lease = self._shared_lease()
         settings = find_settings(self._parameters(), lease, start)
         if settings.warning:
@@ -316,9 +289,9 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             progress=True if trainer.verbose or self.verbose else None,
         )
         self.adapter_, self.history_ = result.adapter, result.history
-        self._set_fitted(replace(resolved, adapter=result.adapter), settings.dim, X, n_columns)
-        if result.n_truncated:
-            warn_truncated(result.n_truncated, result.n_texts, self.max_length, stacklevel=4)
+        trained = replace(settings, model=replace(resolved, adapter=result.adapter))
+        self._set_fitted(trained, X, n_columns)
+        warn_truncated(result.n_truncated, result.n_texts, self.max_length, stacklevel=4)
         if result.history.stopped == "interrupted":
             warnings.warn(
                 f"Training was interrupted after {len(result.history)} steps; the adapter is the "
@@ -328,16 +301,17 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             )
         return self
 
-    def _set_fitted(self, model: ResolvedModel, dim: int, X: Any, n_columns: int) -> None:
-        """The attributes that every `fit` sets."""
+    def _set_fitted(self, settings: Settings, X: Any, n_columns: int) -> NVEmbedVectorizer:
+        """Set the attributes that every `fit` sets; return the estimator."""
         self.n_features_in_ = n_columns
         names: Any = getattr(X, "columns", ())
         if len(names) == n_columns and all(isinstance(name, str) for name in names):
             self.feature_names_in_ = np.asarray(names, dtype=object)
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
-        self.embedding_dim_ = dim
-        self.model_ = describe_model(model)
+        self.embedding_dim_ = settings.dim
+        self.model_ = describe_model(settings.model)
+        return self
 
     def fit_transform(self, X: Any, y: Any = None) -> np.ndarray:
         """Fit, then transform the same texts; of rows of three and more, anchors and positives.
@@ -362,10 +336,8 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         self.fit(X, y)
         if count_columns(X) > 2:
             examples = check_examples(X, owner=OWNER)
-            texts = examples.texts
-            X = [(texts[a], texts[p]) for a, p in examples.columns[:, :2].tolist()]
-        vectors: np.ndarray = self.transform(X)
-        return vectors
+            X = [tuple(examples.texts[i] for i in row[:2]) for row in examples.columns.tolist()]
+        return self.transform(X)
 
     def transform(self, X: Any) -> np.ndarray:
         """Embed texts, `instruction` in front; the second text of a pair as a document.
@@ -378,8 +350,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         Returns
         -------
         ndarray of float32, shape (n_texts, dim) or (n_texts, 2 * dim)
-            In input order, rows of unit length where `normalize`; for pairs the first text's
-            vector, then the second's.
+            In input order, rows of unit length if `normalize`; both vectors of a pair side by side.
 
         Raises
         ------
@@ -467,16 +438,16 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     ) -> StreamReport:
         """Embed any number of texts into Parquet files or one .npy file, in bounded memory.
 
-        Called again after a stop, with the same source and parameters, it goes on behind the last
-        complete shard and ends with the bytes of an undisturbed run. The source is read again from
-        its start and compared with a digest; what is done is not embedded again.
-        `skembed.streaming.open_embeddings` opens what was written.
+        After a stop, call it again with the same source and parameters: it goes on behind the last
+        complete shard and ends with the bytes of an undisturbed run. It reads the source from its
+        start and compares it with a digest, but embeds no row twice.
+        `skembed.streaming.open_embeddings` opens the result.
 
         Parameters
         ----------
         X : list, array, Series, frame, iterable, path, or Arrow data set, table or reader
-            Texts or pairs of texts, as `transform` takes them; any iterable of these, a generator
-            too; the path of a Parquet file or folder; or a table with `column` named.
+            Texts or pairs as `transform` takes them; any iterable of these, such as a generator;
+            the path of a Parquet file or folder; or a table whose text column is `column`.
         path : str or path
             A folder for Parquet, a file for .npy.
         format : {"parquet", "npy"}, optional
@@ -494,10 +465,10 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         embedding_column : str, default="embedding"
             Name of the column of vectors in Parquet.
         use_cache : bool, default=False
-            Use the vectorizer's cache. Off, since a long stream would push everything else out of
-            it. On, equal bytes are not promised: what comes from the cache is not in a batch.
+            Use the vectorizer's cache. Off by default: a long stream would push everything else
+            out. With it, equal bytes are not promised, as batches then depend on what it holds.
         overwrite : bool, default=False
-            Delete embeddings that an earlier call wrote to the path, and begin anew.
+            Delete embeddings that an earlier call wrote to the path, and start over.
 
         Returns
         -------
@@ -507,12 +478,11 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         Raises
         ------
         TypeError, ValueError
-            When a parameter or text is not as it must be, or the source has changed since, the row
-            of the whole source named; or when what is at the path was not written by
-            `transform_to`, or with another model, instruction or setting.
+            When a parameter or text is not allowed or the source has changed (the error names the
+            row of the whole source), or the path holds anything but embeddings made the same way.
         OSError
-            When a shard cannot be written, for one because the disk is full; what is complete is
-            kept. BlockingIOError while another run writes to the path.
+            When a shard cannot be written, as on a full disk; complete shards are kept.
+            BlockingIOError while another run writes to the path.
         ImportError
             When Parquet or Arrow is used and pyarrow is not installed.
         NotFittedError, SkembedError
@@ -557,11 +527,11 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         return self._make_encoder().settings.dim * int(getattr(self, "n_features_in_", 1))
 
     def __sklearn_is_fitted__(self) -> bool:
-        """A frozen vectorizer needs no `fit`; one with a trainer does."""
+        """Return True unless a trainer has yet to train: a frozen vectorizer needs no `fit`."""
         return not isinstance(self.trainer, ContrastiveTrainer) or hasattr(self, "adapter_")
 
     def __sklearn_tags__(self) -> Any:
-        """Text in, float32 out, no `fit` needed."""
+        """Return the tags: text in, float32 out, `fit` needed only to train."""
         tags = super().__sklearn_tags__()
         tags.input_tags.string = True
         tags.input_tags.two_d_array = False
@@ -570,39 +540,33 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         return tags
 
     def __sklearn_clone__(self) -> NVEmbedVectorizer:
-        """A clone shares the lease, so that folds and grid points find the weights loaded."""
+        """Return a clone that shares the lease: folds and grid points find the weights loaded."""
         clone = super().__sklearn_clone__()
         clone.__dict__["_lease"] = self._shared_lease()
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
-        """Parameters and fitted values; the model's files too where `store_weights`."""
+        """Return parameters and fitted values; the model's files too where `store_weights`."""
         state = dict(super().__getstate__())
         state.pop("_lease", None)
         if self.store_weights:
-            lease, name = self._shared_lease(), os.fspath(self.model)
-            files = lease.find_files(name, self.revision)
-            files = files or pack_folder(find_source(self._parameters(), lease))
-            state["_stored_files"] = (name, self.revision, files)
+            state["_stored_files"] = pack_model(self._parameters(), self._shared_lease())
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, remembering that the device may be another machine's."""
+        """Restore, and note that the device may be another machine's."""
         state = dict(state)
         stored = state.pop("_stored_files", None)
         super().__setstate__(state)
         self.__dict__["_lease"] = Lease(stored, from_pickle=True)
 
-    # Saving
-
     def save_pretrained(self, path: str | os.PathLike[str], *, merge: bool = False) -> None:
         """Write a folder that `from_pretrained`, or `model=path`, reads.
 
-        With an adapter: the adapter alone, in peft's format, with the pooling layer beside it
-        where that was trained; the base model is named, not copied. Frozen, or with `merge`:
-        weights, tokenizer and settings in NV-Embed's layout, in the types they are stored in.
-        Files are written whole or not at all, the configuration last; a folder cut short refuses
-        to load.
+        With an adapter: the adapter alone, in peft's format, and the pooling layer if it was
+        trained; the base model is named, not copied. Frozen, or with `merge`: weights, tokenizer
+        and settings in NV-Embed's layout, in the types they are stored in. Each file is written
+        whole or not at all, the configuration last; an incomplete folder refuses to load.
 
         Parameters
         ----------
@@ -624,14 +588,14 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **parameters: Any) -> NVEmbedVectorizer:
-        """A vectorizer for a folder, with the settings saved in it.
+        """Return a vectorizer for a folder, with the settings saved in it.
 
         Parameters
         ----------
         path : str or path
             A folder that `save_pretrained` wrote, or any model that `model` takes.
         **parameters
-            Parameters of the class; they go before the saved ones.
+            Parameters of the class; they override the saved ones.
 
         Returns
         -------
@@ -641,14 +605,12 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         Raises
         ------
         ModelNotFoundError
-            When there is no such folder, or an adapter's base model is not to be found.
+            When there is no such folder, or an adapter's base model cannot be found.
         TypeError
             When a parameter is not one of the class.
         """
         saved = read_settings(path, parameters.get("revision"))
         return cls(path, **{**saved, **parameters})
-
-    # The way of the data
 
     def _encode_one_side(self, X: Any, side: str) -> np.ndarray:
         """Embed single texts as queries or documents, (n_texts, dim)."""
@@ -663,13 +625,13 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     def _embed(self, columns: TextColumns, sides: tuple[str, ...]) -> np.ndarray:
         """Embed each column for its side and put the vectors side by side."""
         vectors, report = self._make_encoder(stacklevel=5).embed(columns, sides)
-        if report.n_truncated:
-            counts = report.n_truncated, report.n_embedded
-            warn_truncated(*counts, self.max_length, stacklevel=5)
+        warn_truncated(report.n_truncated, report.n_embedded, self.max_length, stacklevel=5)
         return vectors
 
     def _check_trained(self) -> None:
-        """A vectorizer with a trainer is of no use before `fit`."""
+        """Raise NotFittedError where a trainer has yet to train."""
+        if not isinstance(self.trainer, ContrastiveTrainer):
+            check_choice(self.trainer, name="trainer", allowed=("auto", None), owner=OWNER)
         if not self.__sklearn_is_fitted__():
             raise NotFittedError(
                 f"This {OWNER} has a trainer and is not fitted yet. Call `fit` first, or pass "
@@ -684,10 +646,15 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             warnings.warn(settings.warning, SkembedWarning, stacklevel=stacklevel)
         return Encoder(settings, lease, resolve_cache(self.cache))
 
-    def _check_parameters(self) -> Parameters:
-        """Return the parameters, checked; touches neither files nor devices."""
+    def _check_parameters(self) -> ContrastiveTrainer | None:
+        """Check all parameters, without files and devices; return what trains, None for nothing."""
         resolve_cache(self.cache)
-        return check_parameters(self._parameters())
+        check_parameters(self._parameters())
+        if isinstance(self.trainer, ContrastiveTrainer):
+            check_trainer(self.trainer)
+            return self.trainer
+        check_choice(self.trainer, name="trainer", allowed=("auto", None), owner=OWNER)
+        return None if self.trainer is None else ContrastiveTrainer()
 
     def _parameters(self) -> Parameters:
         """Return the parameters that embedding depends on, unchecked."""

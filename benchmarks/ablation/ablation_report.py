@@ -115,13 +115,7 @@ def write_results(
 
 
 class Scores:
-    """The runs of a result file by cell.
-
-    Parameters
-    ----------
-    runs : sequence of mapping
-        As `write_results` was given them.
-    """
+    """The runs of a result file by cell."""
 
     def __init__(self, runs: Sequence[Mapping[str, Any]]) -> None:
         self.runs: dict[Cell, dict[int, list[dict[str, float]]]] = {}

@@ -100,17 +100,10 @@ def collect_long_texts(data: Path, recipe: Recipe) -> list[str]:
 
 
 def build_tokenizer(texts: list[str], recipe: Recipe) -> tuple[Tokenizer, np.ndarray]:
-    """WordPiece over the pieces of the teacher that the corpus uses most.
+    """WordPiece over the teacher's pieces that the corpus uses most, and their ids in the teacher.
 
     Pieces keep the teacher's boundaries, so the student can inherit their vectors; a piece that
     begins a word bears Mistral's mark in front.
-
-    Returns
-    -------
-    tokenizer : Tokenizer
-        The student's.
-    teacher_ids : ndarray of int64, shape (vocab_size,)
-        The teacher's id of each of the student's pieces.
     """
     teacher = Tokenizer.from_file(str(teacher_folder() / "tokenizer.json"))
     teacher.no_padding()

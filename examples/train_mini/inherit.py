@@ -96,21 +96,7 @@ def share_keys(aims: dict[str, Tensor], size: int) -> dict[str, Tensor]:
 
 
 class Inheritance:
-    """One student in the making.
-
-    Parameters
-    ----------
-    model : NVEmbedModel
-        The student, float32, in its stock form.
-    teacher : PackedTeacher
-        The teacher in float32.
-    teacher_ids : ndarray of int64
-        The teacher's id of each of the student's tokens.
-    batch : PackedBatch
-        The calibration texts.
-    recipe : Recipe
-        Groups, sizes and ridge.
-    """
+    """A student in the making: float32 models, and the teacher's id of each of its tokens."""
 
     def __init__(
         self,

@@ -15,13 +15,6 @@ class MasterAdamW:
     """The model runs in bfloat16; sums too small for it are kept in float32 copies.
 
     Word vectors have a rate of their own; norms, biases and word vectors no decay.
-
-    Parameters
-    ----------
-    model : NVEmbedModel
-        float32; its weights are turned into bfloat16 here.
-    recipe : Recipe
-        Rates, decay and the largest norm of a gradient.
     """
 
     def __init__(self, model: NVEmbedModel, recipe: Recipe) -> None:

@@ -34,17 +34,7 @@ def collect_related(data: Path, recipe: Recipe, words: int) -> dict[str, list[st
 
 
 class RelatedTexts:
-    """Neighbouring texts of one source after the other, by step.
-
-    Parameters
-    ----------
-    sources : dict of str to list of str
-        Texts of each source by its name, in its order.
-    tokenizer : TextTokenizer
-        The student's.
-    recipe : Recipe
-        Most texts and most tokens of a block.
-    """
+    """Neighbouring texts of one source after the other, by step; `sources` keep their order."""
 
     def __init__(
         self, sources: dict[str, list[str]], tokenizer: TextTokenizer, recipe: Recipe

@@ -24,13 +24,7 @@ def _ignore(name: str, value: Tensor) -> None:
 
 
 class PackedTeacher:
-    """The teacher's own arithmetic without padding; weights in one type.
-
-    Parameters
-    ----------
-    dtype : torch.dtype
-        Type of weights and activations.
-    """
+    """The teacher's own arithmetic without padding; weights in one type."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         state = load_file(teacher_folder() / "model.safetensors")

@@ -114,17 +114,7 @@ def batches(
 
 
 class Distillation:
-    """A run of the student beside its teacher: steps, log and checkpoint.
-
-    Parameters
-    ----------
-    recipe : Recipe
-        Sizes and rates.
-    paths : dict of str to Path
-        Files of the run: `work_paths`.
-    tokenizer : TextTokenizer
-        The student's tokenizer.
-    """
+    """A run of the student beside its teacher: steps, log and checkpoint."""
 
     def __init__(self, recipe: Recipe, paths: dict[str, Path], tokenizer: TextTokenizer) -> None:
         torch.manual_seed(recipe.random_state)

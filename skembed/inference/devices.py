@@ -24,104 +24,90 @@ __all__ = [
 ]
 
 
-def choose_search_device(device: str, *, owner: str) -> torch.device:
-    """Return where to search: for "auto" a CUDA device if there is one, else the CPU.
-
-    Raises ValueError for any other device, and for one that is not there.
-
-    >>> from skembed.inference.devices import choose_search_device
-    >>> choose_search_device("cpu", owner="Retriever")
-    device(type='cpu')
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if count else torch.device("cpu")
-    subject = (
-        f"The `device` parameter of `{owner}` must be 'auto', 'cpu', 'cuda' or 'cuda:<number>'"
-    )
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{subject}; got {device!r}.") from error
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"{subject}; got {device!r}.")
-    if found.type == "cuda" and (found.index or 0) >= count:
-        raise ValueError(f"{subject}; got {device!r}, but torch sees {count} CUDA devices here.")
-    return found
-
-
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 DTYPES = (*COMPUTE_DTYPES, *WEIGHT_FORMATS)
+_OWNER = "The `device` parameter of `NVEmbedVectorizer`"
+
+
+def choose_search_device(device: str, *, owner: str) -> torch.device:
+    """Return where to search; "auto" takes CUDA, else the CPU. Raises as `resolve_device`."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    rule = f"The `device` parameter of `{owner}` must be 'auto', 'cpu', 'cuda' or 'cuda:<number>'"
+    return _find_device(device, ("cpu", "cuda"), rule)
 
 
 def resolve_device(device: str) -> torch.device:
-    """The torch device of a `device` parameter; "auto" takes CUDA, then MPS, then the CPU.
+    """Return the device of a `device` parameter; "auto" takes CUDA, then MPS, then the CPU.
 
     Raises ValueError for an unknown name, or a device that is not available on this machine.
     """
+    has_mps = torch.backends.mps.is_available()
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    owner = "The `device` parameter of `NVEmbedVectorizer`"
-    allowed = "'auto', 'cpu', 'cuda', 'cuda:<number>' or 'mps'"
+        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    rule = f"{_OWNER} must be 'auto', 'cpu', 'cuda', 'cuda:<number>' or 'mps'"
+    resolved = _find_device(device, ("cpu", "cuda", "mps"), rule)
+    if resolved.type == "mps" and not has_mps:
+        raise ValueError(f"{_OWNER} is 'mps', which this machine has not. Pass device='auto'.")
+    return resolved
+
+
+def _find_device(device: str, kinds: Sequence[str], rule: str) -> torch.device:
+    """Return a device of one of some kinds, a GPU with its number."""
     try:
-        found = torch.device(device)
+        parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{owner} must be {allowed}; got {device!r}.") from error
-    if found.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"{owner} must be {allowed}; got {device!r}.")
-    if found.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (found.index or 0) >= count:
-            raise ValueError(
-                f"{owner} is {device!r}, but torch sees {count} CUDA devices here. Pass "
-                "device='auto' or 'cpu'."
-            )
-        # Without a number the current one: under torchrun each process has its own.
-        index = torch.cuda.current_device() if found.index is None else found.index
-        return torch.device("cuda", index)
-    if found.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"{owner} is 'mps', which this machine has not. Pass device='auto'.")
-    return torch.device(found.type)
+        raise ValueError(f"{rule}; got {device!r}.") from error
+    if parsed.type not in kinds:
+        raise ValueError(f"{rule}; got {device!r}.")
+    if parsed.type != "cuda":
+        return torch.device(parsed.type)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (parsed.index or 0) >= count:
+        raise ValueError(
+            f"{rule}; got {device!r}, but torch sees {count} CUDA devices here. Pass "
+            "device='auto' or 'cpu'."
+        )
+    # Without a number the current one: under torchrun each process has its own.
+    index = torch.cuda.current_device() if parsed.index is None else parsed.index
+    return torch.device("cuda", index)
 
 
 def resolve_devices(device: str | Sequence[str]) -> list[torch.device]:
-    """The torch devices of a `device` parameter: one, or each of a list of one kind.
+    """Return the devices of a `device` parameter: one, or each of a list of one kind.
 
     Raises ValueError as `resolve_device`, and for a list that is empty, mixes kinds, says "auto",
     or names a GPU twice.
     """
     if isinstance(device, str):
         return [resolve_device(device)]
-    rule = "The `device` parameter of `NVEmbedVectorizer` must, as a list, "
+    rule = f"{_OWNER} must, as a list, "
     if not device:
         raise ValueError(f"{rule}name at least one device, such as ['cuda:0', 'cuda:1']; got [].")
     if "auto" in device:
         raise ValueError(
             f"{rule}name each device, such as ['cuda:0', 'cuda:1']; got {list(device)!r}."
         )
-    found = [resolve_device(name) for name in device]
-    if len({one.type for one in found}) > 1:
+    devices = [resolve_device(name) for name in device]
+    if len({each.type for each in devices}) > 1:
         raise ValueError(f"{rule}name devices of one kind; got {list(device)!r}.")
-    if found[0].type != "cpu" and len(set(found)) < len(found):
+    if devices[0].type != "cpu" and len(set(devices)) < len(devices):
         raise ValueError(
             f"{rule}name each GPU once: a second copy of the model on it brings nothing; got "
             f"{list(device)!r}."
         )
-    return found
+    return devices
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The type activations are held in, and weights unless quantised; "auto" asks the device.
+    """Return the type of activations, and of weights unless quantised; "auto" asks the device.
 
     bfloat16 where it is native (CUDA from compute capability 8.0, CPUs with AVX512-BF16, AMX or
-    Arm's BF16 instructions), else float32. "int8" and "nf4", which are there to save memory, take
+    Arm's BF16 instructions), else float32. "int8" and "nf4", which serve to save memory, take
     float16 on older CUDA devices. Raises ValueError where a device has no kernels for the type.
     """
     if dtype in COMPUTE_DTYPES:
-        found: torch.dtype = getattr(torch, dtype)
-        return found
+        return getattr(torch, dtype)
     if dtype == "nf4" and device.type not in ("cpu", "cuda"):
         raise ValueError(
             "The `dtype` parameter of `NVEmbedVectorizer` is 'nf4', which runs on 'cuda' and "
@@ -137,33 +123,28 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def name_dtype(dtype: str, compute_dtype: torch.dtype) -> str:
-    """The `dtype` of a `ModelKey` for a `dtype` parameter: "bfloat16", or "int8+bfloat16".
-
-    >>> from skembed.inference.devices import name_dtype
-    >>> name_dtype("auto", torch.float32), name_dtype("int8", torch.bfloat16)
-    ('float32', 'int8+bfloat16')
-    """
+    """Return the `dtype` of a `ModelKey` for a `dtype` parameter: "bfloat16", "int8+bfloat16"."""
     computed = str(compute_dtype).removeprefix("torch.")
     return f"{dtype}+{computed}" if dtype in WEIGHT_FORMATS else computed
 
 
 @lru_cache(maxsize=1)
 def cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices natively."""
-    wanted = {"avx512_bf16", "amx_bf16", "sve_bf16", "bf16"}
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    if ask is not None:
-        return any(ask().get(name, False) for name in wanted)
+    """Tell whether the processor multiplies bfloat16 matrices natively."""
+    instructions = {"avx512_bf16", "amx_bf16", "sve_bf16", "bf16"}
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if get_capabilities is not None:
+        return any(get_capabilities().get(name, False) for name in instructions)
     try:  # older torch, on Linux
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return False
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return bool(wanted & set(flags.split()))
+    return bool(instructions & set(flags.split()))
 
 
 def choose_attention_path(device: torch.device, dtype: torch.dtype) -> str:
-    """The attention path without padding that a device has, else "padded"."""
+    """Return the attention path without padding that a device has, else "padded"."""
     if device.type == "cpu":
         return "grouped"
     half = dtype in (torch.float16, torch.bfloat16)

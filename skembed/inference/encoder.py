@@ -1,4 +1,4 @@
-"""Text columns -> vectors, under settings that are found already."""
+"""Text columns -> vectors, under settings that have been resolved."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Encoder", "warn_truncated"]
 
 @dataclass(frozen=True)
 class Encoder:
-    """What embeds columns of texts; cheap to make: weights are loaded at need."""
+    """What embeds columns of texts; cheap to make: weights are loaded at first use."""
 
     settings: Settings
     lease: Lease  # keeps weights loaded and the cache open
@@ -37,7 +37,7 @@ class Encoder:
     ) -> tuple[np.ndarray, EmbedReport]:
         """Embed each column for its side: float32 (n_texts, n_columns * dim), and the counts.
 
-        `batch_tokens` and `progress` (see `embed_texts`) count where the parameters are open.
+        `batch_tokens` and `progress` (see `embed_texts`) count where the parameters leave it open.
         """
         self.lease.cache = self.cache
         missing = self.settings.parameters.missing
@@ -53,7 +53,7 @@ class Encoder:
     def _embed_column(
         self, texts: list[str], side: str, batch_tokens: int | None, progress: bool | None
     ) -> tuple[np.ndarray, EmbedReport]:
-        """Raw vectors from the engine, then truncation and normalisation, (n_texts, dim)."""
+        """Embed one column, then truncate and normalise, (n_texts, dim); and the counts."""
         settings, parameters = self.settings, self.settings.parameters
         budget = parameters.batch_tokens
         vectors, report = embed_texts(
@@ -75,11 +75,12 @@ class Encoder:
 
 
 def warn_truncated(n_cut: int, n_texts: int, max_length: int, *, stacklevel: int) -> None:
-    """Warn once a call of all texts that were cut; the level is the public caller's."""
-    warnings.warn(
-        f"{n_cut} of {n_texts} texts were longer than max_length={max_length} tokens "
-        "and were cut there. Raise `max_length`, or silence this with "
-        "warnings.filterwarnings('ignore', category=skembed.TruncationWarning).",
-        TruncationWarning,
-        stacklevel=stacklevel,
-    )
+    """Warn if texts were cut, once for all of them; the level is the public caller's."""
+    if n_cut:
+        warnings.warn(
+            f"{n_cut} of {n_texts} texts were longer than max_length={max_length} tokens "
+            "and were cut there. Raise `max_length`, or silence this with "
+            "warnings.filterwarnings('ignore', category=skembed.TruncationWarning).",
+            TruncationWarning,
+            stacklevel=stacklevel,
+        )

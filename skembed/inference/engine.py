@@ -1,10 +1,10 @@
 """Texts -> raw embeddings: each distinct text once, cached, in batches of a token budget.
 
-The way of a call: hash and deduplicate -> longest first -> per chunk of some thousand texts: look
-up the cache, tokenise what is missing (both for the next chunk while the model is at work on this
-one), pack by true token length up to the budget, run the model, store -> scatter back to input
-order. Beside the output, a call holds two chunks, the passes at work and 50 bytes a text; what the
-process takes for it is measured by benchmarks/encode_scale.py.
+A call hashes and deduplicates, sorts by length, and per chunk of some thousand texts: looks up the
+cache, tokenises what is missing (both while the model works on the chunk before), packs by true
+token length up to the budget, runs the model and stores; then it scatters back to input order.
+Beside the output it holds two chunks, the passes at work and 50 bytes a text;
+benchmarks/encode_scale.py measures what the process takes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,8 +73,8 @@ CHUNK_CHARACTERS = 16_000_000
 PARALLEL_TEXTS = 256  # below, starting workers costs more than they bring
 SHORTEST_PADDED = 0.92  # keeps the padded share of attention under 5 %
 STORE_ROWS = 1_024  # rows between two writes to the cache
-TRIM_TEXTS = 1_024  # a chunk of so many leaves free memory behind that is worth giving back
-REST_TEXTS = 4_096  # of a chunk of so many, the last batch is a small part: it may be filled up
+TRIM_TEXTS = 1_024  # a chunk of as many leaves free memory behind that is worth giving back
+REST_TEXTS = 4_096  # of a chunk of as many, the last batch is a small part: it may be filled up
 PROGRESS_DELAY_S = 3.0
 CPU_BATCH_TOKENS = 2_048  # best of 768 to 4,096 on two cores: activations stay in the cache
 MAX_STREAMS = 4
@@ -85,7 +85,7 @@ MIN_BATCH_TOKENS = 64
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """Everything beside the texts and the weights that decides their vectors."""
+    """Everything but the texts and the weights that decides the vectors."""
 
     prefix: str  # the instruction inside its template; "" for none
     max_length: int  # tokens
@@ -106,7 +106,7 @@ class EmbedReport:
     batch_tokens: int = 0
 
     def add(self, other: EmbedReport) -> None:
-        """Count what another call or a worker did."""
+        """Add the counts of another call or a worker."""
         self.n_texts += other.n_texts
         self.n_distinct += other.n_distinct
         self.n_embedded += other.n_embedded
@@ -117,10 +117,7 @@ class EmbedReport:
 
 
 def cache_namespace(key: ModelKey, prefix: str, max_length: int) -> str:
-    """Everything that changes a raw vector beside the text, as one string.
-
-    Truncation and normalisation are not in it: they are applied to what the cache gives.
-    """
+    """Return all that changes a raw vector (not truncated, not normalised) but the text."""
     parts = [NUMERICS_VERSION, key.fingerprint, key.pooling, key.dtype, max_length, prefix]
     return json.dumps(parts)
 
@@ -136,25 +133,11 @@ def embed_texts(
     progress: bool | None = None,
     n_jobs: int | None = None,
 ) -> tuple[np.ndarray, EmbedReport]:
-    """Raw vectors of texts, float32 (n_texts, dim), and the counts of the call.
+    """Return raw vectors (neither normalised nor truncated), float32 (n_texts, dim), and counts.
 
-    Pooled, neither normalised nor truncated; in input order.
-
-    Parameters
-    ----------
-    texts, request, cache
-        The texts, any order, repeated or not; what is asked for; where vectors are kept.
-    get_models : callable
-        Gives the model, on each of several devices where these share the work; called only when a
-        text is not in the cache.
-    load_in_worker : callable, optional
-        Gives the model in a worker process: picklable, and holding nothing of this process.
-    batch_tokens : int, optional
-        Tokens of one forward pass; None chooses by device.
-    progress : bool, optional
-        True shows a bar, False none, None one after three seconds.
-    n_jobs : int, optional
-        Worker processes of joblib; short input stays in this process.
+    `get_models` gives the model on each device; it is called only for texts that are not cached.
+    `load_in_worker` gives the model in one of `n_jobs` worker processes, and must be picklable.
+    `progress`: True shows a bar, False none, None one after three seconds.
     """
     out = np.empty((len(texts), request.dim), dtype=np.float32)
     distinct, source = find_distinct(texts)
@@ -179,15 +162,14 @@ def embed_texts(
         for start in range(0, len(repeated), CHUNK_TEXTS):
             part = repeated[start : start + CHUNK_TEXTS]
             out[part] = out[source[part]]
-    report.n_texts, report.n_distinct = len(texts), len(distinct)  # a worker's are of its part
+    report.n_texts, report.n_distinct = len(texts), len(distinct)  # not those of workers' parts
     return out, report
 
 
 def find_distinct(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
-    """First row of each distinct text, ascending, and for every row its first row (None: itself).
+    """Return first rows of distinct texts, ascending, and each row's first row (None: itself).
 
-    Works on Python's hashes (24 bytes a text in all) instead of a dictionary of the texts; equal
-    hashes are compared as texts.
+    Sorts Python's hashes, 24 bytes a text, and compares texts only where hashes are equal.
     """
     n = len(texts)
     hashes = np.fromiter(map(hash, texts), dtype=np.int64, count=n)
@@ -203,7 +185,7 @@ def find_distinct(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _chunks(texts: Sequence[str], rows: np.ndarray, scale: int = 1) -> Iterator[np.ndarray]:
-    """Rows, longest text first, in chunks bounded in texts and in characters.
+    """Yield rows, longest text first, in chunks bounded in texts and in characters.
 
     `scale` makes them larger: many workers wait for each other at the end of each chunk.
     """
@@ -221,13 +203,13 @@ def _chunks(texts: Sequence[str], rows: np.ndarray, scale: int = 1) -> Iterator[
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Texts that are embedded together, as far as that goes without the model."""
+    """Texts that are embedded together, prepared as far as possible without the model."""
 
-    found_rows: np.ndarray  # rows of the output that the cache knew, (n_found,)
-    found: np.ndarray  # their vectors, float32 (n_found, dim)
-    rows: np.ndarray  # rows that are to be computed, (n,)
+    cached_rows: np.ndarray  # rows of the output whose vectors are cached, (n_cached,)
+    cached: np.ndarray  # their vectors, float32 (n_cached, dim)
+    rows: np.ndarray  # rows to compute, (n,)
     texts: list[str]  # their texts
-    encoded: Any  # their token ids; None where workers tokenise or there are no texts
+    encoded: Any  # what `encode` of the runner gave for them; None where all is cached
 
 
 def _prepare_chunk(
@@ -236,17 +218,17 @@ def _prepare_chunk(
     runner: _Runner | _ParallelRunner,
     rows: np.ndarray,
 ) -> _Chunk:
-    """Look the texts of some rows up, and tokenise those that the cache does not know."""
+    """Look up the texts of some rows in the cache, and tokenise the others."""
     request = runner.request
     part = [texts[i] for i in rows]
-    found_rows, found = rows[:0], np.empty((0, request.dim), dtype=np.float32)
+    cached_rows, cached = rows[:0], np.empty((0, request.dim), dtype=np.float32)
     if cache is not None:
         vectors = np.empty((len(rows), request.dim), dtype=np.float32)
-        known = cache.lookup(request.namespace, part, vectors)
-        found_rows, found = rows[known], vectors[known]
-        rows = rows[~known]
-        part = [text for text, hit in zip(part, known, strict=True) if not hit]
-    return _Chunk(found_rows, found, rows, part, runner.encode(part) if part else None)
+        is_cached = cache.lookup(request.namespace, part, vectors)
+        cached_rows, cached = rows[is_cached], vectors[is_cached]
+        rows = rows[~is_cached]
+        part = [text for text, hit in zip(part, is_cached, strict=True) if not hit]
+    return _Chunk(cached_rows, cached, rows, part, runner.encode(part) if part else None)
 
 
 def _embed_chunk(
@@ -256,9 +238,9 @@ def _embed_chunk(
     runner: _Runner | _ParallelRunner,
     bar: tqdm,
 ) -> None:
-    """Fill the chunk's rows of `out`; what was computed is stored even on Ctrl-C."""
-    out[chunk.found_rows] = chunk.found
-    bar.update(len(chunk.found_rows))
+    """Fill the chunk's rows of `out`; store what was computed even on Ctrl-C."""
+    out[chunk.cached_rows] = chunk.cached
+    bar.update(len(chunk.cached_rows))
     rows, part, namespace = chunk.rows, chunk.texts, runner.request.namespace
     if not part:
         return
@@ -291,7 +273,7 @@ def _embed_chunk(
 
 
 class _Runner:
-    """Runs chunks of texts through the model and remembers the budget that fitted."""
+    """Runs chunks of texts through the model and remembers the budget that fits."""
 
     def __init__(
         self,
@@ -310,7 +292,7 @@ class _Runner:
 
     @property
     def loaded(self) -> LoadedModel:
-        """The model, asked for at its first use; the first of several replicas."""
+        """The model, fetched at first use; the first of several replicas."""
         if not self._replicas:
             self._replicas = list(self._get_models())
             self.report.batch_tokens = self._batch_tokens or min(
@@ -319,7 +301,7 @@ class _Runner:
         return self._replicas[0]
 
     def encode(self, texts: list[str]) -> EncodedTexts:
-        """Token ids of texts; may be called from another thread than `run`."""
+        """Return token ids of texts; may be called from another thread than `run`."""
         with self._guard:
             loaded = self.loaded
         request = self.request
@@ -333,7 +315,7 @@ class _Runner:
     def run(
         self, texts: list[str], encoded: EncodedTexts
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Positions in `texts` and their vectors, batch by batch."""
+        """Yield positions in `texts` and their vectors, batch by batch."""
         report = self.report
         report.n_truncated += encoded.n_truncated
         report.n_embedded += len(texts)
@@ -355,7 +337,7 @@ class _Runner:
             self._halve_budget(failure, int(encoded.lengths[left].max()))
 
     def _halve_budget(self, error: BaseException, longest: int) -> None:
-        """Half the budget, or the error when a single text does not fit."""
+        """Halve the budget; raise MemoryError when a single text does not fit."""
         budget = self.report.batch_tokens
         if budget <= max(MIN_BATCH_TOKENS, longest // 2):
             raise MemoryError(
@@ -371,7 +353,7 @@ class _Runner:
     def _run_batches(
         self, encoded: EncodedTexts, left: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Forward passes, on all replicas at once, or in several streams on one CPU."""
+        """Yield rows and vectors, from all replicas at once, or several streams on one CPU."""
         replicas, budget = self._replicas, self.report.batch_tokens
         lengths = encoded.lengths[left]
         n_tokens = int(lengths.sum())
@@ -396,24 +378,28 @@ class _Runner:
     def _run_on(
         self, loaded: LoadedModel, encoded: EncodedTexts, budget: int, batches: Iterator[np.ndarray]
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Forward passes; on CUDA the next one is queued before the last result is fetched."""
+        """Yield rows and vectors; on CUDA a pass is queued before the one before it is fetched."""
         may_fill = len(encoded.ids) >= REST_TEXTS and loaded.model.attention_path != "padded"
         depth = 1 if loaded.device.type == "cuda" else 0
         pending: deque[tuple[np.ndarray, Callable[[], np.ndarray]]] = deque()
         for rows in batches:
-            coarse = may_fill and _is_rest(encoded.lengths[rows], budget)
+            lengths = encoded.lengths[rows]
+            # The rest of a chunk, where another text would have fitted. Each has another size, and
+            # the CPU's matrix products keep code and memory of each size.
+            coarse = may_fill and bool(lengths.sum() + lengths.min() <= budget)
             pending.append((rows, self._start(loaded, encoded, rows, coarse)))
-            while len(pending) > depth:
-                yield _fetch(*pending.popleft())
-        while pending:
-            yield _fetch(*pending.popleft())
+            if len(pending) > depth:
+                done, fetch = pending.popleft()
+                yield done, fetch()
+        for done, fetch in pending:
+            yield done, fetch()
 
     def _start(
         self, loaded: LoadedModel, encoded: EncodedTexts, rows: np.ndarray, coarse: bool
     ) -> Callable[[], np.ndarray]:
-        """Launch one forward pass; the result gives its vectors (B, D) on the host.
+        """Launch one forward pass; return what waits for its vectors (B, D) on the host.
 
-        `coarse`: the batch is filled up to one of very few sizes.
+        `coarse` fills the batch up to one of very few sizes.
         """
         on_cpu = loaded.device.type == "cpu"
         with torch.inference_mode():
@@ -430,30 +416,14 @@ class _Runner:
                 self.report.n_positions += n_positions
             if on_cpu:
                 return loaded.model(batch)[: batch.n_texts].numpy
-            with _current_device(loaded.device):
+            # Kernels and events that name no GPU go to the current one.
+            is_cuda = loaded.device.type == "cuda"
+            with torch.cuda.device(loaded.device) if is_cuda else nullcontext():
                 return _copy_to_host(loaded.model(batch.to(loaded.device)))
 
 
-def _is_rest(lengths: np.ndarray, budget: int) -> bool:
-    """Whether a batch is what was left at the end of a chunk: another text would have fitted.
-
-    Each chunk ends with another size, and of each the CPU's matrix products keep code and memory.
-    """
-    return bool(lengths.sum() + lengths.min() <= budget)
-
-
-def _fetch(rows: np.ndarray, result: Callable[[], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """A finished batch; waits for the device."""
-    return rows, result()
-
-
-def _current_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one, where kernels and events go that name none."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _copy_to_host(vectors: Tensor) -> Callable[[], np.ndarray]:
-    """Start copying to the host; on CUDA into pinned memory, without waiting."""
+    """Start copying to the host, on CUDA into pinned memory; return what waits for the copy."""
     if vectors.device.type != "cuda":
         return vectors.cpu().numpy
     host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
@@ -469,7 +439,7 @@ def _copy_to_host(vectors: Tensor) -> Callable[[], np.ndarray]:
 
 
 class _ParallelRunner:
-    """Spreads chunks over joblib's workers; each loads the model once and keeps it."""
+    """Spreads chunks over joblib's workers, each of which loads the model once and keeps it."""
 
     def __init__(
         self,
@@ -487,10 +457,10 @@ class _ParallelRunner:
         self._workers = workers
 
     def encode(self, texts: list[str]) -> None:
-        """Nothing: the workers tokenise."""
+        """Do nothing: the workers tokenise."""
 
     def run(self, texts: list[str], encoded: None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Positions in `texts` and their vectors, part by part."""
+        """Yield positions in `texts` and their vectors, part by part."""
         n_parts = max(self._workers, len(texts) // STORE_ROWS)
         parts = [np.arange(k, len(texts), n_parts) for k in range(n_parts)]  # alike in length
         parts = [rows for rows in parts if len(rows)]
@@ -510,9 +480,9 @@ def _embed_in_worker(
     n_workers: int,
     home: tuple[str, int],
 ) -> tuple[np.ndarray, EmbedReport]:
-    """Raw vectors and counts of one part, inside a worker."""
+    """Return raw vectors and counts of one part, inside a worker."""
     with share_cores(n_workers, home):
-        if home != name_process():  # a process for work: its model serves the tasks to come
+        if home != name_process():  # a worker process: its model serves the tasks to come
             registry.keep(load())
         return embed_texts(
             texts,
@@ -525,7 +495,7 @@ def _embed_in_worker(
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """True for the ways in which torch and Python say that memory is short."""
+    """Tell whether an error is one of those by which torch and Python say that memory is short."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
@@ -533,15 +503,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def count_streams(n_cores: int, n_tokens: int) -> int:
-    """Forward passes that run side by side on a CPU, sharing its cores.
-
-    Cores that work on passes of their own do not wait for each other after each step.
-    """
+    """Return how many forward passes share a CPU: their cores need not wait for each other."""
     return max(1, min(n_cores, MAX_STREAMS, n_tokens // STREAM_TOKENS))
 
 
 def default_batch_tokens(loaded: LoadedModel) -> int:
-    """Tokens of one forward pass: cache-sized on the CPU, a fifth of free memory on a GPU."""
+    """Return tokens of one forward pass: for the CPU's cache, or a fifth of a GPU's free memory."""
     if loaded.device.type != "cuda":
         return CPU_BATCH_TOKENS
     free, _ = torch.cuda.mem_get_info(loaded.device)

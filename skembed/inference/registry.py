@@ -14,9 +14,11 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
+from skembed.adapters.adapter import Adapter
 from skembed.cache.embedding_cache import EmbeddingCache
+from skembed.inference.workers import use_one_thread_in_forks
 from skembed.model.config import NVEmbedConfig
 from skembed.model.loaded import LoadedModel, ModelKey, load_registered
 from skembed.model.sources import ModelSource
@@ -26,21 +28,20 @@ __all__ = ["LEASE_SETTINGS", "Lease", "ModelRegistry", "StoredModel", "WORKER_MO
 logger = logging.getLogger(__name__)
 WORKER_MODELS = 2
 LEASE_SETTINGS = 8
-StoredModel = tuple[str, str | None, Mapping[str, bytes]]
-_T = TypeVar("_T")
+StoredModel = tuple[str, str | None, Mapping[str, bytes]]  # `model`, `revision`, files
 
 
 class Lease:
     """What an estimator and its clones share, left out of pickles: models, cache and settings.
 
-    One that was unpickled, maybe on another machine, says so; `stored` holds the `model`,
-    `revision` and files of the model that came with it.
+    `from_pickle`: the estimator was unpickled, maybe on another machine; `stored` is the model
+    that came with it.
     """
 
     def __init__(self, stored: StoredModel | None = None, *, from_pickle: bool = False) -> None:
         self.models: dict[ModelKey, LoadedModel] = {}
         self.cache: EmbeddingCache | None = None  # stays open until another one is used
-        self.adapter: tuple[tuple[Any, ...], Any] = ((), None)
+        self.adapter: tuple[tuple[Any, ...], Adapter] | None = None
         self.from_pickle = from_pickle
         self._stored = stored
         self._settings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
@@ -51,30 +52,27 @@ class Lease:
         if any(self.models.get(model.key) is not model for model in models):
             self.models = {model.key: model for model in models}
 
-    def hold_adapter(self, key: tuple[Any, ...], read: Callable[[], _T]) -> _T:
+    def hold_adapter(self, key: tuple[Any, ...], read: Callable[[], Adapter]) -> Adapter:
         """Return the adapter of this key, read if it is not the one held."""
         with self._guard:
-            if self.adapter[0] != key:
+            if self.adapter is None or self.adapter[0] != key:
                 self.adapter = (key, read())
-            adapter: _T = self.adapter[1]
-            return adapter
+            return self.adapter[1]
 
-    def recall(self, key: tuple[Any, ...] | None) -> Any:
-        """Return what was remembered under a key; None for nothing."""
+    def recall(self, key: tuple[Any, ...]) -> Any:
+        """Return the settings remembered under a key; None for none."""
         with self._guard:
-            settings = None if key is None else self._settings.get(key)
+            settings = self._settings.get(key)
             if settings is not None:
-                self._settings.move_to_end(key)  # type: ignore[arg-type]
+                self._settings.move_to_end(key)
             return settings
 
-    def remember(self, key: tuple[Any, ...] | None, settings: Any) -> None:
+    def remember(self, key: tuple[Any, ...], settings: Any) -> None:
         """Remember settings under a key, beside those of the last few others."""
-        if key is None:
-            return
         with self._guard:
             self._settings[key] = settings
             self._settings.move_to_end(key)
-            while len(self._settings) > LEASE_SETTINGS:
+            if len(self._settings) > LEASE_SETTINGS:
                 self._settings.popitem(last=False)
 
     def find_files(self, model: str, revision: str | None) -> Mapping[str, bytes] | None:
@@ -100,7 +98,8 @@ class ModelRegistry:
         return len(self._models)
 
     def get(self, key: ModelKey, source: ModelSource, config: NVEmbedConfig) -> LoadedModel:
-        """The model of this key, loaded if no one holds it; one thread loads, others wait."""
+        """Return the model of this key, loaded if nobody holds it: by one thread, others wait."""
+        use_one_thread_in_forks()
         with self._guard:
             lock = self._loading.setdefault(key, threading.Lock())
         with lock:
@@ -114,7 +113,7 @@ class ModelRegistry:
             return loaded
 
     def keep(self, loaded: LoadedModel) -> None:
-        """Hold a model for as long as this process lives, or until `WORKER_MODELS` came after it.
+        """Hold a model while this process lives, or until `WORKER_MODELS` others have come.
 
         For worker processes, where each task brings an estimator of its own.
         """
@@ -122,7 +121,7 @@ class ModelRegistry:
         with self._guard:
             self._in_worker[loaded.key] = loaded
             self._in_worker.move_to_end(loaded.key)
-            while len(self._in_worker) > WORKER_MODELS:
+            if len(self._in_worker) > WORKER_MODELS:
                 self._in_worker.popitem(last=False)
 
 

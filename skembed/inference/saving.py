@@ -29,24 +29,7 @@ SAVED_PARAMETERS = (
 
 
 def save_vectorizer(settings: Settings, path: str | os.PathLike[str], *, merge: bool) -> None:
-    """Write an adapter's folder, or the whole model's: frozen, or the adapter merged into it.
-
-    Parameters
-    ----------
-    settings : Settings
-        The vectorizer's.
-    path : str or path
-        The folder; made if need be.
-    merge : bool
-        Whether the adapter is added to the weights.
-
-    Raises
-    ------
-    ValueError
-        When the folder is the one the model is read from, or an adapter meets a whole model there.
-    OSError
-        When the folder cannot be written.
-    """
+    """Write an adapter's folder, or the whole model's: frozen, or the adapter merged into it."""
     resolved, parameters = settings.model, settings.parameters
     source, adapter = resolved.source, resolved.adapter
     folder = Path(path).expanduser()
@@ -81,7 +64,7 @@ def _save_adapter(
             "the adapter, or merge=True."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    # First of all: an adapter that is there already must not meet the new settings.
+    # First of all: an earlier adapter must not meet the new settings.
     (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
     write_json(folder / SETTINGS_FILE, settings)
     adapter.save(
@@ -93,10 +76,7 @@ def _save_adapter(
 
 
 def read_settings(path: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
-    """The parameters saved in a model's folder; none where it has none."""
+    """Return the parameters saved in a model's folder; empty where it has none."""
     source = resolve_source(path, revision)
     settings = (source.adapter_folder or source.folder) / SETTINGS_FILE
-    if not settings.is_file():
-        return {}
-    saved: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
-    return saved
+    return json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}

@@ -1,7 +1,7 @@
 """Parameters -> settings: which model, where, in which type, with which adapter and prefixes.
 
 Reads config.json and hashes files; loads no weights but an adapter's. A lease remembers the
-answers: they are looked for again only when a parameter, the adapter or a local file has changed.
+settings until a parameter, the adapter or a local file changes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from skembed.inference.devices import (
     resolve_dtype,
 )
 from skembed.inference.engine import EmbedRequest, cache_namespace
-from skembed.inference.registry import Lease, registry
+from skembed.inference.registry import Lease, StoredModel, registry
 from skembed.instructions import build_prefix, check_template, resolve_instruction
 from skembed.model.config import NVEmbedConfig
 from skembed.model.loaded import LoadedModel, ModelKey
@@ -45,6 +45,7 @@ from skembed.model.sources import (
     WEIGHTS_FILE,
     ModelSource,
     fingerprint_weights,
+    pack_folder,
     read_config,
     read_json,
     resolve_source,
@@ -61,13 +62,12 @@ __all__ = [
     "WATCHED_FILES",
     "check_parameters",
     "describe_model",
-    "find_prefixes",
     "find_settings",
-    "find_source",
     "list_local_files",
     "load_in_worker",
     "load_resolved",
     "name_base",
+    "pack_model",
     "read_states",
 ]
 
@@ -135,11 +135,14 @@ class Settings:
 def find_settings(parameters: Parameters, lease: Lease, adapter: Adapter | None) -> Settings:
     """Return the settings of an estimator, from its lease where nothing has changed.
 
-    An `adapter` that `fit` learned goes before that of the model's folder. Raises TypeError and
+    An `adapter` that `fit` learned replaces that of the model's folder. Raises TypeError and
     ValueError for parameters, ModelNotFoundError and CheckpointError for the model's files.
     """
     key = _make_key(parameters, adapter)
-    settings: Settings | None = lease.recall(key)
+    try:
+        settings: Settings | None = lease.recall(key)
+    except TypeError:  # a value without a hash, which the checks refuse
+        settings = None
     if settings is None or read_states(settings.files) != settings.files:
         settings = _resolve(parameters, lease, adapter)
         lease.remember(key, settings)
@@ -152,24 +155,19 @@ def find_settings(parameters: Parameters, lease: Lease, adapter: Adapter | None)
     return replace(settings, model=replace(settings.model, adapter=adapter))
 
 
-def _make_key(parameters: Parameters, adapter: Adapter | None) -> tuple[Any, ...] | None:
-    """Return values and types (True equals 1) as they are now; None where one has no hash."""
+def _make_key(parameters: Parameters, adapter: Adapter | None) -> tuple[Any, ...]:
+    """Return values and types (True equals 1) as they are now."""
     values = [tuple(value) if isinstance(value, list) else value for value in parameters]
     values[0] = os.fspath(values[0]) if isinstance(values[0], os.PathLike) else values[0]
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # "cuda" means it
     fingerprint = None if adapter is None else adapter.fingerprint
-    key = (*values, *map(type, parameters), gpu, fingerprint)
-    try:
-        hash(key)
-    except TypeError:  # no value that the checks let pass
-        return None
-    return key
+    return (*values, *map(type, parameters), gpu, fingerprint)
 
 
 def _resolve(given: Parameters, lease: Lease, adapter: Adapter | None) -> Settings:
     """Check parameters and answer every question; the adapter itself is left out."""
     parameters = check_parameters(given)
-    source = find_source(parameters, lease)
+    source = _find_source(parameters, lease)
     files = read_states(list_local_files(source))  # before they are read
     pooling = parameters.pooling
     if pooling is None and source.adapter_folder is not None:
@@ -185,7 +183,15 @@ def _resolve(given: Parameters, lease: Lease, adapter: Adapter | None) -> Settin
         adapter.check_pooling(config)
     elif source.adapter_folder is not None:
         adapter = _read_adapter(source.adapter_folder, model, files, lease)
-    requests = _make_requests(parameters, config, replace(model, adapter=adapter).full_key)
+    key, length = replace(model, adapter=adapter).full_key, parameters.max_length
+    requests = {}
+    for side in SIDES:
+        instructions = parameters.instruction, parameters.document_instruction
+        prefix = build_prefix(
+            parameters.instruction_template, *instructions, side=side, owner=OWNER
+        )
+        namespace = cache_namespace(key, prefix, length)
+        requests[side] = EmbedRequest(prefix, length, config.hidden_size, namespace)
     dim = parameters.truncate_dim or config.hidden_size
     return Settings(parameters, model, requests, dim, files, warning)
 
@@ -197,7 +203,7 @@ def list_local_files(source: ModelSource) -> list[str]:
     """
     if source.name in BUNDLED_MODELS or (source.revision and source.adapter_folder is None):
         return []
-    folders = [os.path.expanduser(source.name)]  # as given: a relative path may change its meaning
+    folders = [os.path.expanduser(source.name)]  # as given: it may be relative, and that changes
     if source.adapter_folder is not None:
         folders.append(str(source.folder))
     shards = (path.name for path in source.folder.glob("*.safetensors"))
@@ -242,24 +248,6 @@ def _make_model_keys(
     ]
 
 
-def _make_requests(
-    parameters: Parameters, config: NVEmbedConfig, key: ModelKey
-) -> dict[str, EmbedRequest]:
-    """Return what the engine is asked for on each side."""
-    length = parameters.max_length
-    return {
-        side: EmbedRequest(prefix, length, config.hidden_size, cache_namespace(key, prefix, length))
-        for side, prefix in find_prefixes(parameters).items()
-    }
-
-
-def find_prefixes(parameters: Parameters) -> dict[str, str]:
-    """Return what stands in front of queries and of documents: in use and in training."""
-    both = parameters.instruction, parameters.document_instruction
-    template = parameters.instruction_template
-    return {side: build_prefix(template, *both, side=side, owner=OWNER) for side in SIDES}
-
-
 def _find_devices(
     device: str | Sequence[str], *, from_pickle: bool
 ) -> tuple[list[torch.device], str]:
@@ -267,15 +255,15 @@ def _find_devices(
     try:
         return resolve_devices(device), ""
     except ValueError:
-        named = [device] if isinstance(device, str) else list(device)
-        kinds = {name.split(":")[0] for name in named}
+        names = [device] if isinstance(device, str) else list(device)
+        kinds = {name.split(":")[0] for name in names}
         if not from_pickle or not kinds or kinds - {"cuda", "mps"}:
             raise
-    present = resolve_device("auto")
-    shown = device if isinstance(device, str) else named
-    return [present], (
+    available = resolve_device("auto")
+    shown = device if isinstance(device, str) else names
+    return [available], (
         f"This {OWNER} was pickled with device={shown!r}, which is not available on this machine; "
-        f"it runs on {str(present)!r}. Silence this with set_params(device='auto')."
+        f"it runs on {str(available)!r}. Silence this with set_params(device='auto')."
     )
 
 
@@ -303,8 +291,8 @@ def _read_adapter(folder: Path, model: ResolvedModel, files: FileStates, lease: 
     return lease.hold_adapter(key, lambda: Adapter.load(folder, config, fingerprint))
 
 
-def find_source(parameters: Parameters, lease: Lease) -> ModelSource:
-    """Return the model's folder; that of the pickle, before any download, if there is none here."""
+def _find_source(parameters: Parameters, lease: Lease) -> ModelSource:
+    """Return the model's folder; if it is not on this machine, the pickle's, before a download."""
     name, revision = os.fspath(parameters.model), parameters.revision
     files = lease.find_files(name, revision)
     if files is None or name in BUNDLED_MODELS or Path(name).expanduser().is_dir():
@@ -312,8 +300,15 @@ def find_source(parameters: Parameters, lease: Lease) -> ModelSource:
     return replace(resolve_source(unpack_folder(files)), name=name)
 
 
+def pack_model(parameters: Parameters, lease: Lease) -> StoredModel:
+    """Return what a pickle holds of the model: its name, revision and files."""
+    name, revision = os.fspath(parameters.model), parameters.revision
+    files = lease.find_files(name, revision) or pack_folder(_find_source(parameters, lease))
+    return name, revision, files
+
+
 def name_base(source: ModelSource) -> str:
-    """How an adapter names its base model: as the user did, folders by their full path."""
+    """Return the base model's name in an adapter: the user's, or a folder's full path."""
     if source.adapter_folder is not None:  # as that adapter does: the folder may be a temporary one
         values = read_json(source.adapter_folder / ADAPTER_CONFIG_FILE)
         return str(values.get("base_model_name_or_path") or source.folder)
@@ -324,7 +319,7 @@ def name_base(source: ModelSource) -> str:
 
 
 def describe_model(resolved: ResolvedModel) -> dict[str, Any]:
-    """The `model_` attribute of an estimator."""
+    """Return the `model_` attribute of an estimator."""
     key, backbone = resolved.key, resolved.config.backbone
     layers = backbone["num_hidden_layers"]
     return {
@@ -335,13 +330,13 @@ def describe_model(resolved: ResolvedModel) -> dict[str, Any]:
         "pooling": key.pooling,
         "hidden_size": resolved.config.hidden_size,
         "dtype": key.dtype,
-        "device": ", ".join(one.device for one in (key, *resolved.replicas)),
+        "device": ", ".join(each.device for each in (key, *resolved.replicas)),
         "attention_path": key.attention_path,
     }
 
 
 def load_resolved(resolved: ResolvedModel, lease: Lease | None = None) -> list[LoadedModel]:
-    """Return the loaded model on each of its devices, adapter in place; a lease holds the bases."""
+    """Return the model on each of its devices, with its adapter; a lease holds the bases."""
     keys = (resolved.key, *resolved.replicas)
     loaded = [registry.get(key, resolved.source, resolved.config) for key in keys]
     if lease is not None:
@@ -350,10 +345,10 @@ def load_resolved(resolved: ResolvedModel, lease: Lease | None = None) -> list[L
 
 
 def load_in_worker(resolved: ResolvedModel) -> LoadedModel:
-    """The loaded model in a process that may be on another machine; the argument pickles small.
+    """Return the loaded model in a process that may be on another machine.
 
-    Where the model's folder is not, the model is looked for by its name, as here; raises
-    ModelNotFoundError where there is none, CheckpointError where it is another one.
+    Looks for the model by its name if its folder is missing; raises ModelNotFoundError if there
+    is none, CheckpointError if it is another model.
     """
     source = resolved.source
     if not source.folder.is_dir():
@@ -407,7 +402,7 @@ def check_parameters(parameters: Parameters) -> Parameters:
 
 
 def _check_device(device: Any) -> str | tuple[str, ...]:
-    """Return a name, or a tuple of names; whether there are such devices is seen later."""
+    """Return a name, or a tuple of names; whether such devices exist is checked later."""
     if isinstance(device, (list, tuple)) and all(isinstance(name, str) for name in device):
         return tuple(device)
     if not isinstance(device, str):

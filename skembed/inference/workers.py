@@ -25,6 +25,7 @@ __all__ = [
     "run_tasks",
     "share_cores",
     "spread",
+    "use_one_thread_in_forks",
 ]
 
 _T = TypeVar("_T")
@@ -33,11 +34,8 @@ _END: Any = object()
 
 
 def run_tasks(task: Callable[..., _R], calls: Iterable[tuple[Any, ...]], n: int) -> Iterator[_R]:
-    """Results of `task` for each of some calls, in their order, from `n` workers of joblib.
-
-    Whatever backend is active does the work: joblib's own processes, or those of a cluster under
-    ``joblib.parallel_config("dask")``. The task must be picklable.
-    """
+    """Yield results of a picklable `task`, in order, from `n` workers of joblib's backend."""
+    use_one_thread_in_forks()
     try:  # results as they come, where the backend can
         parallel = Parallel(n_jobs=n, return_as="generator")
     except ValueError:  # "multiprocessing", and what is built on it
@@ -49,16 +47,28 @@ def run_tasks(task: Callable[..., _R], calls: Iterable[tuple[Any, ...]], n: int)
         torch.set_num_threads(before)
 
 
+@lru_cache(maxsize=1)
+def use_one_thread_in_forks() -> None:
+    """Give every later fork of this process, whoever forks it, a single thread of torch.
+
+    A fork has none of the threads that its OpenMP library believes it has: with more than one,
+    its first parallel loop would wait for them for ever. Called before a model is loaded or workers
+    start, not at import. Python cannot unregister it, so only the first call does anything.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+
+
 def name_process() -> tuple[str, int]:
-    """What tells this process from those of its workers, on this machine or another."""
+    """Return what tells this process from those of its workers, on this machine or another."""
     return platform.node(), os.getpid()
 
 
 @contextmanager
 def share_cores(n_workers: int, home: tuple[str, int]) -> Iterator[None]:
-    """Leave each of some workers its part of the cores: cores // workers, 1 at the least.
+    """Let torch use a worker's part of the cores inside: cores // workers, at least one.
 
-    Never more than the worker is set to already: joblib, Dask, Ray and torchrun each set
+    Never more than torch is set to already: joblib, Dask, Ray and torchrun each set
     OMP_NUM_THREADS. On a machine other than the caller's (`home` is its `name_process`) the number
     of workers says nothing, and that setting stands.
     """
@@ -71,18 +81,12 @@ def share_cores(n_workers: int, home: tuple[str, int]) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-if hasattr(os, "register_at_fork"):
-    # A forked process has none of the threads that its OpenMP library believes it has, and would
-    # wait for them at its first parallel loop, for ever.
-    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
-
-
 def run_ahead(task: Callable[[_T], _R], items: Iterable[_T]) -> Generator[_R, None, None]:
-    """Results of `task`, in order; the next one is worked on while the caller uses the last.
+    """Yield results of `task`, in order; compute the next one while the caller uses the last.
 
-    One thread beside the caller's, started only where there is a second item. At most two results
-    exist at a time. Items are drawn by the caller's thread. An error of `task` arrives where its
-    result would have; when the caller stops, the task at work is waited for.
+    Starts one thread, and that only for a second item. At most two results exist at a time. The
+    caller's thread draws the items. An error of `task` arrives in place of its result; a caller
+    that stops waits for the task at work.
     """
     source = iter(items)
     item: Any = next(source, _END)
@@ -104,7 +108,7 @@ def run_ahead(task: Callable[[_T], _R], items: Iterable[_T]) -> Generator[_R, No
 
 
 class SharedIterator(Iterator[_T]):
-    """An iterator that several threads draw from, each item going to one of them."""
+    """An iterator that several threads draw from; each item goes to one of them."""
 
     def __init__(self, items: Iterable[_T]) -> None:
         self._items = iter(items)
@@ -112,14 +116,14 @@ class SharedIterator(Iterator[_T]):
         self._stopped = False
 
     def __next__(self) -> _T:
-        """The next item, unless someone has stopped."""
+        """Return the next item, unless `stop` was called."""
         with self._guard:
             if self._stopped:
                 raise StopIteration
             return next(self._items)
 
     def stop(self) -> None:
-        """No thread gets another item."""
+        """Give no thread another item."""
         with self._guard:
             self._stopped = True
 
@@ -130,11 +134,11 @@ def spread(
     *,
     n_threads: int | None = None,
 ) -> Iterator[_R]:
-    """Results of workers that share the items, one thread each; as they come, in no order.
+    """Yield results of workers that share the items, one thread each, as they come, in no order.
 
     A worker draws its next item when it is done with the last, so a faster one does more. At an
     error, or when the caller stops, no worker draws another item, and all have ended when the error
-    arrives. Items are drawn by one thread at a time. `n_threads`: those of torch in each worker.
+    arrives. One thread at a time draws. `n_threads`: those of torch in each worker.
     """
     shared = SharedIterator(items)
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -154,15 +158,16 @@ def spread(
 
     threads = [threading.Thread(target=run, args=(worker,), daemon=True) for worker in workers]
     failure: BaseException | None = None
-    left = len(threads)
+    n_running = len(threads)
     for thread in threads:
         thread.start()
     try:
-        while left:
+        while n_running:
             result, error = results.get()
-            left -= result is _END
             failure = failure or error
-            if result is not _END:
+            if result is _END:
+                n_running -= 1
+            else:
                 yield result
     finally:
         shared.stop()
@@ -175,7 +180,7 @@ def spread(
 
 @lru_cache(maxsize=1)
 def _find_trim() -> Any:
-    """Return the C library's function, or None where it has none (musl, macOS, Windows)."""
+    """Return the C library's `malloc_trim`, or None where it has none (musl, macOS, Windows)."""
     if not sys.platform.startswith("linux"):
         return None
     try:
@@ -185,6 +190,6 @@ def _find_trim() -> Any:
 
 
 def release_free_memory() -> bool:
-    """Give free pages of the heap back to the system; whether there were any to give."""
+    """Give free pages of the heap back to the system; return whether there were any."""
     trim = _find_trim()
     return trim is not None and bool(trim(0))

@@ -1,7 +1,7 @@
 """The manifest of streamed embeddings: what made them, and which shards of which source are done.
 
 It is replaced in one step after every shard. It holds neither times nor names of processes: after
-any number of interruptions it is, to the byte, that of an undisturbed run.
+any number of interruptions its bytes are those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ class Manifest:
 
     def explain_differences(self, settings: Mapping[str, Any]) -> list[str]:
         """Return each setting that differs, in words; `missing` may be eased after an error."""
-        found = []
+        differences = []
         for name, meaning in _MEANINGS.items():
-            there, here = self.settings.get(name), settings.get(name)
-            eased = name == "missing" and there == "error"
-            if there != here and not eased:
-                found.append(f"another {meaning} ({_show(there)} there, {_show(here)} now)")
-        return found
+            then, now = self.settings.get(name), settings.get(name)
+            is_eased = name == "missing" and then == "error"
+            if then != now and not is_eased:
+                differences.append(f"another {meaning} ({_show(then)} there, {_show(now)} now)")
+        return differences
 
 
 def _show(value: Any) -> str:

@@ -1,8 +1,8 @@
 """Sources of texts for streaming, block by block, and the running digest of what was read.
 
-A source is anything with rows in a fixed order: a list or column, an iterator, a frame, or what
-Arrow reads (Parquet files and folders, data sets, tables, record batches). One block of rows is in
-memory at a time.
+A source has rows in a fixed order: a list or column, an iterator, a frame, or what Arrow reads
+(Parquet files and folders, data sets, tables, record batches). One block of rows is in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Block(NamedTuple):
     """Some rows of a source."""
 
     texts: Any  # texts or pairs, as `check_texts` takes them
-    n_columns: int | None = None  # text columns where the source tells it; None where texts do
+    n_columns: int | None = None  # text columns, where not the texts but the source tells it
     carried: Any = None  # pyarrow.Table of the columns carried along
 
 
@@ -41,9 +41,9 @@ class Block(NamedTuple):
 class TextSource:
     """Rows to be read once, from the first to the last."""
 
-    n_rows: int | None  # where it is known before they are read
+    n_rows: int | None  # where known before they are read
     is_one_shot: bool  # can be read once only, such as a generator
-    read: Callable[[int], Iterator[Block]]  # of a size, all full but the last; at least one
+    read: Callable[[int], Iterator[Block]]  # rows a block -> at least one, all full but the last
 
 
 def open_source(
@@ -51,7 +51,7 @@ def open_source(
 ) -> TextSource:
     """Tell what `X` is and how to read it; reads no text yet.
 
-    Raises TypeError for what is no source of texts, ValueError for columns that are not there.
+    Raises TypeError for what is no source of texts, ValueError for columns that `X` lacks.
     """
     if isinstance(X, (str, os.PathLike)):
         X = _open_parquet(X, owner=owner)
@@ -107,15 +107,11 @@ def _to_plain(column: Any) -> list[Any]:
     if pa.types.is_temporal(column.type) and not pa.types.is_interval(column.type):
         width = pa.int32() if column.type.bit_width == 32 else pa.int64()
         column = column.cast(width)
-    values: list[Any] = column.to_pylist()
-    return values
-
-
-# Texts without columns
+    return column.to_pylist()
 
 
 def _open_texts(X: Any, *, owner: str) -> TextSource:
-    """A list, array, Series, Arrow array or any iterable of texts or pairs."""
+    """Open a list, array, Series, Arrow array or any iterable of texts or pairs."""
     refused = (bytes, bytearray, memoryview, Mapping, Set)
     is_flat = isinstance(X, refused) or hasattr(X, "tocsr") or getattr(X, "ndim", 1) == 0
     if is_flat or not isinstance(X, Iterable):
@@ -137,13 +133,13 @@ def _is_of_arrow(X: Any) -> bool:
 
 
 def _read_slices(n: int, cut: Callable[[int, int], Any], size: int) -> Iterator[Block]:
-    """Blocks of a source with places; one without rows if it is empty."""
+    """Yield blocks of a source that `cut` slices; one without rows if it is empty."""
     for start in range(0, max(n, 1), size):
         yield Block(cut(start, min(start + size, n)))
 
 
 def _read_items(X: Iterable[Any], size: int) -> Iterator[Block]:
-    """Blocks of an iterable; one without rows if it is empty."""
+    """Yield blocks of an iterable; one without rows if it is empty."""
     items = iter(X)
     part = list(islice(items, size))
     while True:
@@ -152,9 +148,6 @@ def _read_items(X: Iterable[Any], size: int) -> Iterator[Block]:
         if not following:
             return
         part = [*following, *islice(items, size - 1)]
-
-
-# Tables
 
 
 def _is_frame(X: Any) -> bool:
@@ -169,14 +162,14 @@ def _is_arrow_table(X: Any) -> bool:
     return hasattr(X, "__arrow_c_stream__") and not hasattr(X, "dtype")  # a Series has one
 
 
-def _open_parquet(path: Any, *, owner: str) -> Any:
+def _open_parquet(path: str | os.PathLike[str], *, owner: str) -> Any:
     """Return the data set of a Parquet file or folder."""
-    place = Path(os.path.expanduser(path))
+    file = Path(os.path.expanduser(path))
     try:
-        there = place.exists()
+        exists = file.exists()
     except (OSError, ValueError):  # a long text, say
-        there = False
-    if not there:
+        exists = False
+    if not exists:
         step = "Wrap it if it is a text: [text]." if isinstance(path, str) else "Check the path."
         raise TypeError(
             f"The `X` parameter of `{owner}` must be texts, a table, or the path of a Parquet file "
@@ -184,16 +177,16 @@ def _open_parquet(path: Any, *, owner: str) -> Any:
         )
     dataset = import_optional("pyarrow.dataset", extra="stream", purpose=_PURPOSE)
     try:
-        return dataset.dataset(place, format="parquet")
+        return dataset.dataset(file, format="parquet")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The `X` parameter of `{owner}` must be a Parquet file or folder; {str(place)!r} "
+            f"The `X` parameter of `{owner}` must be a Parquet file or folder; {str(file)!r} "
             f"cannot be read as one: {error}."
         ) from error
 
 
 def _open_frame(X: Any, column: Any, keep: Sequence[str], *, owner: str) -> TextSource:
-    """A pandas frame; its columns are converted to Arrow block by block, all to one schema."""
+    """Open a pandas frame; columns are converted to Arrow block by block, all to one schema."""
     names = _choose_columns(list(X.columns), column, keep, owner=owner)
     schema = None
     if keep:
@@ -215,7 +208,7 @@ def _open_frame(X: Any, column: Any, keep: Sequence[str], *, owner: str) -> Text
 
 
 def _open_arrow(X: Any, column: Any, keep: Sequence[str], *, owner: str) -> TextSource:
-    """A data set, table, record batch, reader, or what exports an Arrow stream."""
+    """Open a data set, table, record batch, reader, or what exports an Arrow stream."""
     pa = import_optional("pyarrow", extra="stream", purpose=_PURPOSE)
     is_one_shot = hasattr(X, "read_next_batch")
     if not _is_of_arrow(X):
@@ -223,10 +216,11 @@ def _open_arrow(X: Any, column: Any, keep: Sequence[str], *, owner: str) -> Text
     names = _choose_columns(X.schema.names, column, keep, owner=owner)
     for name in names:
         _check_text_type(pa, name, X.schema.field(name).type, owner=owner)
-    wanted = list(dict.fromkeys([*names, *keep]))
+    columns_read = list(dict.fromkeys([*names, *keep]))
+    schema = pa.schema([X.schema.field(name) for name in columns_read])
 
     def read(size: int) -> Iterator[Block]:
-        for table in _join_batches(pa, _read_batches(X, wanted), X.schema, wanted, size):
+        for table in _join_batches(pa, _read_batches(X, columns_read), schema, size):
             columns = [table.column(name).to_pylist() for name in names]
             texts = columns[0] if len(names) == 1 else list(zip(*columns, strict=True))
             carried = _normalise(pa, table.select(list(keep))) if keep else None
@@ -236,26 +230,26 @@ def _open_arrow(X: Any, column: Any, keep: Sequence[str], *, owner: str) -> Text
 
 
 def _choose_columns(
-    there: Sequence[Any], column: Any, keep: Sequence[str], *, owner: str
+    available: Sequence[Any], column: Any, keep: Sequence[str], *, owner: str
 ) -> list[str]:
-    """Return the text columns of a table, all of them and those to keep being there."""
-    listed = ", ".join(repr(name) for name in there)
+    """Return the text columns of a table; check that it has these and the ones to keep."""
+    listed = ", ".join(repr(name) for name in available)
     if column is None:
-        if len(there) != 1:
+        if len(available) != 1:
             raise ValueError(
                 f"The `column` parameter of `{owner}` must name the column of texts; got None, "
                 f"and X has several: {listed}."
             )
-        column = there[0]
+        column = available[0]
     names = list(column) if isinstance(column, (list, tuple)) else [column]
     if len(names) not in (1, 2):
         raise ValueError(
             f"The `column` parameter of `{owner}` must name one column of texts, or two of pairs; "
             f"got {len(names)}."
         )
-    for parameter, wanted in (("column", names), ("keep_columns", keep)):
-        for name in wanted:
-            if list(there).count(name) != 1:
+    for parameter, given in (("column", names), ("keep_columns", keep)):
+        for name in given:
+            if list(available).count(name) != 1:
                 raise ValueError(
                     f"The `{parameter}` parameter of `{owner}` must name columns that X has once; "
                     f"got {name!r}. X has {listed}."
@@ -266,29 +260,25 @@ def _choose_columns(
 def _check_text_type(pa: Any, name: str, kind: Any, *, owner: str) -> None:
     """Refuse a column that holds no texts."""
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    is_view = getattr(pa.types, "is_string_view", lambda _: False)(value)
-    if not (is_view or any(check(value) for check in _text_checks(pa))):
+    # Those that `to_pylist` turns into str or None; older pyarrow has no views.
+    names = ("is_string", "is_large_string", "is_null", "is_string_view")
+    if not any(getattr(pa.types, check, lambda _: False)(value) for check in names):
         raise TypeError(
             f"The `column` parameter of `{owner}` must name a column of texts; {name!r} is of type "
             f"{kind}."
         )
 
 
-def _text_checks(pa: Any) -> list[Callable[[Any], bool]]:
-    """Return the tests of types that `to_pylist` turns into str or None."""
-    return [pa.types.is_string, pa.types.is_large_string, pa.types.is_null]
-
-
 def _count_rows(X: Any) -> int | None:
-    """Return the number of rows where it costs nothing: of a reader it is not known."""
+    """Return the number of rows; None for a reader, which does not know it."""
     n_rows = getattr(X, "num_rows", None)
     if n_rows is None and hasattr(X, "count_rows"):
         n_rows = X.count_rows()
     return n_rows
 
 
-def _read_batches(X: Any, wanted: list[str]) -> Iterator[Any]:
-    """Record batches of the wanted columns, in order."""
+def _read_batches(X: Any, names: list[str]) -> Iterator[Any]:
+    """Yield record batches of some columns, in order."""
     if hasattr(X, "get_fragments"):
         dataset = import_optional("pyarrow.dataset", extra="stream", purpose=_PURPOSE)
         # The defaults read 4 files and 16 batches ahead.
@@ -297,21 +287,18 @@ def _read_batches(X: Any, wanted: list[str]) -> Iterator[Any]:
             options["fragment_scan_options"] = dataset.ParquetFragmentScanOptions(
                 use_buffered_stream=True, pre_buffer=False
             )
-        yield from X.to_batches(columns=wanted, batch_size=_SCAN_ROWS, use_threads=False, **options)
+        yield from X.to_batches(columns=names, batch_size=_SCAN_ROWS, use_threads=False, **options)
     elif hasattr(X, "to_batches"):
-        yield from X.select(wanted).to_batches(max_chunksize=_SCAN_ROWS)
+        yield from X.select(names).to_batches(max_chunksize=_SCAN_ROWS)
     elif hasattr(X, "read_next_batch"):
         for batch in X:
-            yield batch.select(wanted)
+            yield batch.select(names)
     else:  # one record batch
-        yield X.select(wanted)
+        yield X.select(names)
 
 
-def _join_batches(
-    pa: Any, batches: Iterator[Any], schema: Any, wanted: list[str], size: int
-) -> Iterator[Any]:
-    """Tables of `size` rows, the last one shorter; one without rows if there is none."""
-    schema = pa.schema([schema.field(name) for name in wanted])
+def _join_batches(pa: Any, batches: Iterator[Any], schema: Any, size: int) -> Iterator[Any]:
+    """Yield tables of `size` rows, the last one shorter; one without rows if there is none."""
     held: list[Any] = []
     n_held, n_tables = 0, 0
     for batch in batches:
@@ -334,7 +321,13 @@ def _normalise(pa: Any, table: Any) -> Any:
         column = table.column(index)
         if pa.types.is_dictionary(field.type):
             kind = large.get(str(field.type.value_type), field.type.value_type)
-            parts = [_decode(pa, chunk, kind) for chunk in column.chunks]
+            # Decoding has no kernel for every type of values: it needs large ones.
+            parts = [
+                pa.DictionaryArray.from_arrays(
+                    chunk.indices, chunk.dictionary.cast(kind)
+                ).dictionary_decode()
+                for chunk in column.chunks
+            ]
             column = pa.chunked_array(parts, type=kind)
         elif str(field.type) in large:
             column = column.cast(large[str(field.type)])
@@ -343,18 +336,8 @@ def _normalise(pa: Any, table: Any) -> Any:
     return table.combine_chunks()
 
 
-def _decode(pa: Any, chunk: Any, kind: Any) -> Any:
-    """Return the values of a dictionary-encoded array, which has no kernel for every type."""
-    return pa.DictionaryArray.from_arrays(
-        chunk.indices, chunk.dictionary.cast(kind)
-    ).dictionary_decode()
-
-
-# Ids
-
-
 def _attach_ids(source: TextSource, ids: Any, *, owner: str) -> TextSource:
-    """The source with a column of ids beside the others, one id a row."""
+    """Return the source with a column of ids beside the others, one id a row."""
     pa = import_optional("pyarrow", extra="stream", purpose=_PURPOSE)
     if isinstance(ids, (str, bytes, Mapping, Set)) or not isinstance(ids, Iterable):
         raise TypeError(
@@ -376,15 +359,13 @@ def _attach_ids(source: TextSource, ids: Any, *, owner: str) -> TextSource:
                     f"The `ids` parameter of `{owner}` makes a column {ID_COLUMN!r}, and "
                     "`keep_columns` names one, too. Leave one of them out."
                 )
-            columns = {
-                ID_COLUMN: column,
-                **dict(zip(carried.column_names, carried.columns, strict=True)),
-            }
-            # Ids that go on behind the last row are told before the shard is written.
+            columns = [column, *carried.columns]
+            carried = pa.table(columns, names=[ID_COLUMN, *carried.column_names])
+            # An id behind the last row is an error before the shard is written.
             start += n_rows
             following = list(islice(rest, 1)) if n_rows < size else []
             _check_id_count(bool(following), start, owner=owner)
-            yield Block(block.texts, block.n_columns, pa.table(columns))
+            yield Block(block.texts, block.n_columns, carried)
         _check_id_count(next(rest, rest) is not rest, start, owner=owner)
 
     one_shot = source.is_one_shot or isinstance(ids, Iterator)
@@ -394,23 +375,23 @@ def _attach_ids(source: TextSource, ids: Any, *, owner: str) -> TextSource:
 def _make_ids(pa: Any, values: list[Any], start: int, kind: Any, *, owner: str) -> Any:
     """Return ids as one Arrow column, all int or all str."""
     plain = [value.item() if isinstance(value, np.generic) else value for value in values]
-    wanted: tuple[type, ...] = (int, str)
+    allowed: tuple[type, ...] = (int, str)
     if kind is not None:
-        wanted = (int,) if kind == pa.int64() else (str,)
-    elif plain and type(plain[0]) in wanted:
-        wanted = (type(plain[0]),)
-    for place, value in enumerate(plain):
-        if type(value) not in wanted:
-            names = " or ".join(t.__name__ for t in wanted)
+        allowed = (int,) if kind == pa.int64() else (str,)
+    elif plain and type(plain[0]) in allowed:
+        allowed = (type(plain[0]),)
+    for position, value in enumerate(plain, start):
+        if type(value) not in allowed:
+            names = " or ".join(each.__name__ for each in allowed)
             raise TypeError(
                 f"The `ids` parameter of `{owner}` must hold int or str, all of one type; "
-                f"ids[{start + place}] is a {type(value).__name__} instead of {names}."
+                f"ids[{position}] is a {type(value).__name__} instead of {names}."
             )
-    return pa.array(plain, type=pa.string() if wanted == (str,) else pa.int64())
+    return pa.array(plain, type=pa.string() if allowed == (str,) else pa.int64())
 
 
 def _check_id_count(wrong: bool, count: int, *, owner: str) -> None:
-    """Refuse ids that end before the rows do, or go on behind them."""
+    """Refuse ids that end before the rows or go on behind them."""
     if wrong:
         raise ValueError(
             f"The `ids` parameter of `{owner}` must have one id for each row of X; one of them "

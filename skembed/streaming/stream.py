@@ -1,9 +1,4 @@
-"""Embeddings of more texts than fit into memory: written shard by shard, resumed after a stop.
-
-The way of a run: lock the path -> read the source block by block, one block a shard -> check its
-texts and add them to the running digest -> a shard that the manifest names is compared and skipped;
-any other is embedded, written through to the disk and put into the manifest.
-"""
+"""`transform_to` and `open_embeddings`: one run over a source, and its result."""
 
 from __future__ import annotations
 
@@ -20,25 +15,13 @@ from tqdm.auto import tqdm
 
 from skembed._files import hold_lock
 from skembed._inputs import TextColumns
-from skembed._validation import (
-    check_bool,
-    check_choice,
-    check_int,
-    check_string,
-    import_optional,
-)
+from skembed._validation import check_bool, check_choice, check_int, check_string, import_optional
 from skembed.exceptions import SkembedWarning
 from skembed.inference.encoder import Encoder, warn_truncated
 from skembed.inference.engine import NUMERICS_VERSION, PROGRESS_DELAY_S
 from skembed.inference.settings import OWNER, SIDES
 from skembed.streaming.manifest import Manifest, read_manifest, write_manifest
-from skembed.streaming.sources import (
-    Block,
-    TextSource,
-    check_block,
-    extend_digest,
-    open_source,
-)
+from skembed.streaming.sources import Block, TextSource, check_block, extend_digest, open_source
 from skembed.streaming.targets import (
     ParquetTarget,
     Target,
@@ -69,7 +52,7 @@ class StreamReport:
     n_shards : int
         Shards of the whole set.
     n_skipped : int
-        Rows that were there already, found the same in the source, and not embedded again.
+        Rows that an earlier call had embedded and whose texts have not changed.
     """
 
     path: Path
@@ -84,17 +67,17 @@ def write_embeddings(
     X: Any,
     path: str | os.PathLike[str],
     *,
-    format: str | None = None,
-    column: str | Sequence[str] | None = None,
-    keep_columns: Sequence[str] = (),
-    ids: Iterable[Any] | None = None,
-    side: str = "query",
-    rows_per_shard: int = ROWS_PER_SHARD,
-    embedding_column: str = "embedding",
-    use_cache: bool = False,
-    overwrite: bool = False,
+    format: str | None,
+    column: str | Sequence[str] | None,
+    keep_columns: Sequence[str],
+    ids: Iterable[Any] | None,
+    side: str,
+    rows_per_shard: int,
+    embedding_column: str,
+    use_cache: bool,
+    overwrite: bool,
 ) -> StreamReport:
-    """Do what `NVEmbedVectorizer.transform_to` says, for the encoder of a vectorizer."""
+    """Do the work of `NVEmbedVectorizer.transform_to` for the encoder of a vectorizer."""
     rows = check_int(rows_per_shard, name="rows_per_shard", owner=METHOD, low=1)
     check_choice(side, name="side", owner=METHOD, allowed=SIDES)
     for name, value in (("use_cache", use_cache), ("overwrite", overwrite)):
@@ -112,9 +95,8 @@ def write_embeddings(
             report = run.read()
     finally:
         target.tidy()
-    if run.n_truncated:
-        max_length = encoder.settings.parameters.max_length
-        warn_truncated(run.n_truncated, run.n_embedded, max_length, stacklevel=4)
+    max_length = encoder.settings.parameters.max_length
+    warn_truncated(run.n_truncated, run.n_embedded, max_length, stacklevel=4)
     return report
 
 
@@ -141,12 +123,11 @@ class _Run:
         self.n_skipped = self.n_truncated = self.n_embedded = 0
 
     def begin(self, *, overwrite: bool) -> None:
-        """Read the manifest that is there; refuse what no call of `transform_to` wrote."""
-        there = self.target.manifest_path.exists()
-        if overwrite and there:
+        """Read the manifest if there is one; refuse what no call of `transform_to` wrote."""
+        if overwrite and self.target.manifest_path.exists():
             self.target.clear()
-            there = False
-        foreign = [] if there else self.target.find_foreign()
+        has_manifest = self.target.manifest_path.exists()
+        foreign = [] if has_manifest else self.target.find_foreign()
         if foreign:
             raise ValueError(
                 f"The `path` parameter of `{METHOD}` must be new, empty, or written by an earlier "
@@ -156,7 +137,7 @@ class _Run:
         self.stored = read_manifest(self.target.manifest_path)
 
     def read(self) -> StreamReport:
-        """Go through the source; shards that are there are compared, all others embedded."""
+        """Go through the source: compare complete shards, embed all others."""
         parameters = self.encoder.settings.parameters
         delay = 0.0 if parameters.verbose else PROGRESS_DELAY_S
         start, index = 0, -1
@@ -173,7 +154,7 @@ class _Run:
         return self._finish(index + 1, start)
 
     def _start(self, block: Block, columns: TextColumns) -> Manifest:
-        """The manifest to go on with: a new one, or the one that is there if it fits."""
+        """Return the manifest to go on with: a new one, or the stored one if it fits."""
         settings = self._describe_settings(block, columns)
         origin = self._describe_origin()
         if self.stored is None:
@@ -193,7 +174,7 @@ class _Run:
                 "anew."
             )
         self.manifest.settings = settings
-        self._warn_other_versions(origin)
+        self._warn_other_versions(self.stored.origin, origin)
         self.target.drop_after(len(self.manifest.shards), self.manifest.count("bytes"))
         return self.manifest
 
@@ -208,8 +189,8 @@ class _Run:
             )
 
     def _describe_settings(self, block: Block, columns: TextColumns) -> dict[str, Any]:
-        """Everything that decides vectors and files."""
-        own = self.encoder.settings
+        """Return everything that decides vectors and files."""
+        encoding = self.encoder.settings
         n_columns = len(columns.columns)
         if n_columns == 2 and self.sides[0] != "query":
             raise ValueError(
@@ -218,15 +199,15 @@ class _Run:
             )
         settings: dict[str, Any] = {
             "layout": self.target.layout,
-            "fingerprint": own.model.full_key.fingerprint,
-            "pooling": own.model.key.pooling,
-            "dtype": own.model.key.dtype,
+            "fingerprint": encoding.model.full_key.fingerprint,
+            "pooling": encoding.model.key.pooling,
+            "dtype": encoding.model.key.dtype,
             "numerics": NUMERICS_VERSION,
-            "prefixes": [own.requests[side].prefix for side in self.sides[:n_columns]],
-            "max_length": own.parameters.max_length,
-            "dim": own.dim * n_columns,
-            "normalize": own.parameters.normalize,
-            "missing": own.parameters.missing,
+            "prefixes": [encoding.requests[side].prefix for side in self.sides[:n_columns]],
+            "max_length": encoding.parameters.max_length,
+            "dim": encoding.dim * n_columns,
+            "normalize": encoding.parameters.normalize,
+            "missing": encoding.parameters.missing,
             "rows_per_shard": self.rows,
             "text_columns": n_columns,
             "columns": [],
@@ -238,7 +219,7 @@ class _Run:
         return settings
 
     def _describe_origin(self) -> dict[str, Any]:
-        """Names and versions, which decide nothing but the last bits."""
+        """Return names and versions, which decide nothing but the last bits."""
         model, parameters = self.encoder.settings.model, self.encoder.settings.parameters
         packages = [*_PACKAGES, "pyarrow"] if self.target.layout == "parquet" else _PACKAGES
         return {
@@ -252,11 +233,11 @@ class _Run:
             "versions": {name: metadata.version(name) for name in packages},
         }
 
-    def _warn_other_versions(self, origin: dict[str, Any]) -> None:
-        """Say when what is to come may differ from what is there in the last bits."""
-        there = {**self.stored.origin["versions"], "device": self.stored.origin["device"]}  # type: ignore[union-attr]
-        here = {**origin["versions"], "device": origin["device"]}
-        changed = [f"{n} {there.get(n)} (now {v})" for n, v in here.items() if there.get(n) != v]
+    def _warn_other_versions(self, stored: dict[str, Any], origin: dict[str, Any]) -> None:
+        """Warn if the rest may differ from what is stored in the last bits."""
+        then = {**stored["versions"], "device": stored["device"]}
+        now = {**origin["versions"], "device": origin["device"]}
+        changed = [f"{n} {then.get(n)} (now {v})" for n, v in now.items() if then.get(n) != v]
         if changed:
             warnings.warn(
                 f"The embeddings in {str(self.target.path)!r} were begun with "
@@ -267,7 +248,7 @@ class _Run:
             )
 
     def _is_done(self, manifest: Manifest, index: int, start: int, columns: TextColumns) -> bool:
-        """Whether a shard is there and whole; ValueError where the source is not what it was."""
+        """Tell whether a shard is complete and undamaged; ValueError where the source changed."""
         n_rows = len(columns.columns[0])
         if index >= len(manifest.shards):
             if manifest.is_closed:
@@ -299,7 +280,7 @@ class _Run:
         return False
 
     def _changed(self, how: str) -> ValueError:
-        """The error of a source that is not what it was."""
+        """Return the error of a source that has changed."""
         again = " A generator must start at its first row again." if self.source.is_one_shot else ""
         return ValueError(
             f"The source has changed since {str(self.target.path)!r} was begun: {how}. No row of "
@@ -335,7 +316,7 @@ class _Run:
         self._save(manifest, index)
 
     def _save(self, manifest: Manifest, index: int) -> None:
-        """Write the manifest; where it cannot be, the shard does not count."""
+        """Write the manifest; if that fails, the shard does not count."""
         try:
             write_manifest(self.target.manifest_path, manifest)
         except OSError as error:
@@ -343,7 +324,7 @@ class _Run:
             raise explain_write_error(error, self.target, index, start) from error
 
     def _finish(self, n_shards: int, n_rows: int) -> StreamReport:
-        """Mark the set as complete; what the call did."""
+        """Mark the set as complete; return what the call did."""
         manifest = self.manifest
         if manifest is None:  # a source gives one block at least
             raise RuntimeError(f"`{METHOD}` read no block; please report this.")

@@ -1,7 +1,7 @@
 """Where streamed embeddings are written: numbered Parquet files, or one .npy file.
 
-A shard is complete before the manifest names it. What a killed process leaves beyond the manifest
-is overwritten or removed by the next one, and never read.
+A shard is complete before the manifest names it. The next run overwrites or removes what a killed
+process leaves beyond the manifest; nobody reads it.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ class ParquetTarget:
         return sorted(n for n in names if n != _LOCK_FILE and not _PARTIAL.fullmatch(n))
 
     def clear(self) -> None:
-        """Remove shards and manifest; the manifest last: without it they are somebody else's."""
+        """Remove shards, and the manifest last: without it the shards would count as foreign."""
         self.drop_after(0, 0)
         self.manifest_path.unlink(missing_ok=True)
 
     def drop_after(self, n_shards: int, n_bytes: int) -> None:
-        """Remove what no manifest names: later shards and halves of files."""
+        """Remove what no manifest names: later shards and partial files."""
         for path in list(self.path.iterdir()):
             shard = _SHARD.fullmatch(path.name)
             if _PARTIAL.fullmatch(path.name) or (shard and int(shard[1]) >= n_shards):
@@ -134,7 +134,7 @@ class ParquetTarget:
 
 
 class ArrayTarget:
-    """One .npy file, written beside its place and renamed once complete."""
+    """One .npy file, written beside its path and renamed once complete."""
 
     layout = "npy"
 
@@ -154,11 +154,11 @@ class ArrayTarget:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def find_foreign(self) -> list[str]:
-        """Return the file's name if it is there: without a manifest it is another's."""
+        """Return the names of the files, which are foreign without a manifest."""
         return [path.name for path in (self.path, self.partial) if path.exists()]
 
     def clear(self) -> None:
-        """Remove array and manifest; the manifest last: without it they are somebody else's."""
+        """Remove array, and the manifest last: without it the array would count as foreign."""
         for path in (self.path, self.partial, self.manifest_path):
             path.unlink(missing_ok=True)
 
@@ -169,7 +169,7 @@ class ArrayTarget:
                 os.truncate(self.partial, _HEADER_BYTES + n_bytes)
 
     def tidy(self) -> None:
-        """Do nothing: no folder of its own."""
+        """Do nothing: the file has no folder of its own."""
 
     def find_damage(self, offset: int, entry: Entry, *, verify: bool = True) -> str | None:
         """Say what is wrong with a shard's rows, which begin at byte `offset` of all rows."""
@@ -185,7 +185,7 @@ class ArrayTarget:
         return None
 
     def write(self, index: int, offset: int, vectors: Array, carried: Any) -> Entry:
-        """Write the rows of one shard, (n, dim), in their place."""
+        """Write the rows of one shard, (n, dim), at their offset."""
         if self.path.exists() and not self.partial.exists():  # complete once, and damaged since
             self.path.replace(self.partial)
         data = np.ascontiguousarray(vectors, dtype="<f4").reshape(-1).view(np.uint8).data
@@ -197,7 +197,7 @@ class ArrayTarget:
         return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def finish(self, n_rows: int, dim: int) -> None:
-        """Write the header and put the file in its place."""
+        """Write the header and rename the file to its path."""
         if not self.partial.exists():  # renamed already, before the manifest could say so
             return
         with _open_new(self.partial, keep=True) as file:
@@ -214,25 +214,25 @@ Target = ParquetTarget | ArrayTarget
 
 def make_target(path: Any, layout: str | None, *, embedding_column: str, owner: str) -> Target:
     """Return where to write; without `layout`, a path that ends in .npy is a file."""
-    place = _check_path(path, owner=owner)
+    absolute = _check_path(path, owner=owner)
     check_choice(layout, name="format", owner=owner, allowed=(None, *LAYOUTS))
-    if layout == "npy" or (layout is None and place.suffix == ".npy"):
-        return ArrayTarget(place)
+    if layout == "npy" or (layout is None and absolute.suffix == ".npy"):
+        return ArrayTarget(absolute)
     import_optional("pyarrow", extra="stream", purpose="Writing embeddings as Parquet")
-    return ParquetTarget(place, embedding_column)
+    return ParquetTarget(absolute, embedding_column)
 
 
 def find_target(path: Any, *, owner: str) -> Target:
     """Return where embeddings were written; FileNotFoundError where there is no manifest."""
-    place = _check_path(path, owner=owner)
-    targets: tuple[Target, ...] = (ParquetTarget(place), ArrayTarget(place))
+    absolute = _check_path(path, owner=owner)
+    targets: tuple[Target, ...] = (ParquetTarget(absolute), ArrayTarget(absolute))
     for target in targets:
         if target.manifest_path.is_file():
             return target
     raise FileNotFoundError(
         errno.ENOENT,
         "There are no embeddings with a manifest. Write them with `NVEmbedVectorizer.transform_to`",
-        str(place),
+        str(absolute),
     )
 
 
@@ -251,7 +251,7 @@ def explain_write_error(error: OSError, target: Target, index: int, n_rows: int)
 
 
 def _check_path(path: Any, *, owner: str) -> Path:
-    """Return the path, absolute; TypeError for what is none."""
+    """Return the absolute path; TypeError for what is none."""
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise TypeError(
             f"The `path` parameter of `{owner}` must be a path; got a {type(path).__name__}."

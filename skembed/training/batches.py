@@ -1,9 +1,8 @@
 """Training examples -> batches: which texts are embedded together, and what is compared with what.
 
-A plan knows every example of every task and gives the batches of an epoch as a function of the
-seed, the epoch and the batch's number alone; nothing is kept between batches, so training resumes
-anywhere. Memory is linear in the number of examples: pairs of texts of one class are drawn, never
-listed.
+A plan knows every example of every task. The batches of an epoch depend on the seed, the epoch and
+the batch's number alone, so training resumes anywhere. Memory is linear in the number of examples:
+pairs of texts of one class are drawn, never listed.
 
 Which candidates count as negatives of an anchor:
 
@@ -23,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -39,62 +37,28 @@ POSITIVES_PER_EPOCH = 8
 
 
 class ClassIndex:
-    """Labelled examples sorted by class.
-
-    Attributes
-    ----------
-    labels : ndarray of int64, shape (n,)
-        Class of each example.
-    order, place : ndarray of int64, shape (n,)
-        Examples class by class, and where each of them stands in that order.
-    starts : ndarray of int64, shape (n_classes + 1,)
-        Where each class begins.
-    of_text : ndarray of int64, shape (n_texts,)
-        Class of each text, the first one where it came with several; -1 for none.
-    """
+    """Labelled examples sorted by class."""
 
     def __init__(self, examples: Examples) -> None:
-        self.labels = labels = np.asarray(examples.labels)
-        self.order = np.argsort(labels, kind="stable")
-        self.place = np.empty_like(self.order)
-        self.place[self.order] = np.arange(len(self.order))
-        self.starts = np.searchsorted(labels[self.order], np.arange(labels.max() + 2))
+        self.labels = labels = np.asarray(examples.labels)  # (n,)
+        self.n_classes = int(labels.max()) + 1
+        self.order = np.argsort(labels, kind="stable")  # (n,), examples class by class
+        self.position = np.empty_like(self.order)  # (n,), of each example in `order`
+        self.position[self.order] = np.arange(len(self.order))
+        # (n_classes + 1,), where each class begins in `order`
+        self.starts = np.searchsorted(labels[self.order], np.arange(self.n_classes + 1))
+        # (n_texts,), class of each text, the first of several; -1 for none
         self.of_text = np.full(len(examples.texts), -1, dtype=np.int64)
         self.of_text[examples.columns[::-1, 0]] = labels[::-1]
 
-    @property
-    def n_classes(self) -> int:
-        """Number of classes."""
-        return len(self.starts) - 1
-
 
 class TaskSampler:
-    """One task, tokenised and ready for drawing.
-
-    Parameters
-    ----------
-    examples : Examples
-        The task.
-    table : TextTable
-        Takes its texts.
-    rows : ndarray of int64, shape (m,), optional
-        The examples to draw from; None draws from all.
-
-    Attributes
-    ----------
-    examples : Examples
-        Those that are drawn from.
-    queries, documents : ndarray of int64, shape (n_texts,)
-        Row of the `TextTable` of each text as a query and as a document; -1 where it is none.
-    classes : ClassIndex or None
-        The classes of labelled examples.
-    mined : ndarray of int64, shape (n, k), or None
-        Mined negatives of each example as indices into its texts; -1 for none.
-    """
+    """One task, tokenised in a table and ready to draw from: from some `rows`, or all."""
 
     def __init__(
         self, examples: Examples, table: TextTable, rows: np.ndarray | None = None
     ) -> None:
+        # Row of the table of each text as a query and as a document, (n_texts,); -1 for none.
         query, document = examples.query_prefix, examples.document_prefix
         # Texts of a class are all queries: that is how `transform` embeds them.
         if examples.labels is not None or query == document:
@@ -103,20 +67,18 @@ class TaskSampler:
             self.queries = _add_side(table, examples, examples.columns[:, :1], query)
             self.documents = _add_side(table, examples, examples.columns[:, 1:], document)
         examples = examples if rows is None else examples.take(rows)
-        self.mined: np.ndarray | None = None
+        self.mined: np.ndarray | None = None  # (n, k), text indices of negatives; -1 for none
         self.classes: ClassIndex | None = None
-        self._known: tuple[np.ndarray, np.ndarray] | None = None
         if examples.labels is not None:
             # Each text once a class: no text is its own positive.
             pairs = np.stack([examples.columns[:, 0], examples.labels], axis=1)
             examples = examples.take(np.sort(np.unique(pairs, axis=0, return_index=True)[1]))
             self.classes = ClassIndex(examples)
-        elif examples.loss == "infonce":
-            self._known = examples.known_positives()
         self.examples = examples
+        self._known = examples.known_positives()
 
     def draw_epoch(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Examples of one epoch, and for each the number of its repetition; any order."""
+        """Return examples of one epoch in any order, and the number of each one's repetition."""
         n = len(self.examples.columns)
         repeats = np.ones(n, dtype=np.int64)
         if self.classes is not None:
@@ -125,18 +87,18 @@ class TaskSampler:
         rows = np.repeat(np.arange(n), repeats)
         numbers = np.arange(len(rows)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
         numbers += rng.integers(0, 1 << 20, size=n)[rows]  # other positives in each epoch
-        # Two at the least: a light task never vanishes, nor has nothing to compare.
+        # At least two: a light task never vanishes, and always has something to compare.
         n_drawn = max(min(2, len(rows)), round(self.examples.weight * len(rows)))
-        whole, rest = divmod(n_drawn, len(rows))
-        some = rng.permutation(len(rows))[:rest]
-        picked = np.concatenate([np.tile(np.arange(len(rows)), whole), some])
+        n_copies, n_rest = divmod(n_drawn, len(rows))
+        rest = rng.permutation(len(rows))[:n_rest]
+        drawn = np.concatenate([np.tile(np.arange(len(rows)), n_copies), rest])
         copy = np.arange(n_drawn) // len(rows)  # goes on where the copy before it ended
-        return rows[picked], numbers[picked] + copy * repeats[rows[picked]]
+        return rows[drawn], numbers[drawn] + copy * repeats[rows[drawn]]
 
     def draw(
         self, rows: np.ndarray, numbers: np.ndarray, n_negatives: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Anchor (b,), positive (b,) and negatives (b, k; -1 none) of examples, as text indices.
+        """Return text indices of anchors (b,), positives (b,) and negatives (b, k; -1 for none).
 
         `numbers` counts the repetitions of an example within its epoch.
         """
@@ -161,14 +123,14 @@ class TaskSampler:
         n_negatives: int,
         rng: np.random.Generator,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Positive example (b,) and negative texts (b, k) of labelled examples."""
-        order, place, starts = classes.order, classes.place, classes.starts
+        """Return positive examples (b,) and negative texts (b, k) of labelled examples."""
+        order, starts = classes.order, classes.starts
         labels = classes.labels[rows]
         first, size = starts[labels], starts[labels + 1] - starts[labels]
-        # One further in the circle of the class at each repetition, from a place that differs by
+        # One further in the circle of the class at each repetition, from a start that differs by
         # example: never the example itself, and no positive twice before all were met.
         step = 1 + (rows * 2_654_435_761 + numbers) % (size - 1)
-        positive = order[first + (place[rows] - first + step) % size]
+        positive = order[first + (classes.position[rows] - first + step) % size]
         if self.mined is not None:
             return positive, self.mined[rows][:, :n_negatives]
         if self.examples.in_batch_negatives:
@@ -183,11 +145,11 @@ class TaskSampler:
     def draw_scored(
         self, rows: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Both texts of pairs as rows of the table, and the scores, all (b,).
+        """Return both texts of pairs as rows of the table, and the scores, all (b,).
 
-        One pair more where all their scores are equal.
+        Adds a pair if all their scores are equal.
         """
-        scores: Any = self.examples.scores
+        scores = np.asarray(self.examples.scores)
         if np.ptp(scores[rows]) == 0:
             other = np.flatnonzero(scores != scores[rows[0]])
             rows = np.append(rows, rng.permutation(other)[:1])
@@ -195,25 +157,24 @@ class TaskSampler:
         return self.queries[left], self.documents[right], scores[rows]
 
     def forbidden_candidates(self, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each example the candidates (sorted texts) no miner may return, as CSR arrays.
+        """Return for each example the candidates (sorted texts) no miner may return, as CSR arrays.
 
-        The anchor itself, its positive and all known positives of its text.
+        These are the anchor itself, its positive and all known positives of its text.
         """
         columns = self.examples.columns
         row, known = self.known_of(columns[:, 0])
         every = np.arange(len(columns))
         row = np.concatenate([row, every, every])
         known = np.concatenate([known, columns[:, 0], columns[:, 1]])
-        place = np.searchsorted(candidates, known)
-        found = candidates[np.minimum(place, len(candidates) - 1)] == known
-        pairs = np.unique(np.stack([row[found], place[found]], axis=1), axis=0)
+        index = np.searchsorted(candidates, known)
+        is_candidate = candidates[np.minimum(index, len(candidates) - 1)] == known
+        pairs = np.stack([row[is_candidate], index[is_candidate]], axis=1)
+        pairs = np.unique(pairs, axis=0)
         starts = np.searchsorted(pairs[:, 0], np.arange(len(columns) + 1))
         return starts, pairs[:, 1]
 
     def known_of(self, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Known positives of texts: position in `texts`, and index of the known text."""
-        if self._known is None:
-            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        """Return known positives of texts: position in `texts`, and index of the positive."""
         starts, known = self._known
         counts = starts[texts + 1] - starts[texts]
         position = np.repeat(np.arange(len(texts)), counts)
@@ -222,7 +183,7 @@ class TaskSampler:
 
 
 def _add_side(table: TextTable, examples: Examples, columns: np.ndarray, prefix: str) -> np.ndarray:
-    """Rows of the table of the texts in some columns, (n_texts,); -1 for texts of none."""
+    """Return rows of the table of the texts in some columns, (n_texts,); -1 for all others."""
     used = np.unique(columns)
     rows = np.full(len(examples.texts), -1, dtype=np.int64)
     rows[used] = table.add([examples.texts[i] for i in used.tolist()], prefix)
@@ -231,45 +192,20 @@ def _add_side(table: TextTable, examples: Examples, columns: np.ndarray, prefix:
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimiser step.
+    """One optimiser step; all but `texts` are indices into these."""
 
-    Attributes
-    ----------
-    texts : ndarray of int64, shape (m,)
-        Rows of the `TextTable`, each once. All else counts in these m.
-    anchors, candidates : ndarray of int64, shapes (b,) and (c,)
-        Of all InfoNCE examples.
-    positive : ndarray of int64, shape (b,)
-        Each anchor's positive, as an index into `candidates`.
-    allowed : ndarray of bool, shape (b, c)
-        The positive and what counts as a negative.
-    graded : list of (left, right, scores)
-        CoSENT examples, task by task: both texts of each pair, and its score.
-    n_examples : int
-        Examples in the batch.
-    """
-
-    texts: np.ndarray
-    anchors: np.ndarray
-    candidates: np.ndarray
-    positive: np.ndarray
-    allowed: np.ndarray
+    texts: np.ndarray  # (m,), rows of the `TextTable`, each once
+    anchors: np.ndarray  # (b,), of all InfoNCE examples
+    candidates: np.ndarray  # (c,)
+    positive: np.ndarray  # (b,), each anchor's positive among the candidates
+    allowed: np.ndarray  # bool (b, c): the positive and what counts as a negative
+    # CoSENT examples, task by task: both texts of each pair, and its score.
     graded: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
     n_examples: int
 
 
 class TextTable:
-    """Token ids of all texts of all tasks, each (prefix, text) once.
-
-    Parameters
-    ----------
-    tokenizer : TextTokenizer
-        The model's.
-    max_length : int
-        Tokens, prefix included.
-    mask_prefix : bool
-        Whether the prefix stays out of the pool.
-    """
+    """Token ids of all texts of all tasks, each (prefix, text) once."""
 
     def __init__(self, tokenizer: TextTokenizer, *, max_length: int, mask_prefix: bool) -> None:
         self.tokenizer = tokenizer
@@ -283,7 +219,7 @@ class TextTable:
         self._strings: dict[str, int] = {}
 
     def add(self, texts: Sequence[str], prefix: str) -> np.ndarray:
-        """Rows of these texts behind this prefix, (n,); new ones are tokenised."""
+        """Return rows of texts behind a prefix, (n,); tokenise new ones."""
         strings = [self._strings.setdefault(text, len(self._strings)) for text in texts]
         new = {}
         for text, string in zip(texts, strings, strict=True):
@@ -303,14 +239,14 @@ class TextTable:
         return np.array([self._rows[prefix, string] for string in strings], dtype=np.int64)
 
     def freeze(self) -> None:
-        """Turn the lists that batches look things up in into arrays; no text follows."""
+        """Turn the lists that batches read into arrays; no text can be added afterwards."""
         self.lengths = np.fromiter(map(len, self.ids), dtype=np.int64, count=len(self.ids))
         self.pool_start_of = np.array(self.pool_starts, dtype=np.int64)
         self.string_of = np.array(self.string_ids, dtype=np.int64)
         del self._rows, self._strings, self.pool_starts, self.string_ids
 
     def cut(self, texts: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-        """Positions in `texts` in chunks of one prefix, of similar length, within a budget."""
+        """Return positions in `texts` in chunks of one prefix, similar length and a budget."""
         starts, lengths = self.pool_start_of[texts], self.lengths[texts]
         order = np.lexsort((-lengths, starts))
         chunks: list[list[int]] = []
@@ -324,25 +260,13 @@ class TextTable:
         return [np.array(chunk, dtype=np.int64) for chunk in chunks]
 
     def pack(self, texts: np.ndarray, *, on_grid: bool) -> PackedBatch:
-        """These rows, of one prefix, as the model takes them."""
+        """Return rows, of one prefix, as the model takes them."""
         ids = [self.ids[row] for row in texts]
         return pack_texts(ids, int(self.pool_start_of[texts[0]]), on_grid=on_grid)
 
 
 class BatchPlan:
-    """All batches of a training run.
-
-    Parameters
-    ----------
-    tasks : sequence of TaskSampler
-        The tasks.
-    table : TextTable
-        Their texts, frozen.
-    trainer : ContrastiveTrainer
-        Its `batch_size`, `n_negatives`, `blend_tasks`, `epochs` and `max_steps`.
-    seed : int
-        Of the whole run.
-    """
+    """All batches of a training run, over a frozen table."""
 
     def __init__(
         self,
@@ -363,7 +287,7 @@ class BatchPlan:
             self.n_steps = min(self.n_steps, trainer.max_steps)
 
     def list_epoch(self, epoch: int) -> list[np.ndarray]:
-        """The batches of an epoch, each (b, 3): task, example, number of its repetition."""
+        """Return the batches of an epoch, each (b, 3): task, example, number of its repetition."""
         rng = np.random.default_rng((self.seed, 0, epoch))
         drawn = []
         for number, task in enumerate(self.tasks):
@@ -373,7 +297,7 @@ class BatchPlan:
         groups = [np.concatenate(drawn)] if blend else [part for part in drawn if len(part)]
         batches = []
         for group in groups:
-            # No example is left alone with nothing to be told from.
+            # No example is left alone with nothing to compare it with.
             most = len(group) // min(2, batch_size)
             n = max(1, min(most, round(len(group) / batch_size)))
             batches.extend(np.array_split(rng.permutation(group), n))
@@ -382,11 +306,11 @@ class BatchPlan:
         return batches
 
     def starts_epoch(self, step: int) -> bool:
-        """Whether a step, counted from 0, is the first of its epoch."""
+        """Tell whether a step, counted from 0, is the first of its epoch."""
         return step % self.n_batches == 0
 
     def iterate_steps(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Steps from `first` on, each with its batch as `list_epoch` gives it."""
+        """Yield steps from `first` on, each with its batch as `list_epoch` gives it."""
         epoch, listed = -1, []
         for step in range(first, self.n_steps):
             if step // self.n_batches != epoch:
@@ -395,7 +319,7 @@ class BatchPlan:
             yield step, listed[step % self.n_batches]
 
     def build(self, step: int, listed: np.ndarray) -> Batch:
-        """The batch of a step."""
+        """Build the batch of a step."""
         rng = np.random.default_rng((self.seed, 1, step))
         drawn, graded = {}, []
         for number, task in enumerate(self.tasks):
@@ -419,7 +343,7 @@ class BatchPlan:
     def _contrast(
         self, drawn: Mapping[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Anchors, candidates, positive and allowed of a `Batch`; texts as rows of the table.
+        """Return anchors, candidates, positive and allowed of a `Batch`, over rows of the table.
 
         `drawn` holds what `TaskSampler.draw` gave for each task, by its number.
         """
@@ -444,10 +368,10 @@ class BatchPlan:
         tasks, anchors, positives, negatives, rows, known, known_rows = map(
             np.concatenate, zip(*parts, strict=True)
         )
-        candidates, place = np.unique(np.concatenate([positives, negatives]), return_inverse=True)
+        candidates, index = np.unique(np.concatenate([positives, negatives]), return_inverse=True)
         in_batch = np.array([task.examples.in_batch_negatives for task in self.tasks])
         allowed = np.repeat(in_batch[tasks, None], len(candidates), axis=1)
-        allowed[rows, place[n:]] = True
+        allowed[rows, index[n:]] = True
         # False negatives: the anchor's text, its known positives or its classes; the texts equal
         # to its positive are among these.
         strings, anchor_strings = self.table.string_of[candidates], self.table.string_of[anchors]
@@ -457,8 +381,8 @@ class BatchPlan:
         allowed[known_rows[i], order[j]] = False
         if self.groups is not None:
             self.groups.forbid(allowed, anchor_strings, tasks, strings)
-        allowed[np.arange(n), place[:n]] = True
-        return anchors, candidates, place[:n], allowed
+        allowed[np.arange(n), index[:n]] = True
+        return anchors, candidates, index[:n], allowed
 
 
 class _GroupIndex:
@@ -483,19 +407,19 @@ class _GroupIndex:
         tasks: np.ndarray,
         candidates: np.ndarray,
     ) -> None:
-        """Take from `allowed` (b, c) the texts that share a class of the anchor's task with it."""
+        """Clear in `allowed` (b, c) the texts that share a class of the anchor's task with it."""
         i, at = _match(anchors, self.strings)
         groups, task = self.groups[at], tasks[i]
-        own = (groups >= self.first[task]) & (groups < self.first[task + 1])
-        i, groups = i[own], groups[own]
+        of_task = (groups >= self.first[task]) & (groups < self.first[task + 1])
+        i, groups = i[of_task], groups[of_task]
         j, at = _match(candidates, self.strings)
         for group in np.unique(groups):
             allowed[np.ix_(i[groups == group], j[self.groups[at] == group])] = False
 
 
-def _match(wanted: np.ndarray, ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All (i, j) with wanted[i] == ordered[j], by i."""
-    first = np.searchsorted(ordered, wanted, side="left")
-    counts = np.searchsorted(ordered, wanted, side="right") - first
-    i = np.repeat(np.arange(len(wanted)), counts)
+def _match(values: np.ndarray, ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return all (i, j) with values[i] == ordered[j], by i."""
+    first = np.searchsorted(ordered, values, side="left")
+    counts = np.searchsorted(ordered, values, side="right") - first
+    i = np.repeat(np.arange(len(values)), counts)
     return i, first[i] + np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts)

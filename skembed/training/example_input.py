@@ -14,11 +14,20 @@ import numpy.typing as npt
 from skembed._inputs import clean_column, extract_columns, is_instance_of, is_missing
 from skembed._validation import describe_type
 
+__all__ = [
+    "Floats",
+    "Ints",
+    "check_rows",
+    "clean_texts",
+    "extract_rows",
+    "extract_targets",
+    "index_texts",
+    "read_labels",
+    "read_scores",
+]
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-
-
-# ---------------------------------------------------------------- texts
 
 
 def extract_rows(X: Any, *, subject: str, name: str) -> list[list[Any]]:
@@ -88,8 +97,8 @@ def index_texts(raw: Sequence[list[str]]) -> tuple[list[str], Ints]:
     """Return the distinct texts, first seen first, and the columns (n, k) as indices."""
     index: dict[str, int] = {}
     rows = zip(*raw, strict=True)
-    places = (index.setdefault(text, len(index)) for text in chain.from_iterable(rows))
-    columns = np.fromiter(places, dtype=np.int64, count=len(raw) * len(raw[0]))
+    indices = (index.setdefault(text, len(index)) for text in chain.from_iterable(rows))
+    columns = np.fromiter(indices, dtype=np.int64, count=len(raw) * len(raw[0]))
     return list(index), columns.reshape(-1, len(raw))
 
 
@@ -113,9 +122,6 @@ def check_rows(columns: Ints, *, subject: str, name: str) -> None:
                 f"{name}[{row}][{negative + 2}] equals the {role} of its row, the first of "
                 f"{int(wrong.sum())}. Replace these negatives, or drop the rows."
             )
-
-
-# ---------------------------------------------------------------- y
 
 
 def extract_targets(y: Any, *, n: int, k: int, owner: str, name: str) -> list[Any] | None:
@@ -208,7 +214,7 @@ def read_labels(targets: list[Any], owner: str) -> tuple[Ints, npt.NDArray[Any]]
     if set(map(type, targets)) not in ({str}, {int}, {bool}):
         targets = list(_iterate_labels(targets, owner))
     distinct = sorted(set(targets))
-    index = {label: place for place, label in enumerate(distinct)}
+    index = {label: number for number, label in enumerate(distinct)}
     labels = np.fromiter(map(index.__getitem__, targets), dtype=np.int64, count=len(targets))
     # As objects: numpy's own str pads all labels to the longest and drops closing NULs.
     classes = np.array(distinct, dtype=object if isinstance(distinct[0], str) else None)

@@ -100,44 +100,19 @@ class TrainingTask:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Examples:
-    """Training examples as arrays over a list of distinct texts.
+    """Training examples as arrays over a list of distinct texts."""
 
-    Parameters
-    ----------
-    kind : {"labels", "rows", "scores"}
-        What the examples are; see the table at the head of the module.
-    texts : list of str
-        Distinct texts in the order first seen, row by row; lone surrogates replaced.
-    columns : ndarray of int64, shape (n, k)
-        Indices into `texts`. Labels: k = 1; rows: anchor, positive, negatives, k >= 2;
-        scores: k = 2.
-    labels : ndarray of int64, shape (n,), or None
-        Index into `classes` of each example.
-    scores : ndarray of float64, shape (n,), or None
-        Graded similarity of each pair; higher is more similar.
-    classes : ndarray or None
-        The distinct labels as given, sorted; str as objects.
-    query_prefix, document_prefix : str
-        What stands in front of single texts and anchors, and of all other texts.
-    loss : {"infonce", "cosent"}
-        What they are trained with.
-    in_batch_negatives : bool
-        Whether the other candidates of a batch are negatives.
-    weight : float
-        Draws in one epoch, relative to the number of examples.
-    """
-
-    kind: Literal["labels", "rows", "scores"]
-    texts: list[str]
-    columns: Ints
-    labels: Ints | None = None
-    scores: Floats | None = None
-    classes: npt.NDArray[Any] | None = None
-    query_prefix: str = ""
-    document_prefix: str = ""
+    kind: Literal["labels", "rows", "scores"]  # see the table at the head of the module
+    texts: list[str]  # distinct, in the order first seen, row by row; lone surrogates replaced
+    columns: Ints  # (n, k), indices into `texts`
+    labels: Ints | None = None  # (n,), index into `classes` of each example
+    scores: Floats | None = None  # (n,), graded similarity of each pair
+    classes: npt.NDArray[Any] | None = None  # the distinct labels as given, sorted; str as objects
+    query_prefix: str = ""  # in front of single texts and anchors
+    document_prefix: str = ""  # in front of all other texts
     loss: Literal["infonce", "cosent"] = "infonce"
     in_batch_negatives: bool = True
-    weight: float = 1.0
+    weight: float = 1.0  # draws in one epoch, relative to the number of examples
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -156,13 +131,7 @@ class Examples:
         )
 
     def fingerprint(self) -> str:
-        """Return 32 hex digits that depend on all that training sees of the examples.
-
-        Returns
-        -------
-        str
-            BLAKE2b digest: equal for equal data on any machine, whatever the container.
-        """
+        """Return 32 hex digits of all that training sees: the same on any machine."""
         digest = hashlib.blake2b(digest_size=16)
         use = (self.loss, self.in_batch_negatives, self.weight)
         digest.update(repr(use).encode())
@@ -179,15 +148,10 @@ class Examples:
         return digest.hexdigest()
 
     def known_positives(self) -> tuple[Ints, Ints]:
-        """Return for each text the texts that some row calls its positive, or it theirs.
+        """Return starts (n_texts + 1,) and positives of each text, in both directions of a row.
 
-        Returns
-        -------
-        starts : ndarray of int64, shape (n_texts + 1,)
-            The positives of text t are ``found[starts[t]:starts[t + 1]]``.
-        found : ndarray of int64
-            Indices into `texts`, sorted and without duplicates within each text. Empty
-            for labels and scores.
+        Those of text t are ``positives[starts[t]:starts[t + 1]]``, sorted; none for labels and
+        scores.
         """
         n_texts = len(self.texts)
         if self.kind != "rows":
@@ -195,11 +159,11 @@ class Examples:
         anchors, positives = self.columns[:, 0], self.columns[:, 1]
         # Both directions as single numbers, so that one sort orders and thins them.
         codes = np.concatenate([anchors * n_texts + positives, positives * n_texts + anchors])
-        sources, found = np.divmod(np.unique(codes), n_texts)
-        return np.searchsorted(sources, np.arange(n_texts + 1)).astype(np.int64), found
+        sources, targets = np.divmod(np.unique(codes), n_texts)
+        return np.searchsorted(sources, np.arange(n_texts + 1)).astype(np.int64), targets
 
-    def _label_pairs(self) -> tuple[Ints, Ints]:
-        """Distinct (text, label) as two arrays, sorted by text; empty without labels."""
+    def label_pairs(self) -> tuple[Ints, Ints]:
+        """Return distinct (text, label) as two arrays, sorted by text; empty without labels."""
         if self.labels is None or not len(self):
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         n_classes = int(self.labels.max()) + 1
@@ -210,53 +174,58 @@ class Examples:
 
 
 def check_examples(
-    X: Any, y: Any = None, *, owner: str = "NVEmbedVectorizer", missing: str = "error"
+    X: Any,
+    y: Any = None,
+    *,
+    owner: str = "NVEmbedVectorizer",
+    name: str = "X",
+    missing: str = "error",
 ) -> Examples:
-    """Read training examples, or say what is wrong with them.
+    """Read training examples from the parameter `name` of `owner` and its `y`.
 
-    Parameters
-    ----------
-    X : list, tuple, ndarray, Series or DataFrame of str
-        Single texts, as for `transform`; or rows of two texts and more: a sequence of
-        tuples or lists of equal length, an ndarray of shape (n, k), or a frame of k
-        columns. Columns are anchor, positive, then negatives.
-    y : list, tuple, ndarray or Series, optional
-        For single texts, class labels: all str, or all bool or whole numbers. For pairs,
-        graded similarity: finite numbers, or bools. Else None.
-    owner : str, default="NVEmbedVectorizer"
-        Name of the estimator or function to name in errors.
-    missing : {"error", "empty", "zero", "nan"}, default="error"
-        The estimator's policy for missing texts. It is about what `transform` returns;
-        a missing or blank text among training examples is refused under each.
-
-    Returns
-    -------
-    examples : Examples
-        The examples, in input order.
-
-    Raises
-    ------
-    TypeError
-        If `X` is no container of texts or holds other items; if `y` is no container, or
-        holds anything but labels (single texts) or numbers (pairs).
-    ValueError
-        If there are fewer than two examples; if a text is missing or blank; if rows
-        differ in length, or a positive or negative equals the row's anchor, or a negative
-        the positive; if `y` is needed but None, or given with rows of three and more; if
-        it has the wrong length or missing entries; if labels are fractions, or of one
-        class only, or a class has fewer than two different texts; if scores are infinite
-        or all equal.
-
-    Examples
-    --------
-    >>> from skembed.training.examples import check_examples
-    >>> examples = check_examples([("a cat", "a feline", "a cap"), ("a dog", "a hound", "a log")])
-    >>> examples
-    Examples(rows, n=2, k=3, n_texts=6)
-    >>> examples.columns.tolist()
-    [[0, 1, 2], [3, 4, 5]]
+    Raises TypeError and ValueError for whatever cannot be trained on. `missing` is the estimator's
+    policy for `transform`: each of them refuses missing or blank training texts.
     """
-    return _read_examples(X, y, owner=owner, name="X", missing=missing)
+    check_choice(missing, name="missing", owner=owner, allowed=MISSING_POLICIES)
+    subject = f"The `{name}` parameter of `{owner}`"
+    raw = extract_rows(X, subject=subject, name=name)
+    clean_texts(raw, subject=subject, name=name, missing=missing)
+    n, k = len(raw[0]), len(raw)
+    if n < 2:
+        raise ValueError(
+            f"{subject} must hold at least 2 training examples; got {n}. Add examples."
+        )
+    targets = extract_targets(y, n=n, k=k, owner=owner, name=name)
+    texts, columns = index_texts(raw)
+    if targets is None:
+        check_rows(columns, subject=subject, name=name)
+        return Examples("rows", texts, columns)
+    if k == 2:
+        scores = read_scores(targets, owner, name)
+        return Examples("scores", texts, columns, scores=scores, loss="cosent")
+    labels, classes = read_labels(targets, owner)
+    examples = Examples("labels", texts, columns, labels=labels, classes=classes)
+    _check_classes(labels, classes, np.bincount(examples.label_pairs()[1]), owner)
+    return examples
+
+
+def _check_classes(labels: Ints, classes: npt.NDArray[Any], sizes: Ints, owner: str) -> None:
+    """Refuse a single class, and classes of one text only; `sizes` counts their texts."""
+    subject = f"The `y` parameter of `{owner}`"
+    if len(classes) < 2:
+        raise ValueError(
+            f"{subject} must hold at least 2 classes, so that there is something to tell apart; "
+            f"got 1, {describe_value(classes[0])}. Add examples of other classes."
+        )
+    lonely = np.flatnonzero(sizes < 2)
+    if len(lonely):
+        position = int((labels == lonely[0]).argmax())
+        raise ValueError(
+            f"{subject} must give each class at least 2 different texts, so that each has a "
+            f"positive; got {len(lonely)} of {len(sizes)} classes with a single one, such as "
+            f"{describe_value(classes[lonely[0]])} (y[{position}]). Add examples, or "
+            "drop or merge these classes."
+        )
 
 
 def read_task(
@@ -268,61 +237,33 @@ def read_task(
     index: int | None = None,
     missing: str = "error",
 ) -> Examples:
-    """Check a task and read its examples, before a model is loaded.
+    """Check a task and read its examples with prefixes, loss and weight; loads no model.
 
-    Parameters
-    ----------
-    task : TrainingTask
-        The task.
-    trainer : ContrastiveTrainer
-        Checked parameters of the training.
-    template : str
-        The template of the instructions.
-    owner : str
-        Name of the estimator that was given the task.
-    index : int, optional
-        Position of the task, to name in errors; None where `owner` was given the examples
-        themselves, as `X` and `y`.
-    missing : {"error", "empty", "zero", "nan"}, default="error"
-        As in `check_examples`.
-
-    Returns
-    -------
-    examples : Examples
-        The task's examples, with their prefixes, loss and weight.
-
-    Raises
-    ------
-    TypeError
-        If `task` is no `TrainingTask`, if a field of it is of the wrong type, or as
-        `check_examples`.
-    ValueError
-        If the weight is not positive and finite, if the name is empty, if the trainer cannot
-        train on such examples, or as `check_examples`.
+    `index` is the task's position in `fit_tasks`, None where `owner` was given the examples
+    themselves, as `X` and `y`. Raises TypeError and ValueError.
     """
-    place = owner if index is None else f"tasks[{index}]"
+    owner_of_task = owner if index is None else f"tasks[{index}]"
     if not isinstance(task, TrainingTask):
         raise TypeError(
-            f"The `tasks` parameter of `{owner}` must hold instances of `TrainingTask`; {place} is "
-            f"{describe_type(task)}. Wrap it: TrainingTask(examples, y)."
+            f"The `tasks` parameter of `{owner}` must hold instances of `TrainingTask`; "
+            f"{owner_of_task} is {describe_type(task)}. Wrap it: TrainingTask(examples, y)."
         )
-    name = check_string(task.name, name="name", owner=place, allow_none=True)
-    place = place if name is None else f"{place} ({name})"
-    weight = check_real(task.weight, name="weight", owner=place, low=0, inclusive="right")
+    name = check_string(task.name, name="name", owner=owner_of_task, allow_none=True)
+    owner = owner_of_task if name is None else f"{owner_of_task} ({name})"
+    weight = check_real(task.weight, name="weight", owner=owner, low=0, inclusive="right")
     in_batch = task.in_batch_negatives
     if in_batch is None:
         in_batch = trainer.in_batch_negatives
-    check_bool(in_batch, name="in_batch_negatives", owner=place)
-    both = task.instruction, task.document_instruction
-    query = build_prefix(template, *both, side="query", owner=place)
-    document = build_prefix(template, *both, side="document", owner=place)
+    in_batch = check_bool(in_batch, name="in_batch_negatives", owner=owner)
+    instructions = task.instruction, task.document_instruction
+    query = build_prefix(template, *instructions, side="query", owner=owner)
+    document = build_prefix(template, *instructions, side="document", owner=owner)
     name = "X" if index is None else "examples"
-    examples = _read_examples(task.examples, task.y, owner=place, name=name, missing=missing)
     examples = replace(
-        examples,
+        check_examples(task.examples, task.y, owner=owner, name=name, missing=missing),
         query_prefix=query,
         document_prefix=document,
-        in_batch_negatives=bool(in_batch),
+        in_batch_negatives=in_batch,
         weight=weight,
     )
     _check_loss(examples, trainer, "" if index is None else f" (tasks[{index}])")
@@ -356,51 +297,4 @@ def _check_loss(examples: Examples, trainer: ContrastiveTrainer, where: str) -> 
             f"With `in_batch_negatives=False` every example needs negatives of its own{where}: "
             "pass rows (anchor, positive, negative, ...), `mine_negatives='perc_pos'`, or an "
             "`n_negatives` above 0 for class labels."
-        )
-
-
-def _read_examples(X: Any, y: Any, *, owner: str, name: str, missing: str) -> Examples:
-    """Read examples from the parameter `name` of `owner` and its `y`."""
-    check_choice(missing, name="missing", owner=owner, allowed=MISSING_POLICIES)
-    subject = f"The `{name}` parameter of `{owner}`"
-    raw = extract_rows(X, subject=subject, name=name)
-    clean_texts(raw, subject=subject, name=name, missing=missing)
-    n, k = len(raw[0]), len(raw)
-    if n < 2:
-        raise ValueError(
-            f"{subject} must hold at least 2 training examples; got {n}. Add examples."
-        )
-    targets = extract_targets(y, n=n, k=k, owner=owner, name=name)
-    texts, columns = index_texts(raw)
-    if targets is None:
-        check_rows(columns, subject=subject, name=name)
-        return Examples("rows", texts, columns)
-    if k == 2:
-        scores = read_scores(targets, owner, name)
-        return Examples("scores", texts, columns, scores=scores, loss="cosent")
-    labels, classes = read_labels(targets, owner)
-    examples = Examples("labels", texts, columns, labels=labels, classes=classes)
-    _check_classes(examples, owner)
-    return examples
-
-
-def _check_classes(examples: Examples, owner: str) -> None:
-    """Refuse a single class, and classes in which a text has no other as its positive."""
-    subject = f"The `y` parameter of `{owner}`"
-    if examples.labels is None or examples.classes is None:
-        return
-    if len(examples.classes) < 2:
-        raise ValueError(
-            f"{subject} must hold at least 2 classes, so that there is something to tell apart; "
-            f"got 1, {describe_value(examples.classes[0])}. Add examples of other classes."
-        )
-    sizes = np.bincount(examples._label_pairs()[1])  # (n_classes,)
-    lonely = np.flatnonzero(sizes < 2)
-    if len(lonely):
-        position = int((examples.labels == lonely[0]).argmax())
-        raise ValueError(
-            f"{subject} must give each class at least 2 different texts, so that each has a "
-            f"positive; got {len(lonely)} of {len(sizes)} classes with a single one, such as "
-            f"{describe_value(examples.classes[lonely[0]])} (y[{position}]). Add examples, or "
-            "drop or merge these classes."
         )

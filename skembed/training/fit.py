@@ -1,7 +1,4 @@
-"""Examples and a `ContrastiveTrainer` -> a trained adapter: everything around the loop.
-
-What is refused before training starts, the seed, mining and resuming.
-"""
+"""Examples and a `ContrastiveTrainer` -> a trained adapter: checks, seed, mining and resuming."""
 
 from __future__ import annotations
 
@@ -70,31 +67,11 @@ def fit_adapter(
     start: Adapter | None = None,
     progress: bool | None = None,
 ) -> FitResult:
-    """Train an adapter on one or several tasks.
+    """Train an adapter on one or several tasks, from `start` if given; `base` does not change.
 
-    Parameters
-    ----------
-    base : LoadedModel
-        The model; it is not changed.
-    source : ModelSource
-        Its folder, for the pooling weights in their published form.
-    examples : sequence of Examples
-        The tasks, as `read_task` gives them.
-    trainer : ContrastiveTrainer
-        Checked parameters.
-    max_length : int
-        Tokens of a text, instruction included.
-    start : Adapter, optional
-        Where to go on from; None starts anew.
-    progress : bool, optional
-        True shows a bar, False none, None one after three seconds.
-
-    Raises
-    ------
-    ValueError, CheckpointError, OSError
-        Before training starts, when the tasks, the parameters or the checkpoint folder do not fit.
-    TrainingError
-        When training cannot go on.
+    `source` has the pooling weights in their published form. `progress`: True shows a bar, False
+    none, None one after three seconds. Raises ValueError, CheckpointError and OSError before
+    training starts, TrainingError when it cannot go on.
     """
     processes = active_processes()
     identity = {}
@@ -107,13 +84,14 @@ def fit_adapter(
     )
     tasks, validations = [], []
     for task in examples:
+        training = held = None
         if trainer.validation_fraction:
-            kept, held = split_validation(task, trainer.validation_fraction, seed)
-            tasks.append(sampler := TaskSampler(task, table, kept))
+            training, held = split_validation(task, trainer.validation_fraction, seed)
+        sampler = TaskSampler(task, table, training)
+        tasks.append(sampler)
+        if training is not None and held is not None:
             texts = sampler.queries, sampler.documents
-            validations.append(validation(task, kept, held, *texts, seed))
-        else:
-            tasks.append(TaskSampler(task, table))
+            validations.append(validation(task, training, held, *texts, seed))
     table.freeze()
     adapter, history = run_training(
         base,
@@ -135,7 +113,7 @@ def _start_adapter(
     start: Adapter | None,
     seed: int,
 ) -> Adapter:
-    """LoRA and pooling weights to begin with: fresh ones, or those of `start`."""
+    """Return the LoRA and pooling weights to begin with: fresh ones, or those of `start`."""
     targets = trainer.target_modules
     settings = LoraSettings(
         trainer.r,
@@ -158,14 +136,14 @@ def _check_start(
     start: Adapter, settings: LoraSettings, fresh: dict[str, Tensor], trainer: ContrastiveTrainer
 ) -> None:
     """Refuse to go on from an adapter of other sizes, or with a pooling that would be lost."""
-    found = {name: tuple(tensor.shape) for name, tensor in start.lora.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in fresh.items()}
-    if found != wanted or start.settings.scaling != settings.scaling:
+    shapes = {name: tuple(tensor.shape) for name, tensor in start.lora.items()}
+    fresh_shapes = {name: tuple(tensor.shape) for name, tensor in fresh.items()}
+    if shapes != fresh_shapes or start.settings.scaling != settings.scaling:
         raise ValueError(
             f"Training goes on from an adapter with r={start.settings.r}, "
             f"lora_alpha={start.settings.lora_alpha:g} and {len(start.targets)} layers, but the "
             f"`{OWNER}` asks for r={settings.r}, lora_alpha={settings.lora_alpha:g} and "
-            f"{len(wanted) // 2} layers. Use the same values, or merge the adapter first "
+            f"{len(fresh_shapes) // 2} layers. Use the same values, or merge the adapter first "
             "(`save_pretrained(path, merge=True)`) and train on the result."
         )
     if start.pooling and not trainer.train_pooling:
@@ -179,26 +157,27 @@ def _check_start(
 def _open_checkpoints(
     identity: dict[str, str], trainer: ContrastiveTrainer, processes: Processes
 ) -> tuple[Checkpoints | None, int]:
-    """The folder of states, if there is to be one, and the seed: the saved run's, or a new one.
+    """Return the saved states, None without a folder, and the seed: the saved run's, or a new one.
 
-    Of several processes the first alone has the folder.
+    Only the first of several processes has the states.
     """
-    opened: list[Checkpoints] = []
+    checkpoints: Checkpoints | None = None
 
     def open_first() -> int:
+        nonlocal checkpoints
         seed = trainer.random_state
         if trainer.checkpoint_dir is not None:
             every = trainer.checkpoint_steps
-            opened.append(Checkpoints(trainer.checkpoint_dir, identity, every=every))
-            seed = opened[0].seed if seed is None else seed
+            checkpoints = Checkpoints(trainer.checkpoint_dir, identity, every=every)
+            seed = checkpoints.seed if seed is None else seed
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1, np.uint32)[0])
-        for checkpoints in opened:
-            checkpoints.new_seed = seed
+        if checkpoints is not None:
+            checkpoints.seed = seed
         return int(seed)
 
     seed = processes.on_first(open_first)
-    return (opened[0] if opened else None), seed
+    return checkpoints, seed
 
 
 def _identify(
@@ -208,7 +187,7 @@ def _identify(
     max_length: int,
     start: Adapter | None,
 ) -> dict[str, str]:
-    """What tells a run from others."""
+    """Return what tells a run from others."""
     return {
         "model": base.key.fingerprint + (f"+{start.fingerprint}" if start else ""),
         "pooling": base.key.pooling,
@@ -219,7 +198,7 @@ def _identify(
 
 
 def _identify_data(examples: Sequence[Examples], trainer: ContrastiveTrainer) -> dict[str, str]:
-    """What tells a run from others without its model."""
+    """Return what tells a run from others without its model."""
     ignored = {"checkpoint_dir", "checkpoint_steps", "verbose"}
     values = {n: v for n, v in trainer.get_params(deep=False).items() if n not in ignored}
     data = [task.fingerprint() for task in examples]
@@ -227,7 +206,7 @@ def _identify_data(examples: Sequence[Examples], trainer: ContrastiveTrainer) ->
 
 
 def _digest(values: Any) -> str:
-    """Hash of plain values."""
+    """Return a hash of plain values."""
 
     def plain(value: Any) -> Any:  # numpy's numbers, from a grid of parameters
         return value.item() if isinstance(value, np.generic) else str(value)
@@ -237,7 +216,7 @@ def _digest(values: Any) -> str:
 
 
 def _mine_task(task: TaskSampler, embed: Embed, trainer: ContrastiveTrainer) -> np.ndarray:
-    """Negatives (n, k) of a task's examples as indices into its texts; -1 for none."""
+    """Return negatives (n, k) of a task's examples as indices into its texts; -1 for none."""
     columns = task.examples.columns
     anchors = embed(task.queries[columns[:, 0]])
     rule: dict[str, Any] = {
@@ -256,20 +235,20 @@ def _mine_task(task: TaskSampler, embed: Embed, trainer: ContrastiveTrainer) -> 
         candidates = np.unique(columns[:, 1])
         positives = embed(task.documents[columns[:, 1]])
         rule["known_positives"] = task.forbidden_candidates(candidates)
-    found, _ = select_negatives(anchors, positives, embed(task.documents[candidates]), **rule)
-    mined = np.where(found >= 0, candidates[np.maximum(found, 0)], -1)
+    index, _ = select_negatives(anchors, positives, embed(task.documents[candidates]), **rule)
+    mined = np.where(index >= 0, candidates[np.maximum(index, 0)], -1)
     return mined if task.classes is None else _drop_shared(mined, columns[:, 0], task.classes)
 
 
 def _drop_shared(mined: np.ndarray, anchors: np.ndarray, classes: ClassIndex) -> np.ndarray:
-    """Without the negatives (n, k) of a class that an anchor's text has in another example."""
+    """Drop the negatives (n, k) of a class that an anchor's text has in another example."""
     pairs = anchors * classes.n_classes + classes.labels
-    wanted = anchors[:, None] * classes.n_classes + classes.of_text[mined]
-    return np.where(np.isin(wanted, pairs), -1, mined)
+    mined_pairs = anchors[:, None] * classes.n_classes + classes.of_text[mined]
+    return np.where(np.isin(mined_pairs, pairs), -1, mined)
 
 
 def _other_members(vectors: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """For each row the direction of the mean of the other rows of its class, (n, D)."""
+    """Return for each row the direction of the mean of the other rows of its class, (n, D)."""
     sums = np.zeros((groups.max() + 1, vectors.shape[1]), dtype=np.float32)
     np.add.at(sums, groups, vectors)
     others = sums[groups] - vectors

@@ -1,9 +1,8 @@
 """Examples -> a LoRA adapter: one plain loop.
 
-The way of the data: `run_training` -> `BatchPlan` (which texts meet) -> `_Learner.accumulate`
-(gradient cache over chunks of packed texts) -> AdamW. All randomness is a function of the seed and
-the step, so that a run resumed from a checkpoint ends in the same adapter as one that was never
-interrupted.
+`run_training` -> `BatchPlan` (which texts meet) -> `_Learner.accumulate` (gradient cache over
+chunks of packed texts) -> AdamW. All randomness is a function of the seed and the step, so a run
+resumed from a checkpoint ends in the same adapter as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -111,13 +110,12 @@ class _Learner:
         self.on_grid = base.device.type == "cpu" and base.key.dtype != "float32"
 
     def embed(self, rows: np.ndarray) -> Tensor:
-        """Unit vectors of rows of the table, of one prefix: (n, D) float32."""
+        """Return unit vectors of rows of the table, of one prefix: (n, D) float32."""
         batch = self.table.pack(rows, on_grid=self.on_grid).to(self.base.device)
-        vectors = self.model(batch)[: len(rows)]
-        return F.normalize(vectors, dim=-1)
+        return F.normalize(self.model(batch)[: len(rows)], dim=-1)
 
     def embed_all(self, rows: np.ndarray) -> np.ndarray:
-        """Unit vectors of any rows, without gradients and dropout, (n, D) on the host."""
+        """Return unit vectors of any rows, without gradients and dropout, (n, D) on the host."""
         out = np.empty((len(rows), self.base.config.hidden_size), dtype=np.float32)
         chunks, _ = self._cut(rows)
         size = GATHERED_CHUNKS * self.processes.size
@@ -125,12 +123,12 @@ class _Learner:
         try:
             with torch.no_grad():
                 for block in (chunks[k : k + size] for k in range(0, len(chunks), size)):
-                    own, places = self._share(rows, block)
-                    vectors = [self.embed(rows[block[k]]) for k in own] or [self._no_rows()]
-                    counts = [len(place) for place in places]
+                    mine, positions = self._share(rows, block)
+                    vectors = [self.embed(rows[block[k]]) for k in mine] or [self._no_rows()]
+                    counts = [len(part) for part in positions]
                     pieces = self.processes.gather_rows(torch.cat(vectors), counts)
-                    for place, piece in zip(places, pieces, strict=True):
-                        out[place] = piece.cpu().numpy()
+                    for part, piece in zip(positions, pieces, strict=True):
+                        out[part] = piece.cpu().numpy()
         finally:
             self.masks.active = active
         if not np.isfinite(out).all():
@@ -138,7 +136,7 @@ class _Learner:
         return out
 
     def _cut(self, rows: np.ndarray) -> tuple[list[np.ndarray], int]:
-        """Chunks of rows of the table, and how many of them may be kept with their graph."""
+        """Return chunks of rows of the table, and how many of them may keep their graph."""
         chunk_tokens, kept_tokens = self.processes.lowest(*self.chunk_budget())
         n_kept = max(1, kept_tokens // chunk_tokens)
         if self.trainer.batch_tokens == "auto":
@@ -149,22 +147,22 @@ class _Learner:
     def _share(
         self, rows: np.ndarray, chunks: list[np.ndarray]
     ) -> tuple[list[int], list[np.ndarray]]:
-        """Numbers of this process's chunks, and the positions of every process's texts.
+        """Return numbers of this process's chunks, and positions of each process's texts.
 
-        Even in tokens; positions are one chunk after the other.
+        Shares are even in tokens; positions follow chunk by chunk.
         """
         lengths = self.table.lengths[rows]
         shares = self.processes.share([int(lengths[chunk].sum()) for chunk in chunks])
         none = np.empty(0, dtype=np.int64)
-        places = [np.concatenate([none, *(chunks[k] for k in share)]) for share in shares]
-        return shares[self.processes.rank], places
+        positions = [np.concatenate([none, *(chunks[k] for k in share)]) for share in shares]
+        return shares[self.processes.rank], positions
 
     def _no_rows(self) -> Tensor:
-        """What a process embeds to which no chunk fell, (0, D)."""
+        """Return the vectors of a process without chunks, (0, D)."""
         return torch.empty((0, self.base.config.hidden_size), device=self.base.device)
 
     def chunk_budget(self) -> tuple[int, int]:
-        """Tokens of a chunk, and tokens whose activations may be held at once."""
+        """Return tokens of a chunk, and tokens whose activations may be held at once."""
         if self.trainer.batch_tokens != "auto":
             return int(self.trainer.batch_tokens), int(self.trainer.batch_tokens)
         if self.base.device.type != "cuda":
@@ -174,29 +172,28 @@ class _Learner:
         if not self.trainer.gradient_checkpointing:
             width *= backbone.num_hidden_layers
         free, _ = torch.cuda.mem_get_info(self.base.device)
-        tokens = free // 3 // (2 * width)
-        tokens = int(np.clip(tokens, 256, 65_536))
+        tokens = int(np.clip(free // 3 // (2 * width), 256, 65_536))
         return tokens, tokens
 
     def accumulate(self, batch: Batch, step: int) -> Tensor:
-        """Add the gradient of a batch's loss to the parameters; the loss, detached."""
+        """Add the gradient of a batch's loss to the parameters; return the loss, detached."""
         chunks, n_kept = self._cut(batch.texts)
-        own, places = self._share(batch.texts, chunks)
-        counts = [len(place) for place in places]
+        mine, positions = self._share(batch.texts, chunks)
+        counts = [len(part) for part in positions]
         # Back to the order of batch.texts; chunks, and shares of them, are one after the other.
-        order = torch.from_numpy(np.argsort(np.concatenate(places))).to(self.base.device)
+        order = torch.from_numpy(np.argsort(np.concatenate(positions))).to(self.base.device)
 
         def prepare(k: int) -> None:
-            self.masks.key = (self.seed, step, own[k])
+            self.masks.key = (self.seed, step, mine[k])
 
         def embed(k: int) -> Tensor:
-            return self.embed(batch.texts[chunks[own[k]]])
+            return self.embed(batch.texts[chunks[mine[k]]])
 
         def compute_loss(embeddings: Tensor) -> Tensor:
             rows = self.processes.join_rows(embeddings, counts)
             return batch_loss(rows[order], batch, self.trainer.temperature)
 
-        sizes = [len(chunks[k]) for k in own]
+        sizes = [len(chunks[k]) for k in mine]
         if sizes:
             loss = backward_in_chunks(embed, sizes, compute_loss, n_kept=n_kept, prepare=prepare)
         else:
@@ -205,7 +202,7 @@ class _Learner:
         return loss
 
     def update(self, rate: float) -> float:
-        """One step of the optimiser at this learning rate; the norm of the gradient."""
+        """Take one step of the optimiser at a learning rate; return the norm of the gradient."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parameters = list(self.parameters.values())
@@ -215,14 +212,12 @@ class _Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    # State, for checkpoints and the best adapter
-
     def weights(self) -> dict[str, Tensor]:
-        """Copies of the trained weights on the CPU."""
+        """Return copies of the trained weights on the CPU."""
         return {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and the optimiser's moments, flat."""
+        """Return copies of weights and the optimiser's moments, flat."""
         tensors = {f"weights/{name}": tensor for name, tensor in self.weights().items()}
         for name, parameter in self.parameters.items():
             for kind, value in self.optimizer.state[parameter].items():
@@ -254,43 +249,15 @@ def run_training(
     progress: bool | None = None,
     processes: Processes | None = None,
 ) -> tuple[Adapter, TrainingHistory]:
-    """Train an adapter.
+    """Train an adapter: return the last one, or with `early_stopping` the best, and the history.
 
-    Parameters
-    ----------
-    base : LoadedModel
-        The model; its weights are read, never written.
-    plan : BatchPlan
-        The examples, and the trainer's parameters.
-    start : Adapter
-        Sizes, and weights to start from; its pooling is empty where none is trained.
-    validation : Validation, optional
-        Score to take ten times during the run, and at its start and end.
-    mine : callable, optional
-        Gives the mined negatives of a task; called at the start of the run and, if the trainer
-        says `remine`, of each epoch.
-    checkpoints : Checkpoints, optional
-        Where the state is saved and resumed from.
-    progress : bool, optional
-        True shows a bar, False none, None one after three seconds.
-    processes : Processes, optional
-        Those that train together; None is this one alone. `checkpoints` is the first one's only.
-
-    Returns
-    -------
-    adapter : Adapter
-        The last one, or the best by validation where `early_stopping`.
-    history : TrainingHistory
-        What happened.
-
-    Raises
-    ------
-    TrainingError
-        When the loss or its gradient is not finite, or a batch has nothing to compare.
+    `mine` gives the mined negatives of a task at the start of the run, and of each epoch if the
+    trainer says `remine`. `checkpoints` is None but in the first of several `processes`. Raises
+    TrainingError when the loss or its gradient is not finite, or a batch has nothing to compare.
     """
     trainer, n_steps = plan.trainer, plan.n_steps
-    processes = Processes() if processes is None else processes
     learner = _Learner(base, plan.table, trainer, start, seed=plan.seed, processes=processes)
+    processes = learner.processes
     saved = processes.on_first(lambda: None if checkpoints is None else checkpoints.read())
     state = _Progress() if saved is None else _resume(learner, saved, plan)
     history = state.history
@@ -310,10 +277,11 @@ def run_training(
                 for task in plan.tasks:
                     if task.examples.loss == "infonce":
                         task.mined = processes.agree(mine(task, learner.embed_all))
-            history.steps.append(taken := _take_step(learner, plan, step, listed))
+            row = _take_step(learner, plan, step, listed)
+            history.steps.append(row)
             state.step = step + 1
             bar.update()
-            loss, speed = f"{taken['loss']:.3f}", f"{taken['examples_per_s']:.0f}"
+            loss, speed = f"{row['loss']:.3f}", f"{row['examples_per_s']:.0f}"
             bar.set_postfix(loss=loss, examples_per_s=speed, refresh=False)
             if validation is not None and _is_due(state.step, n_steps):
                 _validate(learner, validation, state)
@@ -336,13 +304,13 @@ def run_training(
 def _finish(
     learner: _Learner, state: _Progress, plan: BatchPlan, checkpoints: Checkpoints | None
 ) -> Adapter:
-    """The last adapter or the best one, and the last state on disk."""
+    """Return the last adapter or the best one, and write the last state."""
     learner.processes.copy_first(list(learner.parameters.values()))
     if plan.trainer.early_stopping and state.best:
         weights = state.best
-    else:  # no loss has been taken since the last update
+    else:
         weights = learner.weights()
-        learner.embed_all(np.zeros(1, dtype=np.int64))
+        learner.embed_all(np.zeros(1, dtype=np.int64))  # raises if the last update diverged
     if checkpoints is not None and state.done:
         checkpoints.write(*_snapshot(learner, state, plan))
     pooling = {n.removeprefix("pooling."): t for n, t in weights.items() if n not in learner.lora}
@@ -353,7 +321,7 @@ def _finish(
 def _take_step(
     learner: _Learner, plan: BatchPlan, step: int, listed: np.ndarray
 ) -> dict[str, float]:
-    """Take one step of the optimiser; its row of the history."""
+    """Take one step of the optimiser; return its row of the history."""
     began = time.perf_counter()
     batch = plan.build(step, listed)
     loss = learner.accumulate(batch, step)
@@ -373,7 +341,7 @@ def _take_step(
 
 
 def compute_learning_rate(trainer: ContrastiveTrainer, step: int, n_steps: int) -> float:
-    """Linear warm-up, then linear decay to zero at the last step."""
+    """Return the rate of a step: linear warm-up, then linear decay to zero at the last step."""
     n_warmup = round(trainer.warmup_ratio * n_steps)
     if step < n_warmup:
         return trainer.learning_rate * ((step + 1) / n_warmup)
@@ -381,10 +349,9 @@ def compute_learning_rate(trainer: ContrastiveTrainer, step: int, n_steps: int) 
 
 
 def _is_due(step: int, n_steps: int) -> bool:
-    """Whether a validation is due after this many steps."""
-    return step == n_steps or step * N_VALIDATIONS // n_steps > (
-        (step - 1) * N_VALIDATIONS // n_steps
-    )
+    """Tell whether a validation is due after so many steps."""
+    done, before = (n * N_VALIDATIONS // n_steps for n in (step, step - 1))
+    return step == n_steps or done > before
 
 
 def _validate(learner: _Learner, validation: Validation, state: _Progress) -> None:
@@ -401,7 +368,7 @@ def _validate(learner: _Learner, validation: Validation, state: _Progress) -> No
 
 
 def _diverged(what: str, trainer: ContrastiveTrainer) -> TrainingError:
-    """The error of a run that cannot go on."""
+    """Return the error of a run that cannot go on."""
     return TrainingError(
         f"{what} (learning_rate={trainer.learning_rate}, temperature={trainer.temperature}). "
         "Lower `learning_rate`, raise `temperature`, or use dtype='bfloat16' or 'float32' where "
@@ -412,7 +379,7 @@ def _diverged(what: str, trainer: ContrastiveTrainer) -> TrainingError:
 def _snapshot(
     learner: _Learner, state: _Progress, plan: BatchPlan
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything a resumed run needs: tensors, and plain values."""
+    """Return all that a resumed run needs: tensors, and plain values."""
     tensors = learner.state()
     tensors.update({f"best/{name}": value for name, value in state.best.items()})
     for number, task in enumerate(plan.tasks):
@@ -431,7 +398,7 @@ def _snapshot(
 def _resume(
     learner: _Learner, saved: tuple[dict[str, Tensor], dict[str, Any]], plan: BatchPlan
 ) -> _Progress:
-    """The state saved last, put into the learner and the plan."""
+    """Put the saved state into the learner and the plan; return the progress."""
     tensors, values = saved
     learner.restore(tensors)
     for number, task in enumerate(plan.tasks):

@@ -20,12 +20,9 @@ __all__ = ["backward_in_chunks", "batch_loss", "cosent", "info_nce"]
 
 
 def batch_loss(embeddings: Tensor, batch: Batch, temperature: float) -> Tensor:
-    """Loss of a batch, its parts weighted by their examples; (m, D) -> scalar.
+    """Return the loss of a batch, its parts weighted by their examples; (m, D) -> scalar.
 
-    Raises
-    ------
-    TrainingError
-        When no example of the batch has anything to be told from.
+    Raises TrainingError when no example of the batch has a negative.
     """
     device = embeddings.device
     losses, weights = [], []
@@ -61,31 +58,13 @@ def info_nce(
     *,
     temperature: float,
 ) -> Tensor:
-    r"""Mean InfoNCE loss of the anchors that have at least one negative.
+    r"""Return the mean InfoNCE loss of the anchors that have a negative; 0 if none has.
 
     .. math:: -\log \frac{e^{s(a, p) / t}}{e^{s(a, p) / t} + \sum_{n \in N(a)} e^{s(a, n) / t}}
 
-    Parameters
-    ----------
-    anchors : Tensor, shape (B, D)
-        Unit vectors.
-    candidates : Tensor, shape (C, D)
-        Unit vectors: positives and negatives of all anchors.
-    positive : Tensor of int64, shape (B,)
-        Each anchor's positive among the candidates.
-    allowed : Tensor of bool, shape (B, C)
-        Which candidates stand in an anchor's denominator; the positive always does.
-    temperature : float
-        Divisor t of the cosines.
-
-    Returns
-    -------
-    Tensor, scalar
-        Zero where no anchor has a negative.
-
-    References
-    ----------
-    arXiv 1807.03748, eq. 4; NV-Embed, arXiv 2405.17428, section 4.
+    Unit vectors (B, D) and (C, D); `positive` (B,) is an index into the candidates, `allowed`
+    (B, C) says which stand in an anchor's denominator; the positive always does.
+    Source: arXiv 1807.03748, eq. 4; NV-Embed, arXiv 2405.17428, section 4.
     """
     allowed = allowed.scatter(1, positive.unsqueeze(1), True)
     effective = allowed.sum(1) > 1
@@ -95,27 +74,12 @@ def info_nce(
 
 
 def cosent(left: Tensor, right: Tensor, scores: Tensor, *, temperature: float) -> Tensor:
-    r"""CoSENT: every pair of a higher score should have a higher cosine.
+    r"""Return the CoSENT loss: a pair of a higher score should have a higher cosine.
 
     .. math:: \log \Bigl(1 + \sum_{y_i > y_j} e^{(c_j - c_i) / t}\Bigr)
 
-    Parameters
-    ----------
-    left, right : Tensor, shape (B, D)
-        Unit vectors of the two texts of each pair; c is their cosine.
-    scores : Tensor, shape (B,)
-        Graded similarity y; only its order counts.
-    temperature : float
-        Divisor t of the cosines.
-
-    Returns
-    -------
-    Tensor, scalar
-        Zero where all scores are equal.
-
-    References
-    ----------
-    J. Su, CoSENT (2022).
+    c is the cosine of two unit vectors (B, D), y the score (B,), of which only the order counts.
+    Source: J. Su, CoSENT (2022).
     """
     cosines = (left * right).sum(1) / temperature
     differences = cosines.unsqueeze(0) - cosines.unsqueeze(1)  # (B, B): c_j - c_i
@@ -132,38 +96,17 @@ def backward_in_chunks(
     n_kept: int,
     prepare: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Gradient of a loss over all rows, never holding more than `n_kept` chunks' activations.
+    """Add the gradient of a loss over chunks of some `sizes`; return the loss, detached.
 
-    First pass: every chunk is embedded, the first `n_kept` with their graph, the others without.
-    The loss and its gradient are taken at the embeddings. Second pass: each chunk's graph, kept or
-    built again, takes its rows of that gradient. Exact, as long as `embed` gives the same vectors
-    when called again for the same chunk, dropout included.
+    First pass: embed every chunk, (rows, D), the last `n_kept` with their graph, the others
+    without, and take the loss and its gradient at the embeddings. Second pass: run each chunk's
+    rows of that gradient back through its graph, kept or built again. No more than `n_kept` chunks
+    have activations at a time. Exact as long as `embed` gives a chunk the same vectors again,
+    dropout included. A loss that is not finite adds no gradient.
 
-    Parameters
-    ----------
-    embed : callable
-        Number of a chunk -> its rows of the embeddings, (rows, D).
-    sizes : sequence of int
-        Rows of each chunk.
-    compute_loss : callable
-        Embeddings of all rows (sum of sizes, D), in the chunks' order -> scalar.
-    n_kept : int
-        Chunks whose activations fit into memory together; 1 at the least.
-    prepare : callable, optional
-        Called with a chunk's number before each of its forward and backward passes. A backward
-        pass under gradient checkpointing runs the chunk forward once more, after other chunks
-        have been embedded: what `embed` depends on, such as the key of the dropout masks, must be
-        that of the chunk again.
-
-    Returns
-    -------
-    Tensor, scalar
-        The loss, detached. Gradients are added to the leaves of `embed`'s graph; where the loss is
-        not finite, they are left alone.
-
-    References
-    ----------
-    L. Gao et al., arXiv 2101.06983.
+    `prepare` gets a chunk's number before each of its passes: gradient checkpointing runs a chunk
+    forward again in its backward pass, when what `embed` depends on, such as the key of the dropout
+    masks, must be the chunk's own again. Source: L. Gao et al., arXiv 2101.06983.
     """
     kept: dict[int, Tensor] = {}
     rows = []

@@ -76,7 +76,7 @@ class MinedNegatives:
     corpus: list[str]
 
     def __repr__(self) -> str:
-        """Sizes only: texts may be many, long or private."""
+        """Show sizes only: texts may be many, long or private."""
         n_anchors, n_negatives = self.indices.shape
         return (
             f"MinedNegatives(n_anchors={n_anchors}, n_negatives={n_negatives}, "
@@ -92,13 +92,13 @@ class MinedNegatives:
         """Return training rows (anchor, positive, negative, ...) of equal length.
 
         An anchor with fewer than `min_negatives` negatives is left out. One with fewer than
-        n_negatives has its own repeated in turn, so that all rows are of one length.
+        n_negatives repeats its own in turn, so that all rows have one length.
 
         Parameters
         ----------
         min_negatives : int, default=1
             Fewest negatives that an anchor must have, in [1, n_negatives]. The upper bound keeps
-            complete rows only, so that nothing is repeated.
+            complete rows only: none repeats a negative.
 
         Returns
         -------
@@ -108,7 +108,7 @@ class MinedNegatives:
         Raises
         ------
         TypeError
-            If `min_negatives` is no int.
+            If `min_negatives` is not an int.
         ValueError
             If it is out of range, or no anchor has that many.
 
@@ -125,35 +125,29 @@ class MinedNegatives:
         width = self.indices.shape[1]
         least = check_int(min_negatives, name="min_negatives", owner=owner, low=1, high=width)
         n_found = self.n_found
-        kept = np.flatnonzero(n_found >= least)
-        if not len(kept):
+        anchors = np.flatnonzero(n_found >= least)
+        if not len(anchors):
             raise ValueError(
                 f"The `min_negatives` parameter of `{owner}` must be at most "
                 f"{n_found.max(initial=0)}, the most that an anchor has; got {least}. "
                 "Lower it, or mine with a larger `corpus`."
             )
-        places = np.arange(width) % n_found[kept, None]
-        chosen = self.indices[kept[:, None], places]
-        self._warn_short(n_dropped=len(n_found) - len(kept), n_padded=sum(n_found[kept] < width))
-        return [
-            (self.anchors[i], self.positives[i], *(self.corpus[j] for j in row))
-            for i, row in zip(kept.tolist(), chosen.tolist(), strict=True)
-        ]
-
-    def _warn_short(self, *, n_dropped: int, n_padded: int) -> None:
-        """Say how many rows are missing or repeat a negative."""
+        n_dropped = len(n_found) - len(anchors)
+        n_padded = np.count_nonzero(n_found[anchors] < width)
         if n_dropped or n_padded:
             warnings.warn(
                 f"Of {len(self.anchors)} anchors, {n_dropped} had too few negatives and were left "
-                f"out, and {n_padded} had fewer than {self.indices.shape[1]} and repeat their own. "
+                f"out, and {n_padded} had fewer than {width} and repeat their own. "
                 "Ask for fewer `n_negatives` or mine in a larger `corpus`, or silence this with "
                 "warnings.filterwarnings('ignore', category=skembed.SkembedWarning).",
                 SkembedWarning,
-                stacklevel=3,  # the caller of `to_rows`
+                stacklevel=2,
             )
-
-
-# Texts
+        chosen = self.indices[anchors[:, None], np.arange(width) % n_found[anchors, None]]
+        return [
+            (self.anchors[i], self.positives[i], *(self.corpus[j] for j in row))
+            for i, row in zip(anchors.tolist(), chosen.tolist(), strict=True)
+        ]
 
 
 def mine_hard_negatives(
@@ -171,8 +165,8 @@ def mine_hard_negatives(
 ) -> MinedNegatives:
     """Find texts that a model takes for similar to an anchor although they are not its positives.
 
-    Rows with hard negatives teach more than rows without. The rules are positive-aware: what is
-    as close as the positive is probably a positive that nobody has marked, so it is left out.
+    Rows with hard negatives teach more than rows without. The rules are positive-aware: a text as
+    close as the positive is probably a positive that nobody has marked, so it is left out.
 
     Costs one embedding of every distinct text and n_anchors * n_corpus * dim multiplications.
 
@@ -185,14 +179,14 @@ def mine_hard_negatives(
         order of first appearance; that of the last is the first.
     vectorizer : object with `transform` or `encode`, or callable
         The model to train, or any other as teacher: fitted, or frozen; a SentenceTransformer, too.
-        With `encode_query` and `encode_document`, anchors are embedded as queries, positives and
-        corpus as documents; labelled texts as queries all. A scikit-learn transformer must return
-        dense vectors. They may have any length.
+        With `encode_query` and `encode_document`, anchors and all labelled texts are embedded as
+        queries, positives and corpus as documents. A scikit-learn transformer must return dense
+        vectors. They may have any length.
     corpus : list, tuple, ndarray, Series or one-column frame of str, optional
         Where to look for negatives. None looks in the distinct positives, or in the labelled
         texts. Not with `y`: the class of its texts would be unknown.
     n_negatives : int, default=7
-        How many for each anchor.
+        Number of negatives for each anchor.
     strategy : {"perc_pos", "margin_pos"}, default="perc_pos"
         A negative's score is at most p times, or a margin below, that of the positive.
     threshold : float, optional
@@ -215,9 +209,9 @@ def mine_hard_negatives(
         If an argument is of the wrong type, or the vectorizer cannot embed or returns a sparse
         matrix.
     ValueError
-        If an argument is out of range or does not fit the others; if X and y are not what `fit`
-        would train on (fewer than two rows, one class only, a class with a single text, a
-        positive equal to its anchor, an empty text); if no anchor has a negative.
+        If an argument is out of range or does not fit the others; if `fit` would not train on X
+        and y (fewer than two rows, one class only, a class with a single text, a positive equal
+        to its anchor, an empty text); if no anchor has a negative.
 
     Warns
     -----
@@ -230,7 +224,7 @@ def mine_hard_negatives(
 
     Notes
     -----
-    A negative is never, by exact equality of texts: the anchor, one of its positives in any of
+    By exact equality of texts, a negative is never the anchor, one of its positives in any of
     the pairs with this anchor on either side, a text of its class, or given twice.
 
     A labelled text that occurs under several classes is left out altogether.
@@ -285,9 +279,9 @@ def mine_hard_negatives(
 def _embed_task(
     task: MiningTask, vectorizer: Any
 ) -> tuple[Vectors, Vectors, tuple[Indices, Indices]]:
-    """Embed each text once a side: queries, documents, and the row of each id in the two.
+    """Embed each text once a side; return queries, documents, and the row of each id in the two.
 
-    The first documents are the candidates, in their order, so that they need no copy.
+    The first documents are the candidates, in their order, so they need no copy.
     """
     others = np.setdiff1d(task.positives, task.candidates)
     documents = np.concatenate([task.candidates, others])
@@ -295,11 +289,11 @@ def _embed_task(
     n_texts = len(task.texts)
     has_sides = all(hasattr(vectorizer, f"encode_{side}") for side in ("query", "document"))
     if task.groups is not None or not has_sides:
-        everything = np.concatenate([documents, np.setdiff1d(queries, documents)])
-        texts = [task.texts[i] for i in everything.tolist()]
+        ids = np.concatenate([documents, np.setdiff1d(queries, documents)])
+        texts = [task.texts[i] for i in ids.tolist()]
         side = "query" if has_sides else None
         vectors = normalize_rows(embed(vectorizer, texts, side, owner=OWNER))
-        rows = _invert(everything, n_texts)
+        rows = _invert(ids, n_texts)
         return vectors, vectors, (rows, rows)
     pairs = [[task.texts[i] for i in ids.tolist()] for ids in (queries, documents)]
     left, right = map(normalize_rows, embed_pairs(vectorizer, pairs, owner=OWNER))
@@ -307,10 +301,10 @@ def _embed_task(
 
 
 def _invert(ids: Indices, n_texts: int) -> Indices:
-    """Return the place of each id in `ids`, -1 where it is not, (n_texts,)."""
-    places = np.full(n_texts, -1)
-    places[ids] = np.arange(len(ids))
-    return places
+    """Return the position of each id in `ids`, -1 for none, (n_texts,)."""
+    positions = np.full(n_texts, -1)
+    positions[ids] = np.arange(len(ids))
+    return positions
 
 
 def _mine(

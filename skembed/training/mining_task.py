@@ -1,6 +1,6 @@
-"""What `mine_hard_negatives` is asked: pairs or labelled texts, read into ids of distinct texts.
+"""The task of `mine_hard_negatives`: pairs or labelled texts as ids of distinct texts.
 
-Says for each anchor which candidates can never be its negatives; no text is embedded here.
+Says for each anchor which candidates can never be its negatives; embeds no text.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ class MiningTask:
         """Return how many candidates are no negatives because of the pairs, (n_anchors,)."""
         if self.known is None:
             return np.zeros(len(self.anchors), dtype=np.int64)
-        counts: Indices = np.diff(self.known.indptr)[self.anchors].astype(np.int64)
-        return counts
+        return np.diff(self.known.indptr)[self.anchors].astype(np.int64)
 
     def cut_rules(self, rows: slice) -> dict[str, Any]:
         """Return what `select_negatives` must not choose for some of the anchors."""
@@ -84,21 +83,21 @@ def _read_pairs(examples: Examples, corpus: Any) -> MiningTask:
     anchors, positives = examples.columns.T
     if corpus is None:
         candidates = np.unique(positives)
-        searched = [examples.texts[i] for i in candidates.tolist()]
+        texts = [examples.texts[i] for i in candidates.tolist()]
         first = np.arange(len(candidates))
     else:
-        searched = _read_corpus(corpus)
-        found = [ids.setdefault(text, len(ids)) for text in searched]
+        texts = _read_corpus(corpus)
+        corpus_ids = np.array([ids.setdefault(text, len(ids)) for text in texts], dtype=np.int64)
         # In the order of the corpus, so that of equal scores its first text wins.
-        first = np.sort(np.unique(found, return_index=True)[1])
-        candidates = np.asarray(found, dtype=np.int64)[first]
+        first = np.sort(np.unique(corpus_ids, return_index=True)[1])
+        candidates = corpus_ids[first]
     return MiningTask(
         texts=list(ids),
         anchors=anchors,
         positives=positives,
         positions=np.arange(len(anchors)),
         candidates=candidates,
-        corpus=searched,
+        corpus=texts,
         first=first,
         known=_find_known(anchors, positives, candidates, n_texts=len(ids)),
         groups=None,
@@ -119,11 +118,11 @@ def _read_corpus(corpus: Any) -> list[str]:
 
 def _find_known(anchors: Indices, positives: Indices, candidates: Indices, *, n_texts: int) -> Any:
     """Return a CSR matrix (n_texts, n_candidates): the candidates that are or pair with a text."""
-    place = np.full(n_texts, -1)
-    place[candidates] = np.arange(len(candidates))
+    column = np.full(n_texts, -1)
+    column[candidates] = np.arange(len(candidates))
     # Both directions, and each text with itself.
     texts = np.concatenate([anchors, positives, anchors])
-    others = place[np.concatenate([positives, anchors, anchors])]
+    others = column[np.concatenate([positives, anchors, anchors])]
     inside = others >= 0
     ones = np.ones(np.count_nonzero(inside), dtype=np.bool_)
     shape = (n_texts, len(candidates))
@@ -133,12 +132,12 @@ def _find_known(anchors: Indices, positives: Indices, candidates: Indices, *, n_
 def _read_labelled(examples: Examples, labels: Indices) -> MiningTask:
     """Say what to mine for labelled texts: in the texts of other classes."""
     texts = examples.columns[:, 0]
-    found, first, counts = np.unique(texts, return_index=True, return_counts=True)
+    ids, first, counts = np.unique(texts, return_index=True, return_counts=True)
     classes = labels[first]  # of each distinct text, by id
     # A text is of one class if all its rows have the label of its first.
-    is_clear = np.bincount(texts[labels == classes[texts]], minlength=len(found)) == counts
-    candidates = found[is_clear]
-    positives = np.full(len(found), -1)
+    is_clear = np.bincount(texts[labels == classes[texts]], minlength=len(ids)) == counts
+    candidates = ids[is_clear]
+    positives = np.full(len(ids), -1)
     if len(candidates):
         positives[candidates] = _follow(candidates, classes[candidates])
     positions = np.flatnonzero(positives[texts] >= 0)

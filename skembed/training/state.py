@@ -1,8 +1,7 @@
 """The state of a training run on disk: written atomically, checked before it is used.
 
 One safetensors file holds weights, optimiser moments and mined negatives, and in its header as
-JSON the step, the history and what the run was started with. A state of another model, of other
-parameters or of other examples is refused before training starts.
+JSON the step, the history and what the run was started with.
 """
 
 from __future__ import annotations
@@ -27,26 +26,14 @@ STATE_FILE = "training_state.safetensors"
 STATE_VERSION = 1
 INTERVAL_S = 30.0
 OWNER = "The `checkpoint_dir` parameter of `ContrastiveTrainer`"
+State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and plain values
 
 
 class Checkpoints:
-    """Saves and reads the state of one run in one folder.
+    """Saves and reads the state of one run in one folder, every `every` steps or 30 seconds.
 
-    Parameters
-    ----------
-    folder : str or path
-        Made if need be.
-    identity : mapping of str to str
-        What the run is started with, part by part: the same folder resumes only the same run.
-    every : int or None
-        Steps between two saves; None saves every 30 seconds.
-
-    Raises
-    ------
-    OSError
-        When the folder cannot be written.
-    CheckpointError
-        When it holds the state of another run, or one that cannot be read.
+    `identity` says part by part what the run is started with. Raises OSError and CheckpointError
+    as `check_folder`.
     """
 
     def __init__(
@@ -56,34 +43,26 @@ class Checkpoints:
         *,
         every: int | None = None,
     ) -> None:
-        self.folder = Path(folder).expanduser()
+        self.path = Path(folder).expanduser() / STATE_FILE
         self.identity = dict(identity)
         self.every = every
-        self.new_seed = 0
+        self.seed: int | None = None  # the saved run's; whoever starts a run sets it
         self._last = time.monotonic()
-        _check_writable(self.folder)
-        self._seed: int | None = None
-        self._saved = self._load()
+        self._saved: State | None = None
+        header = check_folder(folder, identity)
+        if header is not None:
+            self.seed = int(header["seed"])
+            with safe_open(self.path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            self._saved = tensors, header["values"]
 
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.folder / STATE_FILE
-
-    @property
-    def seed(self) -> int | None:
-        """Seed of the saved run; None when there is none."""
-        return self._seed
-
-    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and values of the saved run, once; None when there is none."""
+    def read(self) -> State | None:
+        """Return tensors and values of the saved run, once; None when there is none."""
         saved, self._saved = self._saved, None
         return saved
 
-    def offer(
-        self, step: int, snapshot: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
-    ) -> None:
-        """Save if it is time to."""
+    def offer(self, step: int, snapshot: Callable[[], State]) -> None:
+        """Save a snapshot if it is time to."""
         if self.every is not None:
             due = step % self.every == 0
         else:
@@ -94,56 +73,31 @@ class Checkpoints:
     def write(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Save, whole or not at all."""
         header = {
-            "skembed": json.dumps(
-                {
-                    "version": STATE_VERSION,
-                    "identity": self.identity,
-                    "seed": self.new_seed,
-                    "values": dict(values),
-                }
-            )
+            "version": STATE_VERSION,
+            "identity": self.identity,
+            "seed": self.seed,
+            "values": dict(values),
         }
-        write_tensors(self.path, tensors, header)
+        write_tensors(self.path, tensors, {"skembed": json.dumps(header)})
         self._last = time.monotonic()
 
-    def _load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The saved run, checked."""
-        header = _read_header(self.path, self.identity)
-        if header is None:
-            return None
-        self._seed = int(header["seed"])
-        with safe_open(self.path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, header["values"]
 
+def check_folder(
+    folder: str | os.PathLike[str], identity: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """Return what the state in a folder says of its run; None where there is none.
 
-def check_folder(folder: str | os.PathLike[str], identity: Mapping[str, str]) -> None:
-    """Refuse a folder that cannot be written or holds another run, before a model is loaded.
-
-    Parameters
-    ----------
-    folder : str or path
-        Made if need be.
-    identity : mapping of str to str
-        The parts of a run's identity that are known without its model.
-
-    Raises
-    ------
-    OSError, CheckpointError
-        As `Checkpoints`.
+    Makes the folder if need be. Raises OSError if it cannot be written, CheckpointError if it holds
+    the state of a run of another `identity`, of which parts may be left out, or a damaged one.
     """
-    path = Path(folder).expanduser()
-    _check_writable(path)
-    _read_header(path / STATE_FILE, identity)
-
-
-def _read_header(path: Path, identity: Mapping[str, str]) -> dict[str, Any] | None:
-    """What a state file says of its run, which must be this one; None without a file."""
+    path = Path(folder).expanduser() / STATE_FILE
+    _check_writable(path.parent)
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             header: dict[str, Any] = json.loads((file.metadata() or {})["skembed"])
-        version, found = header["version"], header["identity"]
+        version, saved_identity = header["version"], header["identity"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{OWNER} holds a {STATE_FILE} that cannot be read ({type(error).__name__}: "
@@ -154,7 +108,7 @@ def _read_header(path: Path, identity: Mapping[str, str]) -> dict[str, Any] | No
             f"{OWNER} holds a state of version {version!r}; this release reads {STATE_VERSION}. "
             f"Delete {path}, or name another folder."
         )
-    differing = [name for name in identity if found.get(name) != identity[name]]
+    differing = [name for name in identity if saved_identity.get(name) != identity[name]]
     if differing:
         raise CheckpointError(
             f"{OWNER} must be empty or hold the state of this very run; {path} was "

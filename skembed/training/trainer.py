@@ -187,13 +187,7 @@ class ContrastiveTrainer(BaseEstimator):
 
 
 def check_trainer(trainer: ContrastiveTrainer) -> None:
-    """Types and values of all parameters, before anything is read or loaded.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the parameter, what is allowed and what it was.
-    """
+    """Check types and values of all parameters; raise TypeError or ValueError."""
     values = trainer.get_params(deep=False)
     for name, low in (
         ("r", 1),
@@ -235,9 +229,9 @@ def check_trainer(trainer: ContrastiveTrainer) -> None:
 
 
 def _check_others(trainer: ContrastiveTrainer) -> None:
-    """What has no plain range, and what parameters ask of each other."""
+    """Check what has no plain range, and what parameters ask of each other."""
     targets, directory = trainer.target_modules, trainer.checkpoint_dir
-    # Whether the names match is seen at the model.
+    # Whether the names match shows once the model is loaded.
     plain = isinstance(targets, str) or (
         isinstance(targets, Sequence) and all(isinstance(name, str) for name in targets)
     )
