@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from paths import GOLDEN
 
 from skembed import ContrastiveTrainer, NVEmbedVectorizer
 from skembed.distributed import active_processes, join_processes
 from skembed.training import loop as training
 from skembed.training.state import STATE_FILE
 
-GOLDEN = Path(__file__).resolve().parent / "golden" / "nvembed-tiny"
 WORDS = ["card stolen lost blocked pin chip", "account open new savings branch form"]
 Found = dict[str, Any]
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from paths import GOLDEN
 
 from skembed import NVEmbedVectorizer
 from skembed.parallel import EmbeddingMapper
 
-GOLDEN = Path(__file__).resolve().parent / "golden" / "nvembed-tiny"
 N_WORKERS = 2
 Found = dict[str, Any]
 

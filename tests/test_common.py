@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import sklearn
 import torch
-from conftest import ROOT
 from joblib import Parallel, delayed
+from paths import GOLDEN
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
 from sklearn.exceptions import NotFittedError, SkipTestWarning
@@ -39,7 +39,6 @@ from skembed.model.network import NVEmbedModel
 from skembed.model.tokenization import PackedBatch
 
 DIM = 48
-GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 TEXTS = ["a card was stolen", "how to open an account?", "", "Ünïcödé — 日本語 🙂", "a card lost"]
 OTHERS = ["the card", "an account", "b", "c", "d"]

@@ -15,8 +15,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT, NetworkBlockedError
 from numpydoc.validate import validate
+from offline import NetworkBlockedError
+from paths import ROOT
 from test_house import may_import_torch
 
 import skembed

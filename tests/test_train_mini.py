@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from paths import ROOT
 from scipy import sparse
 from scipy.stats import spearmanr
 from sklearn.cluster import MiniBatchKMeans

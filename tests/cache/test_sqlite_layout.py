@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from sklearn.base import clone
-from test_cache import (
+from cache_files import (
     DIM,
     Holder,
     file_connection,
     find,
-    finish,
     integrity,
     make_vectors,
     snapshot,
     start_python,
 )
+from sklearn.base import clone
+from stream_kills import finish
 
 from skembed import NVEmbedVectorizer
 from skembed.cache import embedding_cache as cache_module

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from paths import GOLDEN
 from sklearn.base import clone
 from sklearn.decomposition import TruncatedSVD
 from sklearn.exceptions import NotFittedError, SkipTestWarning
@@ -22,7 +22,6 @@ from skembed.estimators import reranking
 from skembed.estimators.reranking import Reranker, _make_rows
 
 DIM = 48
-GOLDEN = Path(__file__).parent / "golden" / "nvembed-tiny"
 QUERIES = ["who wrote Faust", "what is a llama", "how hot is the sun"]
 CANDIDATES = [
     ["Faust is a play by Goethe", "the sun is hot", "a llama is a camelid"],

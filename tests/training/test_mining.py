@@ -22,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 from skembed import EmbeddingCache, NVEmbedVectorizer
 from skembed.exceptions import SkembedWarning
 from skembed.search.negatives import select_negatives
-from skembed.training.loop import mining
+from skembed.training import mining
 from skembed.training.mining import MinedNegatives, mine_hard_negatives
 
 FLOAT32 = {"device": "cpu", "dtype": "float32"}

@@ -7,11 +7,11 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from paths import GOLDEN
 
 from skembed import ContrastiveTrainer
 from skembed.model.sources import read_json
@@ -26,7 +26,6 @@ from skembed.training.batches import (
 from skembed.training.examples import Examples, check_examples
 from skembed.training.fit import _mine_task
 
-GOLDEN = Path(__file__).resolve().parent / "golden" / "nvembed-tiny"
 QUERY, DOCUMENT = "Instruct: find\nQuery: ", ""
 
 

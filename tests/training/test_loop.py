@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paths import GOLDEN
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
@@ -31,14 +32,12 @@ from skembed.adapters import peft_files as adapters
 from skembed.exceptions import CheckpointError, SkembedWarning, TrainingError
 from skembed.history import STEP_COLUMNS, TrainingHistory
 from skembed.inference.registry import registry
-from skembed.training import validation as contrastive
-from skembed.training import validation as validation_module
+from skembed.training import fit as fit_module
+from skembed.training import loop
 from skembed.training.examples import TrainingTask, check_examples
-from skembed.training.loop import loop
 from skembed.training.state import STATE_FILE
-from skembed.training.validation import split_validation, validation
+from skembed.training.validation import Validation, split_validation, validation
 
-GOLDEN = Path(__file__).resolve().parent / "golden" / "nvembed-tiny"
 PARTIAL = f".{STATE_FILE}.partial"
 WORDS = {
     "card": "card stolen lost blocked pin chip",
@@ -438,12 +437,12 @@ def test_the_held_out_part_is_never_trained_on(kind: str, monkeypatch: pytest.Mo
 def fake_scores(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
     """Score the evaluations of a run in this order, whatever the model does."""
     left = iter(scores)
-    original = contrastive._validation
+    original = fit_module.validation
 
-    def scripted(*args: Any) -> validation_module.Validation:
-        return validation_module.Validation(original(*args).metric, lambda embed: next(left))
+    def scripted(*args: Any) -> Validation:
+        return Validation(original(*args).metric, lambda embed: next(left))
 
-    monkeypatch.setattr(contrastive, "_validation", scripted)
+    monkeypatch.setattr(fit_module, "validation", scripted)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_adapters import load_base, random_lora
+from tiny import load_base, random_lora
 from torch import Tensor
 from torch.nn import functional as F
 

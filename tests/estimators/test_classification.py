@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
-from conftest import ROOT
 from fake_vectorizer import FakeVectorizer, TwoSidedVectorizer
+from paths import ROOT
 from scipy import sparse
 from sklearn.base import clone
 from sklearn.cluster import KMeans

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_pooling import randomize
+from paths import ROOT
+from tiny import randomize, token_states
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -91,14 +91,6 @@ def make_batch(*lengths: int) -> PackedBatch:
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, 64, (n,), generator=generator).numpy() for n in lengths]
     return pack_texts(ids, 0)
-
-
-def token_states(model: NVEmbedModel, batch: PackedBatch) -> Tensor:
-    """Last hidden states (T, D) of a pack."""
-    with torch.inference_mode():
-        states = model.hidden_states(batch)
-    assert isinstance(states, Tensor)
-    return states
 
 
 def run(model: NVEmbedModel, *lengths: int) -> Tensor:

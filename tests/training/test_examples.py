@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 from skembed import ContrastiveTrainer
 from skembed.training.examples import TrainingTask, check_examples, read_task

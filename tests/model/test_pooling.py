@@ -1,11 +1,11 @@
 """Poolings against formulas written again from scratch, and the folded latent layer."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor, nn
+from tiny import double_weights, randomize, reference_latent, reference_multilayer
+from torch import Tensor
 
 from skembed.model.pooling import (
     EosPooling,
@@ -23,19 +23,6 @@ SIZES = [
     (24, 40, 7, 1, 8, 2),
     (16, 16, 1, 2, 48, 1),  # a single latent: the softmax is constant
 ]
-
-
-def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Fill all parameters, LayerNorms included, with values far from their usual start."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.5
-        value = torch.randn(parameter.shape, generator=generator) * scale
-        if name.endswith("latents"):
-            value = value * 3 + 1
-        if "norm" in name and name.endswith("weight"):
-            value = value + 1
-        parameter.data.copy_(value)
 
 
 def make_latent(sizes: Sequence[int], seed: int = 0) -> LatentAttention:
@@ -57,71 +44,6 @@ def pack(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Text of each packed row, and rows of each text."""
     counts = torch.tensor(lengths)
     return torch.repeat_interleave(torch.arange(len(lengths)), counts), counts.float()
-
-
-def reference_norm(x: Tensor, weights: Mapping[str, Tensor], prefix: str) -> Tensor:
-    """LayerNorm over the last axis, by its definition."""
-    centred = x - x.mean(-1, keepdim=True)
-    variance = (centred**2).mean(-1, keepdim=True)
-    scaled = centred / torch.sqrt(variance + 1e-5)
-    return scaled * weights[f"{prefix}.weight"] + weights[f"{prefix}.bias"]
-
-
-def reference_attend(
-    queries: Tensor, context: Tensor, weights: Mapping[str, Tensor], heads: int
-) -> Tensor:
-    """Cross-attention of (n, D) over (m, C), by einsum on weights split into heads."""
-    to_q = weights["cross_attend_blocks.0.fn.to_q.weight"]
-    to_kv = weights["cross_attend_blocks.0.fn.to_kv.weight"]
-    to_out = weights["cross_attend_blocks.0.fn.to_out.weight"]
-    width = to_q.shape[0] // heads
-    w_q = to_q.reshape(heads, width, -1)
-    w_k = to_kv[: heads * width].reshape(heads, width, -1)
-    w_v = to_kv[heads * width :].reshape(heads, width, -1)
-    w_out = to_out.reshape(-1, heads, width)
-    q = torch.einsum("nd,hwd->hnw", queries, w_q)
-    k = torch.einsum("mc,hwc->hmw", context, w_k)
-    v = torch.einsum("mc,hwc->hmw", context, w_v)
-    scores = torch.einsum("hnw,hmw->hnm", q, k) / math.sqrt(width)
-    shares = torch.exp(scores - scores.amax(-1, keepdim=True))
-    shares = shares / shares.sum(-1, keepdim=True)
-    return torch.einsum("hnm,hmw,dhw->nd", shares, v, w_out)
-
-
-def reference_feed_forward(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """GEGLU with the exact GELU on the second half."""
-    prefix = "cross_attend_blocks.1.fn.net"
-    u = x @ weights[f"{prefix}.0.weight"].T + weights[f"{prefix}.0.bias"]
-    value, gate = u[..., : u.shape[-1] // 2], u[..., u.shape[-1] // 2 :]
-    gelu = gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
-    return (value * gelu) @ weights[f"{prefix}.2.weight"].T + weights[f"{prefix}.2.bias"]
-
-
-def reference_latent(tokens: Tensor, weights: Mapping[str, Tensor], heads: int) -> Tensor:
-    """NV-Embed's latent layer on the pooled tokens (n, D) of one text -> (D,)."""
-    queries = reference_norm(tokens, weights, "cross_attend_blocks.0.norm")
-    context = reference_norm(weights["latents"], weights, "cross_attend_blocks.0.norm_context")
-    x = reference_attend(queries, context, weights, heads) + tokens
-    normed = reference_norm(x, weights, "cross_attend_blocks.1.norm")
-    return (reference_feed_forward(normed, weights) + x).mean(0)
-
-
-def reference_multilayer(
-    layers: Sequence[Tensor], weights: Mapping[str, Tensor], heads: int
-) -> Tensor:
-    """Pooling over the layers' token means of one text, each (n, D) -> (D,)."""
-    states = torch.stack([layer.mean(0) for layer in layers]) + weights["layer_weights"]
-    context = reference_norm(states, weights, "cross_attend_blocks.0.norm_context")
-    latents = weights["latents"]
-    queries = reference_norm(latents, weights, "cross_attend_blocks.0.norm")
-    x = reference_attend(queries, context, weights, heads) + latents
-    normed = reference_norm(x, weights, "cross_attend_blocks.1.norm")
-    return (reference_feed_forward(normed, weights) + x).mean(0)
-
-
-def double_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Weights in float64, so that the reference adds no rounding of its own."""
-    return {name: value.double() for name, value in module.state_dict().items()}
 
 
 @pytest.mark.parametrize("sizes", SIZES)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_parity import make_tiny_model
+from tiny import make_tiny_model
 from torch import nn
 from torch.nn import functional as F
 

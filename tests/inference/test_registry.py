@@ -37,7 +37,7 @@ from skembed.inference.registry import Lease, ModelRegistry, registry
 from skembed.model import attention as model_module
 from skembed.model.checkpoint import load_model
 from skembed.model.loaded import LoadedModel, ModelKey, prove_bidirectional
-from skembed.model.network import NVEmbedModel, loaded
+from skembed.model.network import NVEmbedModel
 from skembed.model.sources import ModelSource, fingerprint_weights, read_config
 from skembed.model.tokenization import PackedBatch
 
@@ -85,7 +85,7 @@ def is_alive(reference: weakref.ref[LoadedModel]) -> bool:
 
 
 def test_one_load_under_threads(fresh_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, load, n_loads = ModelRegistry(), loaded.load_registered, []
+    own, load, n_loads = ModelRegistry(), registry_module.load_registered, []
     barrier = threading.Barrier(8)
 
     def slow_load(*args: Any) -> LoadedModel:
@@ -93,7 +93,7 @@ def test_one_load_under_threads(fresh_dir: Path, monkeypatch: pytest.MonkeyPatch
         time.sleep(0.1)
         return load(*args)
 
-    monkeypatch.setattr(loaded, "load_registered", slow_load)
+    monkeypatch.setattr(registry_module, "load_registered", slow_load)
     arguments = make_key(fresh_dir)
 
     def get(_: int) -> LoadedModel:
@@ -115,7 +115,7 @@ def test_two_keys_load_side_by_side(fresh_dir: Path, monkeypatch: pytest.MonkeyP
         together.wait(timeout=20)
         return LoadedModel(key, config, None, None)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loaded, "load_registered", load)
+    monkeypatch.setattr(registry_module, "load_registered", load)
     with ThreadPoolExecutor(2) as pool:
         keys = [key, replace(key, dtype="bfloat16")]
         models = list(pool.map(lambda key: own.get(key, source, config), keys))
@@ -197,7 +197,7 @@ def test_device_dtype_and_pooling_make_their_own_entry(
     def load(key: ModelKey, source: ModelSource, config: Any) -> LoadedModel:
         return LoadedModel(key, config, None, None)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loaded, "load_registered", load)
+    monkeypatch.setattr(registry_module, "load_registered", load)
     own = ModelRegistry()
     changes = [
         {},
@@ -239,7 +239,7 @@ def test_worker_process_keeps_the_models_used_last(
     def load(key: ModelKey, source: ModelSource, config: Any) -> LoadedModel:
         return LoadedModel(key, config, None, None)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loaded, "load_registered", load)
+    monkeypatch.setattr(registry_module, "load_registered", load)
     own = ModelRegistry()
     key, source, config = make_key(fresh_dir)
     own.get(key, source, config)
@@ -270,7 +270,7 @@ def test_loaded_model_tells_its_size(fresh_dir: Path) -> None:
 def nothing_proven(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     """A process in which no attention path has been checked yet."""
     proven: set[Any] = set()
-    monkeypatch.setattr(loaded, "_proven", proven)
+    monkeypatch.setattr(loaded_module, "_proven", proven)
     return proven
 
 
@@ -359,7 +359,7 @@ def test_each_path_is_proven_once_and_at_loading(
     def no_more(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("proven already")
 
-    monkeypatch.setattr(loaded, "_first_positions", no_more)
+    monkeypatch.setattr(loaded_module, "_first_positions", no_more)
     own.get(*make_key(fresh_dir))
     with pytest.raises(AssertionError, match="proven already"):
         own.get(*make_key(fresh_dir, attention_path="padded"))

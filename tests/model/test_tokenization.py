@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from paths import GOLDEN
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from skembed.exceptions import CheckpointError
 from skembed.model.sources import resolve_source
 from skembed.model.tokenization import TextTokenizer, iterate_batches, pack_texts, round_up
 
-GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
 TEXTS: list[str] = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))["texts"]
 PREFIXES = [
     "Instruct: Retrieve semantically similar text\nQuery: ",

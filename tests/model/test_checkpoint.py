@@ -17,16 +17,18 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
+from paths import GOLDEN
 from safetensors.torch import load_file, save_file
-from test_model import token_states
+from tiny import token_states
 from torch import Tensor
 from transformers import AutoModel, MistralConfig, MistralForCausalLM, MistralModel
 
 from skembed import NVEmbedVectorizer
 from skembed.exceptions import CheckpointError, FreshPoolingWarning, ModelNotFoundError
+from skembed.model import checkpoint, sources
 from skembed.model.checkpoint import iterate_tensors, load_model, save_checkpoint
 from skembed.model.loaded import load_tokenizer
-from skembed.model.network import NVEmbedModel, checkpoint, sources
+from skembed.model.network import NVEmbedModel
 from skembed.model.pooling import LatentAttention, MultiLayerPooling
 from skembed.model.sources import (
     PINNED_REVISIONS,
@@ -37,7 +39,6 @@ from skembed.model.sources import (
 )
 from skembed.model.tokenization import PackedBatch, pack_texts
 
-GOLDEN = Path(__file__).resolve().parent / "golden" / "nvembed-tiny"
 TEXTS = ["a text", "another and longer text, with a comma", "", "a third of them"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MISTRAL: dict[str, Any] = {

@@ -5,8 +5,6 @@ import os
 import pickle
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -14,10 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-from conftest import ROOT
-from sklearn.base import BaseEstimator, clone
+from cache_files import (
+    Holder,
+    file_connection,
+    find,
+    finish,
+    finish_all,
+    integrity,
+    make_vectors,
+    snapshot,
+    start_python,
+)
+from sklearn.base import clone
 
 from skembed.cache import embedding_cache as cache_module
 from skembed.cache import file_store as _cache_file
@@ -48,50 +55,6 @@ def make_cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Memor
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "cache.sqlite"
-
-
-def make_vectors(n: int, dim: int = DIM, *, seed: int = 0) -> npt.NDArray[np.float32]:
-    return np.random.default_rng(seed).standard_normal((n, dim), dtype=np.float32)
-
-
-def find(
-    cache: EmbeddingCache, texts: list[str], *, namespace: str = "model", dim: int = DIM
-) -> tuple[list[bool], npt.NDArray[np.float32]]:
-    """Look texts up in a fresh array of zeros."""
-    out = np.zeros((len(texts), dim), dtype=np.float32)
-    return cache.lookup(namespace, texts, out).tolist(), out
-
-
-def integrity(path: Path) -> str:
-    connection = sqlite3.connect(path)
-    try:
-        return str(connection.execute("PRAGMA integrity_check").fetchone()[0])
-    finally:
-        connection.close()
-
-
-def start_python(code: str, *args: object) -> "subprocess.Popen[str]":
-    """Start a fresh interpreter that can import skembed."""
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code, *map(str, args)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish_all(processes: "list[subprocess.Popen[str]]") -> list[str]:
-    """Return what each process prints; a failure of any is the test's."""
-    results = [process.communicate(timeout=120) for process in processes]
-    for process, (_, errors) in zip(processes, results, strict=True):
-        assert process.returncode == 0, errors
-    return [output.strip() for output, _ in results]
-
-
-def finish(process: "subprocess.Popen[str]") -> str:
-    return finish_all([process])[0]
 
 
 # Storing and finding
@@ -641,10 +604,6 @@ def test_connection_closes_with_its_last_reference(path: Path) -> None:
 # Files that cannot serve
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-
-
 def assert_refused(path: Path, message: str) -> None:
     """Hold that every use is a CacheError, and that all files stay as they were."""
     before = snapshot(path.parent)
@@ -838,12 +797,6 @@ def test_read_only_folder(tmp_path: Path) -> None:
         len(EmbeddingCache(folder / "cache.sqlite"))
 
 
-def file_connection(cache: EmbeddingCache) -> sqlite3.Connection:
-    store = cache._store
-    assert isinstance(store, _cache_file.FileStore)
-    return store._connect()
-
-
 def test_read_only_file(path: Path) -> None:
     cache = EmbeddingCache(path)
     cache.store("model", ["a"], make_vectors(1))
@@ -930,11 +883,6 @@ def test_interrupt_rolls_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 # Copies, pickles, and what `cache=` may be
-
-
-class Holder(BaseEstimator):
-    def __init__(self, cache: object = None) -> None:
-        self.cache = cache
 
 
 def test_copies_are_the_cache_itself(make_cache: MemoryOrFile) -> None:

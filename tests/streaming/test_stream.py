@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
-from conftest import ROOT
+from paths import ROOT
 from stream_kills import make_texts, make_up
 
 import skembed

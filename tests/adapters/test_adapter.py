@@ -23,7 +23,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import ROOT
+from paths import GOLDEN, ROOT
 from peft.tuners.lora import Linear as PeftLinear
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
@@ -32,6 +32,7 @@ from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
+from tiny import load_base, random_lora
 from torch import Tensor, nn
 from transformers import AutoModel, MistralConfig
 
@@ -50,17 +51,15 @@ from skembed.exceptions import CheckpointError, ModelNotFoundError
 from skembed.inference.registry import registry
 from skembed.model import sources as checkpoint
 from skembed.model.config import NVEmbedConfig
-from skembed.model.loaded import LoadedModel, ModelKey
+from skembed.model.loaded import LoadedModel
 from skembed.model.network import NVEmbedModel
 from skembed.model.sources import (
-    ModelSource,
     fingerprint_weights,
     read_config,
     resolve_source,
 )
 from skembed.model.tokenization import PackedBatch, pack_texts
 
-GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
 TOLERANCE = 1e-5
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "pooling.safetensors")
@@ -135,29 +134,10 @@ def saved(tmp_path: Path) -> Path:
     return folder
 
 
-def load_base(
-    folder: Path, *, dtype: str = "float32", pooling: str | None = None
-) -> tuple[LoadedModel, ModelSource]:
-    """A model of the registry, and its source."""
-    source = resolve_source(folder)
-    config = read_config(source, pooling)
-    key = ModelKey(fingerprint_weights(source), config.pooling, "cpu", dtype, "grouped")
-    return registry.get(key, source, config), source
-
-
 def base_of(emb: NVEmbedVectorizer) -> LoadedModel:
     """The one model an estimator holds."""
     (loaded,) = emb._lease.models.values()
     return loaded
-
-
-def random_lora(config: NVEmbedConfig, settings: LoraSettings, seed: int = 0) -> dict[str, Tensor]:
-    """Matrices that are all away from zero."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(shape, generator=generator) * 0.2
-        for name, shape in expected_shapes(config, settings).items()
-    }
 
 
 def digest(model: nn.Module) -> str:

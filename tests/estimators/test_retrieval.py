@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from paths import GOLDEN
 from sklearn.base import clone
 from sklearn.decomposition import TruncatedSVD
 from sklearn.exceptions import NotFittedError, SkipTestWarning
@@ -32,7 +33,6 @@ from skembed.search.stored_vectors import STORAGE_KINDS, StoredVectors
 from skembed.search.top_k import top_k_rows
 
 N, M, DIM = 13, 400, 24
-GOLDEN = Path(__file__).parent / "golden" / "nvembed-tiny"
 TEXTS = ["a card was stolen", "open an account", "a fee for a transfer", "lost my card", "the sun"]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from paths import GOLDEN
 from sklearn.base import clone
 
 import skembed
@@ -28,7 +28,6 @@ from skembed.inference.encoder import Encoder
 from skembed.inference.registry import LEASE_SETTINGS
 from skembed.inference.settings import Settings
 
-GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 DIM = 48
 TEXTS = ["a card was stolen", "how to open an account?", "a card lost"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paths import GOLDEN
 from scipy.stats import spearmanr
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
@@ -32,7 +33,6 @@ from skembed.training import loop as training
 from skembed.training.batches import BatchPlan
 from skembed.training.examples import TrainingTask
 
-GOLDEN = Path(__file__).resolve().parent / "golden" / "nvembed-tiny"
 DIM = 48
 TEMPLATE = "Instruct: {}\nQuery: "
 WORDS = {
