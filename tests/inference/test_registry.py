@@ -35,6 +35,7 @@ from skembed.inference.devices import (
 )
 from skembed.inference.registry import Lease, ModelRegistry, registry
 from skembed.model import attention as model_module
+from skembed.model import loaded as loaded_module
 from skembed.model.checkpoint import load_model
 from skembed.model.loaded import LoadedModel, ModelKey, prove_bidirectional
 from skembed.model.network import NVEmbedModel
