@@ -3,11 +3,12 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from offline import block_network
-from paths import GOLDEN, ROOT
+from paths import GOLDEN, ROOT, copy_checkpoint
 
 # Worker processes and subprocesses inherit these two; the blocked sockets below they do not.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,3 +41,42 @@ def shared_data_dir() -> Path:
 def rng() -> np.random.Generator:
     """Return a fresh generator, seeded the same for each test."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def fresh_dir(tmp_path: Path) -> Path:
+    """Return a copy of the tiny checkpoint that no process can have loaded."""
+    return copy_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """List how many texts each forward pass of this process was given."""
+    from skembed.model.network import NVEmbedModel
+    from skembed.model.tokenization import PackedBatch
+
+    counts: list[int] = []
+    forward = NVEmbedModel.forward
+
+    def counting(self: NVEmbedModel, batch: PackedBatch) -> Any:
+        counts.append(batch.n_texts)
+        return forward(self, batch)
+
+    monkeypatch.setattr(NVEmbedModel, "forward", counting)
+    return counts
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """List the training steps whose gradients were taken."""
+    from skembed.training import loop
+
+    taken: list[int] = []
+    accumulate = loop._Learner.accumulate
+
+    def counting(self: Any, batch: Any, step: int) -> Any:
+        taken.append(step)
+        return accumulate(self, batch, step)
+
+    monkeypatch.setattr(loop._Learner, "accumulate", counting)
+    return taken

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from paths import GOLDEN
+from tiny import weights
 
 from skembed import ContrastiveTrainer, NVEmbedVectorizer
 from skembed.distributed import active_processes, join_processes
@@ -53,12 +54,6 @@ def make(**parameters: Any) -> NVEmbedVectorizer:
         }
     )
     return NVEmbedVectorizer(GOLDEN, device="cpu", dtype="float32", cache=None, trainer=trainer)
-
-
-def weights(emb: NVEmbedVectorizer) -> dict[str, np.ndarray]:
-    """All that an estimator has learned."""
-    adapter = emb.adapter_
-    return {name: t.numpy().copy() for name, t in {**adapter.lora, **adapter.pooling}.items()}
 
 
 @contextmanager

@@ -121,3 +121,9 @@ class SentenceTransformerLike(EncodeOnly):
 def call_fake(texts: Sequence[str]) -> np.ndarray:
     """Embed as `FakeVectorizer` does, as a plain function."""
     return FakeVectorizer().transform(texts)
+
+
+def unit_rows(rng: np.random.Generator, n: int, dim: int) -> np.ndarray:
+    """Draw vectors of length 1 and of any direction, float32 (n, dim)."""
+    vectors = rng.standard_normal((n, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import make_vectorizer
 
 from skembed import EmbeddingCache, NVEmbedVectorizer, TruncationWarning
 from skembed.exceptions import (
@@ -33,11 +34,6 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json")
 METHODS = ("fit", "transform", "encode_query", "encode_document")
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 NORM = "embedding_model.norm.weight"
-
-
-def make_vectorizer(model: Any, **parameters: Any) -> NVEmbedVectorizer:
-    parameters = {"device": "cpu", "dtype": "float32", "cache": None, **parameters}
-    return NVEmbedVectorizer(model, **parameters)
 
 
 @pytest.fixture(scope="module")

@@ -30,13 +30,12 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import FeatureUnion, Pipeline
 from sklearn.utils import estimator_checks
 from sklearn.utils.validation import check_is_fitted
+from tiny import make_vectorizer
 
 from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer
 from skembed.cache import embedding_cache as cache_module
 from skembed.exceptions import ModelNotFoundError, SkembedWarning, TruncationWarning
 from skembed.inference.registry import registry
-from skembed.model.network import NVEmbedModel
-from skembed.model.tokenization import PackedBatch
 
 DIM = 48
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -45,11 +44,6 @@ OTHERS = ["the card", "an account", "b", "c", "d"]
 SKLEARN = tuple(int(part) for part in sklearn.__version__.split(".")[:2])
 pd = pytest.importorskip("pandas")
 pl = pytest.importorskip("polars")
-
-
-def make_vectorizer(model: Any = GOLDEN, **parameters: Any) -> NVEmbedVectorizer:
-    parameters = {"device": "cpu", "dtype": "float32", "cache": None, **parameters}
-    return NVEmbedVectorizer(model, **parameters)
 
 
 def make_texts(n: int, *, seed: int = 0) -> list[str]:
@@ -72,35 +66,9 @@ def vectors() -> np.ndarray:
 
 
 @pytest.fixture
-def fresh_dir(tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint that no process can have loaded."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in FILES:
-        shutil.copy(GOLDEN / name, folder / name)
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"tiny"', f'"{tmp_path.as_posix()}"'))
-    return folder
-
-
-@pytest.fixture
 def empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """A default cache that holds nothing yet."""
     monkeypatch.setattr(cache_module, "_default_cache", None)
-
-
-@pytest.fixture
-def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many texts each forward pass of this process was given."""
-    counts: list[int] = []
-    forward = NVEmbedModel.forward
-
-    def counting(self: NVEmbedModel, batch: PackedBatch) -> torch.Tensor:
-        counts.append(batch.n_texts)
-        return forward(self, batch)
-
-    monkeypatch.setattr(NVEmbedModel, "forward", counting)
-    return counts
 
 
 @pytest.fixture

@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from paths import GOLDEN
 from torch import Tensor, nn
 
+from skembed import NVEmbedVectorizer
 from skembed.adapters.lora import LoraSettings
 from skembed.adapters.targets import expected_shapes
 from skembed.inference.registry import registry
@@ -67,6 +70,24 @@ def token_states(model: NVEmbedModel, batch: PackedBatch) -> Tensor:
         states = model.hidden_states(batch)
     assert isinstance(states, Tensor)
     return states
+
+
+def make_vectorizer(model: Path | str = GOLDEN, **parameters: Any) -> NVEmbedVectorizer:
+    """Return an estimator of the tiny checkpoint, exact and without a cache by default."""
+    defaults = {"device": "cpu", "dtype": "float32", "cache": None}
+    return NVEmbedVectorizer(model, **{**defaults, **parameters})
+
+
+def base_of(emb: NVEmbedVectorizer) -> LoadedModel:
+    """The one model an estimator holds."""
+    (loaded,) = emb._lease.models.values()
+    return loaded
+
+
+def weights(emb: NVEmbedVectorizer) -> dict[str, np.ndarray]:
+    """All that an estimator has learned."""
+    adapter = emb.adapter_
+    return {name: t.numpy().copy() for name, t in {**adapter.lora, **adapter.pooling}.items()}
 
 
 def load_base(

@@ -32,7 +32,7 @@ from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
-from tiny import load_base, random_lora
+from tiny import base_of, load_base, random_lora
 from torch import Tensor, nn
 from transformers import AutoModel, MistralConfig
 
@@ -58,7 +58,7 @@ from skembed.model.sources import (
     read_config,
     resolve_source,
 )
-from skembed.model.tokenization import PackedBatch, pack_texts
+from skembed.model.tokenization import pack_texts
 
 TOLERANCE = 1e-5
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -115,29 +115,11 @@ def forget_trained() -> Any:
 
 
 @pytest.fixture
-def fresh_dir(tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint that no other test can have loaded."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in FILES:
-        shutil.copy(GOLDEN / name, folder / name)
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"tiny"', f'"{tmp_path.as_posix()}"'))
-    return folder
-
-
-@pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A trained adapter's folder, pooling included."""
     folder = tmp_path / "adapter"
     trained().save_pretrained(folder)
     return folder
-
-
-def base_of(emb: NVEmbedVectorizer) -> LoadedModel:
-    """The one model an estimator holds."""
-    (loaded,) = emb._lease.models.values()
-    return loaded
 
 
 def digest(model: nn.Module) -> str:
@@ -1015,20 +997,6 @@ def test_pickles_open_in_another_process(fresh_dir: Path, saved: Path, tmp_path:
 
 
 # An adapter's folder as `model`
-
-
-@pytest.fixture
-def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many texts each forward pass of this process was given."""
-    counts: list[int] = []
-    forward = NVEmbedModel.forward
-
-    def counting(self: NVEmbedModel, batch: PackedBatch) -> Tensor:
-        counts.append(batch.n_texts)
-        return forward(self, batch)
-
-    monkeypatch.setattr(NVEmbedModel, "forward", counting)
-    return counts
 
 
 def test_cross_validation_of_a_saved_adapter(saved: Path, embedded: list[int]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from fake_vectorizer import unit_rows
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
@@ -35,11 +36,6 @@ bytewise = pytest.mark.parametrize("precision", ["int8", "uint8"])
 def test_scikit_learn_checks(estimator: Any, check: Any) -> None:
     """All of them: none is expected to fail."""
     check(estimator)
-
-
-def unit_rows(rng: np.random.Generator, n: int, dim: int) -> np.ndarray:
-    rows = rng.normal(size=(n, dim)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 @pytest.fixture

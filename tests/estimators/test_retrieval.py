@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_vectorizer import unit_rows
 from paths import GOLDEN
 from sklearn.base import clone
 from sklearn.decomposition import TruncatedSVD
@@ -34,11 +35,6 @@ from skembed.search.top_k import top_k_rows
 
 N, M, DIM = 13, 400, 24
 TEXTS = ["a card was stolen", "open an account", "a fee for a transfer", "lost my card", "the sun"]
-
-
-def unit_rows(rng: np.random.Generator, n: int, dim: int = DIM) -> np.ndarray:
-    vectors = rng.standard_normal((n, dim)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def search_all(queries: np.ndarray, corpus: np.ndarray, ids: Any, k: int) -> np.ndarray:
@@ -73,12 +69,12 @@ class LetterVectorizer:
 
 @pytest.fixture
 def corpus(rng: np.random.Generator) -> np.ndarray:
-    return unit_rows(rng, M)
+    return unit_rows(rng, M, DIM)
 
 
 @pytest.fixture
 def queries(rng: np.random.Generator) -> np.ndarray:
-    return unit_rows(np.random.default_rng(1), N)
+    return unit_rows(np.random.default_rng(1), N, DIM)
 
 
 @pytest.fixture
@@ -118,8 +114,8 @@ def test_cosines_equal_those_in_float64(k: int, queries: np.ndarray, corpus: np.
 def test_ties_are_those_of_trec_eval(rng: np.random.Generator) -> None:
     pytrec_eval = pytest.importorskip("pytrec_eval")
     ids = [str(i) for i in range(30)]
-    corpus = np.repeat(unit_rows(rng, 3), 10, axis=0)
-    queries = unit_rows(rng, 8)
+    corpus = np.repeat(unit_rows(rng, 3, DIM), 10, axis=0)
+    queries = unit_rows(rng, 8, DIM)
     retriever = Retriever(None).fit(corpus, ids=ids)
     grades = [{doc: int(rng.integers(0, 3)) for doc in ids} for _ in queries]
     found = retriever.search(queries, 30)

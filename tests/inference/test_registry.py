@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import shutil
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from tiny import make_vectorizer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,29 +46,11 @@ CPU = torch.device("cpu")
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
-@pytest.fixture
-def fresh_dir(golden_dir: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint that no other test can have loaded."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in FILES:
-        shutil.copy(golden_dir / name, folder / name)
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"tiny"', f'"{tmp_path.as_posix()}"'))
-    return folder
-
-
 def make_key(folder: Path, **changes: str) -> tuple[ModelKey, ModelSource, Any]:
     source = ModelSource(str(folder), folder)
     config = read_config(source, changes.get("pooling"))
     key = ModelKey(fingerprint_weights(source), config.pooling, "cpu", "float32", "grouped")
     return replace(key, **changes), source, config
-
-
-def make_vectorizer(folder: Path, **parameters: Any) -> NVEmbedVectorizer:
-    return NVEmbedVectorizer(
-        folder, **{"device": "cpu", "dtype": "float32", "cache": None, **parameters}
-    )
 
 
 def loaded_of(emb: NVEmbedVectorizer) -> weakref.ref[LoadedModel]:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from paths import GOLDEN
 from sklearn.base import clone
+from tiny import make_vectorizer
 
 import skembed
 from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer
@@ -32,12 +33,6 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json")
 DIM = 48
 TEXTS = ["a card was stolen", "how to open an account?", "a card lost"]
 PAIRS = [("a card", "the card"), ("an account", "my account")]
-
-
-def make_vectorizer(model: Any = GOLDEN, **parameters: Any) -> NVEmbedVectorizer:
-    return NVEmbedVectorizer(
-        model, **{"device": "cpu", "dtype": "float32", "cache": None, **parameters}
-    )
 
 
 def settings_of(emb: NVEmbedVectorizer) -> Settings:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_vectorizer import unit_rows
 from scipy import sparse
 
 from skembed.search import top_k as similarity
@@ -27,11 +28,6 @@ SMALL_BLOCKS = [1, 200, 1000, 5000, 20_000, similarity.BLOCK_BYTES]
 def draw_ints(rng: np.random.Generator, n: int, high: int = 2) -> np.ndarray:
     """Small ints as float32: dot products are exact, and many are equal."""
     return rng.integers(-high, high + 1, (n, DIM)).astype(np.float32)
-
-
-def unit_rows(rng: np.random.Generator, n: int, dim: int = 16) -> np.ndarray:
-    vectors = rng.standard_normal((n, dim)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def search_all(scores: np.ndarray, allowed: np.ndarray, k: int) -> TopK:
@@ -121,7 +117,7 @@ def test_sorted_corpus(order: int) -> None:
 
 
 def test_real_scores_equal_a_full_sort(rng: np.random.Generator) -> None:
-    queries, corpus = unit_rows(rng, 300), unit_rows(rng, 5000)
+    queries, corpus = unit_rows(rng, 300, 16), unit_rows(rng, 5000, 16)
     corpus[3000:] = corpus[:2000]
     found = top_k_blocks(queries, corpus, 10, block_bytes=2**20)
     scores = queries.astype(np.float64) @ corpus.astype(np.float64).T
@@ -211,7 +207,7 @@ def test_every_width_of_a_block_by_rank(
 
 def test_merges_are_as_rare_as_they_may_be(rng: np.random.Generator) -> None:
     """Keys that wait for a merge across many blocks are found as well."""
-    queries, corpus = unit_rows(rng, 40), unit_rows(rng, 60_000)
+    queries, corpus = unit_rows(rng, 40, 16), unit_rows(rng, 60_000, 16)
     scores = queries @ corpus.T
     found = top_k_rows(queries, corpus.__getitem__, np.arange(60_000), 50, block_bytes=2**20)
     expected = search_by_rank(scores, np.arange(60_000), 50)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from paths import GOLDEN
+from paths import GOLDEN, copy_checkpoint
 from scipy.stats import spearmanr
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
@@ -20,16 +19,15 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_validat
 from sklearn.pipeline import Pipeline
 from sklearn.utils import estimator_checks
 from sklearn.utils.validation import check_is_fitted
+from tiny import weights
 
 from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer
 from skembed.exceptions import SkembedWarning, TruncationWarning
 from skembed.inference import settings as resolution
 from skembed.inference.registry import registry
 from skembed.instructions import resolve_instruction
-from skembed.model.network import NVEmbedModel
-from skembed.model.tokenization import PackedBatch, TextTokenizer
+from skembed.model.tokenization import TextTokenizer
 from skembed.training import fit as contrastive
-from skembed.training import loop as training
 from skembed.training.batches import BatchPlan
 from skembed.training.examples import TrainingTask
 
@@ -101,34 +99,6 @@ def make(trainer: Any = "quick", **parameters: Any) -> NVEmbedVectorizer:
 
 def make_pipe(trainer: Any = "quick", **parameters: Any) -> Pipeline:
     return Pipeline([("emb", make(trainer, **parameters)), ("clf", LogisticRegression())])
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps whose gradients were taken."""
-    taken: list[int] = []
-    accumulate = training._Learner.accumulate
-
-    def counting(self: Any, batch: Any, step: int) -> Any:
-        taken.append(step)
-        return accumulate(self, batch, step)
-
-    monkeypatch.setattr(training._Learner, "accumulate", counting)
-    return taken
-
-
-@pytest.fixture
-def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many texts each forward pass of this process was given."""
-    counts: list[int] = []
-    forward = NVEmbedModel.forward
-
-    def counting(self: NVEmbedModel, batch: PackedBatch) -> Any:
-        counts.append(batch.n_texts)
-        return forward(self, batch)
-
-    monkeypatch.setattr(NVEmbedModel, "forward", counting)
-    return counts
 
 
 # ---------------------------------------------------------------- what is learned
@@ -358,11 +328,7 @@ BAD_TASKS = {
 @pytest.fixture(scope="module")
 def unloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tiny checkpoint that nothing may load."""
-    folder = tmp_path_factory.mktemp("unloaded") / "model"
-    shutil.copytree(GOLDEN, folder)
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"tiny"', f'"{folder.as_posix()}"'))
-    return folder
+    return copy_checkpoint(tmp_path_factory.mktemp("unloaded") / "model")
 
 
 @pytest.fixture
@@ -573,11 +539,6 @@ def test_a_clone_is_unfitted(trained: NVEmbedVectorizer) -> None:
     frozen = make(None).transform(TEXTS)
     np.testing.assert_array_equal(clone(auto).transform(TEXTS), frozen)
     assert np.abs(auto.transform(TEXTS) - frozen).max() > 1e-6
-
-
-def weights(emb: NVEmbedVectorizer) -> dict[str, np.ndarray]:
-    adapter = emb.adapter_
-    return {name: t.numpy().copy() for name, t in {**adapter.lora, **adapter.pooling}.items()}
 
 
 def test_warm_start_goes_on() -> None:

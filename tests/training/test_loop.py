@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from sklearn.metrics import pairwise_distances_argmin
+from tiny import weights
 
 from skembed import ContrastiveTrainer, NVEmbedVectorizer
 from skembed.adapters import peft_files as adapters
@@ -79,12 +80,6 @@ def make(*, vectorizer: dict[str, Any] | None = None, **parameters: Any) -> NVEm
     return NVEmbedVectorizer(**{**given, **(vectorizer or {})}, trainer=trainer)
 
 
-def weights(emb: NVEmbedVectorizer) -> dict[str, np.ndarray]:
-    """All that an estimator has learned."""
-    adapter = emb.adapter_
-    return {name: t.numpy().copy() for name, t in {**adapter.lora, **adapter.pooling}.items()}
-
-
 def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
     assert one.keys() == other.keys()
     for name, values in one.items():
@@ -101,20 +96,6 @@ def timeless(history: TrainingHistory) -> dict[str, Any]:
     for entry in values["steps"]:
         del entry["examples_per_s"]
     return values
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps whose gradients were taken."""
-    taken: list[int] = []
-    accumulate = loop._Learner.accumulate
-
-    def counting(self: Any, batch: Any, step: int) -> Any:
-        taken.append(step)
-        return accumulate(self, batch, step)
-
-    monkeypatch.setattr(loop._Learner, "accumulate", counting)
-    return taken
 
 
 # ---------------------------------------------------------------- seeds
@@ -838,16 +819,6 @@ def test_a_folder_that_cannot_be_written_is_said_early(
     with pytest.raises(OSError, match="`checkpoint_dir` parameter of `ContrastiveTrainer`"):
         emb.fit(TEXTS, LABELS)
     assert registry.n_loads == n_loads
-
-
-@pytest.fixture
-def fresh_dir(tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint that no process can have loaded."""
-    folder = tmp_path / "fresh"
-    shutil.copytree(GOLDEN, folder)
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"tiny"', f'"{tmp_path.as_posix()}"'))
-    return folder
 
 
 def test_a_write_that_fails_leaves_the_state_before(

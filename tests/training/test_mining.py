@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+from fake_vectorizer import unit_rows
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
@@ -63,11 +64,6 @@ def angle(degrees: float) -> np.ndarray:
     return np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))])
 
 
-def unit_rows(rng: np.random.Generator, n: int, dim: int = 8) -> np.ndarray:
-    vectors = rng.standard_normal((n, dim)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
 def random_table(rng: np.random.Generator, texts: list[str], dim: int = 6) -> Table:
     return Table(dict(zip(texts, unit_rows(rng, len(texts), dim), strict=True)))
 
@@ -101,7 +97,11 @@ def test_selection_equals_brute_force(
     strategy: str, threshold: float | None, block_bytes: int, rng: np.random.Generator
 ) -> None:
     n, m, k = 40, 90, 5
-    anchors, positives, candidates = unit_rows(rng, n), unit_rows(rng, n), unit_rows(rng, m)
+    anchors, positives, candidates = (
+        unit_rows(rng, n, 8),
+        unit_rows(rng, n, 8),
+        unit_rows(rng, m, 8),
+    )
     known = rng.random((n, m)) < 0.1
     groups = rng.integers(-1, 5, n), rng.integers(-1, 5, m)
     matrix = sparse.csr_array(known)
@@ -203,7 +203,7 @@ def test_fewer_candidates_than_wanted() -> None:
 
 def test_random_draws_from_the_best_in_their_order(rng: np.random.Generator) -> None:
     n, k, pool = 400, 4, 10  # NV-Retriever's 4 of 10
-    anchors, candidates = unit_rows(rng, n), unit_rows(rng, 60)
+    anchors, candidates = unit_rows(rng, n, 8), unit_rows(rng, 60, 8)
     best, _ = select_negatives(anchors, anchors, candidates, n_negatives=pool)
     indices, scores = select_negatives(
         anchors, anchors, candidates, n_negatives=k, sampling="random", random_state=0
@@ -233,7 +233,7 @@ def test_random_takes_all_where_there_are_few() -> None:
 
 
 def test_random_state_decides(rng: np.random.Generator) -> None:
-    anchors, candidates = unit_rows(rng, 50), unit_rows(rng, 60)
+    anchors, candidates = unit_rows(rng, 50, 8), unit_rows(rng, 60, 8)
 
     def draw(seed: Any, block_bytes: int = mining.BLOCK_BYTES) -> list[list[int]]:
         return select_negatives(
