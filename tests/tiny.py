@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,10 @@ def reference_multilayer(
 def double_weights(module: nn.Module) -> dict[str, Tensor]:
     """Weights in float64, so that the reference adds no rounding of its own."""
     return {name: value.double() for name, value in module.state_dict().items()}
+
+
+def make_key(folder: Path, **changes: str) -> tuple[ModelKey, ModelSource, Any]:
+    source = ModelSource(str(folder), folder)
+    config = read_config(source, changes.get("pooling"))
+    key = ModelKey(fingerprint_weights(source), config.pooling, "cpu", "float32", "grouped")
+    return replace(key, **changes), source, config

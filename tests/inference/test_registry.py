@@ -1,15 +1,12 @@
-"""Loaded models: one a key and process, freed with the last estimator, proven bidirectional."""
+"""The registry: one load for all, freed with its last user."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import sys
 import threading
 import time
-import types
 import weakref
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,38 +16,17 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
-from tiny import make_vectorizer
-from torch import Tensor
-from torch.nn import functional as F
+from tiny import make_key, make_vectorizer
 
 from skembed import NVEmbedVectorizer
-from skembed.exceptions import CausalLeakError, CheckpointError
-from skembed.inference import devices
+from skembed.exceptions import CheckpointError
 from skembed.inference import registry as registry_module
-from skembed.inference.devices import (
-    choose_attention_path,
-    cpu_has_bfloat16,
-    resolve_device,
-    resolve_dtype,
-)
 from skembed.inference.registry import Lease, ModelRegistry, registry
-from skembed.model import attention as model_module
-from skembed.model import loaded as loaded_module
-from skembed.model.checkpoint import load_model
-from skembed.model.loaded import LoadedModel, ModelKey, prove_bidirectional
-from skembed.model.network import NVEmbedModel
-from skembed.model.sources import ModelSource, fingerprint_weights, read_config
-from skembed.model.tokenization import PackedBatch
+from skembed.model.loaded import LoadedModel, ModelKey
+from skembed.model.sources import ModelSource
 
 CPU = torch.device("cpu")
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
-
-
-def make_key(folder: Path, **changes: str) -> tuple[ModelKey, ModelSource, Any]:
-    source = ModelSource(str(folder), folder)
-    config = read_config(source, changes.get("pooling"))
-    key = ModelKey(fingerprint_weights(source), config.pooling, "cpu", "float32", "grouped")
-    return replace(key, **changes), source, config
 
 
 def loaded_of(emb: NVEmbedVectorizer) -> weakref.ref[LoadedModel]:
@@ -62,9 +38,6 @@ def loaded_of(emb: NVEmbedVectorizer) -> weakref.ref[LoadedModel]:
 def is_alive(reference: weakref.ref[LoadedModel]) -> bool:
     gc.collect()
     return reference() is not None
-
-
-# ---------------------------------------------------------------- loading and freeing
 
 
 def test_one_load_under_threads(fresh_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,260 +217,3 @@ def test_loaded_model_tells_its_size(fresh_dir: Path) -> None:
     assert loaded.device == CPU
     assert not any(tensor.requires_grad for tensor in loaded.model.parameters())
     assert not loaded.model.training
-
-
-# ---------------------------------------------------------------- bidirectional attention
-
-
-@pytest.fixture
-def nothing_proven(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
-    """A process in which no attention path has been checked yet."""
-    proven: set[Any] = set()
-    monkeypatch.setattr(loaded_module, "_proven", proven)
-    return proven
-
-
-@pytest.fixture
-def make_model(golden_dir: Path) -> Iterator[Callable[..., NVEmbedModel]]:
-    source = ModelSource("tiny", golden_dir)
-
-    def make(path: str, dtype: torch.dtype = torch.float32) -> NVEmbedModel:
-        return load_model(source, read_config(source), device=CPU, dtype=dtype, attention_path=path)
-
-    yield make
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("path", ["grouped", "padded"])
-def test_paths_are_bidirectional(
-    path: str, dtype: torch.dtype, make_model: Any, nothing_proven: set[Any]
-) -> None:
-    prove_bidirectional(make_model(path, dtype), CPU)
-    assert [proof[:3] for proof in nothing_proven] == [(path, "cpu", dtype)]
-
-
-def causal(
-    q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float, dropout: float
-) -> Tensor:
-    """What the grouped path would be with a causal mask."""
-    k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
-    parts = [
-        F.scaled_dot_product_attention(*piece, is_causal=True, scale=scaling).transpose(0, 1)
-        for piece in zip(*(x.split(packed.lengths, dim=1) for x in (q, k, v)), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def mixing(
-    q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float, dropout: float
-) -> Tensor:
-    """What it would be if texts of a pack saw each other."""
-    k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(0, 1)
-
-
-@pytest.mark.parametrize(
-    ("attention", "fault"), [(causal, "is causal"), (mixing, "mixes neighbouring texts")]
-)
-def test_faulty_attention_is_found(
-    attention: Any,
-    fault: str,
-    make_model: Any,
-    nothing_proven: set[Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(model_module, "_grouped", attention)
-    with pytest.raises(CausalLeakError, match=f"path 'grouped' on cpu .* {fault}.*install another"):
-        prove_bidirectional(make_model("grouped"), CPU)
-    assert not nothing_proven
-
-
-def test_causal_attention_for_one_length_only_is_found(
-    make_model: Any, nothing_proven: set[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A kernel chosen for texts of one length only, as some libraries do without a mask.
-    grouped = model_module._grouped
-
-    def sometimes(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, *args: float) -> Tensor:
-        uniform = len(set(packed.lengths)) == 1
-        return (causal if uniform else grouped)(q, k, v, packed, *args)
-
-    monkeypatch.setattr(model_module, "_grouped", sometimes)
-    with pytest.raises(CausalLeakError, match="is causal"):
-        prove_bidirectional(make_model("grouped"), CPU)
-
-
-def test_each_path_is_proven_once_and_at_loading(
-    fresh_dir: Path, nothing_proven: set[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = ModelRegistry()
-    with monkeypatch.context() as patch:
-        patch.setattr(model_module, "_grouped", causal)
-        with pytest.raises(CausalLeakError):
-            own.get(*make_key(fresh_dir))
-        assert len(own) == 0
-    own.get(*make_key(fresh_dir))
-    assert len(nothing_proven) == 1
-
-    def no_more(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("proven already")
-
-    monkeypatch.setattr(loaded_module, "_first_positions", no_more)
-    own.get(*make_key(fresh_dir))
-    with pytest.raises(AssertionError, match="proven already"):
-        own.get(*make_key(fresh_dir, attention_path="padded"))
-
-
-# ---------------------------------------------------------------- device, type and path
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make torch believe in other devices."""
-
-    def set_devices(
-        *, n_cuda: int = 0, mps: bool = False, capability: tuple[int, int] = (8, 0)
-    ) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: n_cuda > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_cuda)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: n_cuda - 1)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-
-    return set_devices
-
-
-def test_resolve_device(machine: Callable[..., None]) -> None:
-    machine()
-    assert resolve_device("auto") == resolve_device("cpu") == CPU
-    machine(mps=True)
-    assert resolve_device("auto") == resolve_device("mps") == torch.device("mps")
-    machine(n_cuda=2, mps=True)
-    assert resolve_device("auto") == torch.device("cuda", 1), "the current one"
-    assert resolve_device("cuda") == torch.device("cuda", 1), "the current one"
-    assert resolve_device("cuda:1") == torch.device("cuda", 1)
-    assert resolve_device("cpu") == CPU
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "meta", "xpu", "CPU"])
-def test_resolve_device_refuses_unknown_names(device: str, machine: Callable[..., None]) -> None:
-    machine(n_cuda=1)
-    with pytest.raises(ValueError, match=r"The `device` parameter .* must be 'auto', 'cpu', .*got"):
-        resolve_device(device)
-
-
-def test_resolve_device_refuses_absent_devices(machine: Callable[..., None]) -> None:
-    machine()
-    with pytest.raises(ValueError, match="'cuda', but torch sees 0 CUDA devices.*device='auto'"):
-        resolve_device("cuda")
-    with pytest.raises(ValueError, match="'mps', which this machine has not"):
-        resolve_device("mps")
-    machine(n_cuda=2)
-    with pytest.raises(ValueError, match="'cuda:2', but torch sees 2 CUDA devices"):
-        resolve_device("cuda:2")
-
-
-def test_resolve_dtype(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda native=native: native)
-        assert resolve_dtype("auto", CPU) == dtype
-        assert resolve_dtype("auto", torch.device("mps")) == torch.float32
-    cuda = torch.device("cuda", 0)
-    machine(n_cuda=1, capability=(7, 5))
-    assert resolve_dtype("auto", cuda) == torch.float32
-    machine(n_cuda=1, capability=(8, 0))
-    assert resolve_dtype("auto", cuda) == torch.bfloat16
-    for name in ("float32", "bfloat16", "float16"):
-        assert resolve_dtype(name, CPU) == getattr(torch, name)
-
-
-@pytest.fixture
-def ask_again() -> Iterator[None]:
-    """Forget what the processor answered, before and after."""
-    cpu_has_bfloat16.cache_clear()
-    yield
-    cpu_has_bfloat16.cache_clear()
-
-
-@pytest.mark.usefixtures("ask_again")
-@pytest.mark.parametrize(
-    ("answer", "native"),
-    [
-        ({"amx_bf16": True, "avx2": True}, True),
-        ({"avx512_bf16": True}, True),
-        ({"bf16": True}, True),
-        ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, False),
-        ({}, False),
-    ],
-)
-def test_bfloat16_is_asked_of_the_processor(
-    answer: dict[str, bool], native: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: answer, raising=False)
-    assert cpu_has_bfloat16() is native
-
-
-@pytest.mark.usefixtures("ask_again")
-@pytest.mark.parametrize(
-    ("text", "native"),
-    [
-        ("processor: 0\nflags\t\t: fpu avx2 avx512_bf16 amx_int8\n", True),
-        ("processor: 0\nFeatures\t: fp asimd bf16\n", True),
-        ("processor: 0\nflags\t\t: fpu avx2 avx512f\nbf16 elsewhere\n", False),
-        (None, False),
-    ],
-)
-def test_bfloat16_with_a_torch_that_cannot_tell(
-    text: str | None, native: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class CpuInfo:
-        def __init__(self, name: str) -> None:
-            assert name == "/proc/cpuinfo"
-
-        def read_text(self, encoding: str) -> str:
-            if text is None:
-                raise FileNotFoundError
-            return text
-
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(registry_module, "Path", CpuInfo)
-    assert cpu_has_bfloat16() is native
-
-
-@pytest.mark.usefixtures("ask_again")
-@pytest.mark.skipif(
-    sys.platform != "linux" or not hasattr(torch.cpu, "get_capabilities"),
-    reason="compares torch's answer with that of Linux",
-)
-def test_both_ways_of_asking_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    by_torch = cpu_has_bfloat16()
-    cpu_has_bfloat16.cache_clear()
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert cpu_has_bfloat16() is by_torch
-
-
-def test_choose_attention_path(
-    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def with_varlen(function: Any) -> None:
-        module = types.ModuleType("torch.nn.attention.varlen")
-        if function is not None:
-            module.varlen_attn = function  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-
-    cuda, half = torch.device("cuda", 0), torch.bfloat16
-    machine(n_cuda=1)
-    with_varlen(lambda q, k, v, *, scale=None: q)
-    assert choose_attention_path(CPU, torch.float32) == "grouped"
-    assert choose_attention_path(CPU, half) == "grouped"
-    assert choose_attention_path(cuda, half) == "varlen"
-    assert choose_attention_path(cuda, torch.float16) == "varlen"
-    assert choose_attention_path(cuda, torch.float32) == "padded"
-    assert choose_attention_path(torch.device("mps"), half) == "padded"
-    machine(n_cuda=1, capability=(7, 5))
-    assert choose_attention_path(cuda, half) == "padded"
-    machine(n_cuda=1)
-    with_varlen(lambda q, k, v: q)  # an early form without a scale
-    assert choose_attention_path(cuda, half) == "padded"
-    with_varlen(None)
-    assert choose_attention_path(cuda, half) == "padded"

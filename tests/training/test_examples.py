@@ -1,67 +1,36 @@
-"""Training examples: every container reads the same; every bad one is refused, and clearly."""
+"""Checked examples: their kinds, fingerprints, known positives, errors, cost."""
 
 import decimal
-import enum
 import subprocess
 import sys
 import tracemalloc
-from collections import namedtuple
 from dataclasses import FrozenInstanceError, replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from given_examples import (
+    EXAMPLES,
+    LABELS,
+    PAIRS,
+    ROWS,
+    SCORES,
+    TEXTS,
+    assert_sound,
+    every_kind,
+    labels_of,
+    random_examples,
+    rows_of,
+)
 from paths import ROOT
 
 from skembed import ContrastiveTrainer
 from skembed.training.examples import TrainingTask, check_examples, read_task
-from skembed.training.validation import split_validation
 
 SECRET = "the patient's name"
-TEXTS = ["lost card", "stolen card", "open account", "new account"]
-LABELS = ["card", "card", "account", "account"]
-PAIRS = [("a cat", "a feline"), ("a dog", "a hound"), ("a cat", "a kitty")]
-ROWS = [
-    ("a cat", "a feline", "a cap"),
-    ("a dog", "a hound", "a log"),
-    ("a cat", "a kitty", "a log"),
-]
-SCORES = [0.5, 4.0, 2.5]
-Row = namedtuple("Row", ["anchor", "positive", "negative"])
 
 
-def object_array(items):
-    array = np.empty(len(items), dtype=object)
-    array[:] = items
-    return array
-
-
-def rows_of(examples):
-    """The texts of each example."""
-    return [tuple(examples.texts[i] for i in row) for row in examples.columns.tolist()]
-
-
-def labels_of(examples):
-    return [examples.classes[i] for i in examples.labels.tolist()]
-
-
-def assert_sound(examples):
-    """What holds of all examples: types, shapes, texts distinct, used and in order."""
-    columns = examples.columns
-    assert columns.dtype == np.int64
-    assert columns.ndim == 2
-    assert len(examples) == len(columns)
-    assert all(type(text) is str for text in examples.texts)
-    assert len(set(examples.texts)) == len(examples.texts)
-    assert list(dict.fromkeys(columns.ravel().tolist())) == list(range(len(examples.texts)))
-    for values, dtype in ((examples.labels, np.int64), (examples.scores, np.float64)):
-        if values is not None:
-            assert values.dtype == dtype
-            assert values.shape == (len(columns),)
-    assert (examples.labels is None) == (examples.classes is None)
-
-
-# ---------------------------------------------------------------- three kinds
+# Three kinds
 
 
 def test_labels():
@@ -140,13 +109,6 @@ def test_parsed_examples_are_frozen(kind):
     assert examples == examples and examples != replace(examples)  # by identity, never by arrays
 
 
-EXAMPLES = {
-    "labels": check_examples(TEXTS, LABELS),
-    "rows": check_examples(ROWS),
-    "scores": check_examples(PAIRS, SCORES),
-}
-
-
 def test_texts_of_several_labels_are_kept():
     texts = ["a", "b", "a", "c", "c", "d", "a"]
     examples = check_examples(texts, [0, 0, 1, 1, 1, 2, 2])
@@ -154,197 +116,7 @@ def test_texts_of_several_labels_are_kept():
     assert labels_of(examples) == [0, 0, 1, 1, 1, 2, 2]
 
 
-# ---------------------------------------------------------------- containers
-
-
-@pytest.mark.parametrize(
-    "convert",
-    [
-        list,
-        tuple,
-        object_array,
-        np.array,
-        lambda texts: np.array(texts, dtype=np.dtypes.StringDType()),
-        lambda texts: np.array(texts).reshape(-1, 1),
-        lambda texts: [np.str_(text) for text in texts],
-    ],
-    ids=["list", "tuple", "object", "U", "StringDType", "column", "str_ items"],
-)
-def test_single_texts_of_any_container(convert):
-    examples = check_examples(convert(TEXTS), LABELS)
-    assert_sound(examples)
-    assert rows_of(examples) == [(text,) for text in TEXTS]
-
-
-@pytest.mark.parametrize("rows", [PAIRS, ROWS], ids=["pairs", "triplets"])
-@pytest.mark.parametrize(
-    "convert",
-    [
-        list,
-        tuple,
-        object_array,
-        np.array,
-        lambda rows: [list(row) for row in rows],
-        lambda rows: [list(row) if i % 2 else row for i, row in enumerate(rows)],
-        lambda rows: np.array(rows, dtype=object),
-        lambda rows: np.array(rows, dtype=np.dtypes.StringDType()),
-        lambda rows: np.asfortranarray(np.array(rows, dtype=object)),
-        lambda rows: np.ma.masked_array(np.array(rows, dtype=object)),
-    ],
-    ids=[
-        *("tuples", "tuple", "array of tuples", "U", "lists", "mixed", "object"),
-        *("StringDType", "Fortran", "masked"),
-    ],
-)
-def test_rows_of_any_container(convert, rows):
-    examples = check_examples(convert(rows))
-    assert_sound(examples)
-    assert rows_of(examples) == rows
-
-
-def test_named_tuples_and_wide_rows():
-    assert rows_of(check_examples([Row(*row) for row in ROWS])) == ROWS
-    wide = [tuple(f"{i} {j}" for j in range(9)) for i in range(4)]
-    assert rows_of(check_examples(wide)) == wide
-    assert rows_of(check_examples(np.array(wide))) == wide
-
-
-def test_matrix_of_rows():
-    with pytest.warns(PendingDeprecationWarning):  # numpy's own, for as long as it has np.matrix
-        matrix = np.matrix(ROWS)
-    assert rows_of(check_examples(matrix)) == ROWS
-
-
-@pytest.mark.parametrize("rows", [PAIRS, ROWS], ids=["pairs", "triplets"])
-@pytest.mark.parametrize("dtype", ["object", "string", "category", "str"])
-def test_pandas_frames(rows, dtype):
-    pd = pytest.importorskip("pandas")
-    frame = pd.DataFrame(rows, index=[7, 7, -1], columns=["text"] * len(rows[0])).astype(dtype)
-    assert rows_of(check_examples(frame)) == rows
-    assert rows_of(check_examples(pd.Series(rows, index=[7, 7, -1]))) == rows
-
-
-@pytest.mark.parametrize("rows", [PAIRS, ROWS], ids=["pairs", "triplets"])
-def test_polars_frames(rows):
-    pl = pytest.importorskip("polars")
-    frame = pl.DataFrame(rows, orient="row")
-    assert rows_of(check_examples(frame)) == rows
-    assert rows_of(check_examples(pl.Series([list(row) for row in rows]))) == rows
-
-
-LABEL_VALUES = [
-    LABELS,
-    [3, 3, -1, -1],
-    [True, True, False, False],
-    [2.0, 2.0, 0.0, 0.0],
-    [10**30, 10**30, 0, 0],
-    ["1\0", "1\0", "1", "1"],
-    [1, 1, False, False],
-]
-
-
-@pytest.mark.parametrize("y", LABEL_VALUES, ids=repr)
-@pytest.mark.parametrize(
-    "convert", [list, tuple, object_array, np.array], ids=["list", "tuple", "object", "array"]
-)
-def test_labels_of_any_container(convert, y):
-    if convert is np.array and "1\0" in y:
-        convert = object_array  # numpy's own str would drop the NUL before we see it
-    examples = check_examples(TEXTS, convert(y))
-    assert_sound(examples)
-    assert labels_of(examples) == y
-    assert examples.classes.tolist() == sorted(set(y))
-
-
-def test_classes_keep_their_type():
-    found = [
-        check_examples(TEXTS, y).classes.dtype
-        for y in (LABELS, [3, 3, -1, -1], [True, True, False, False], [2.0, 2.0, 0.0, 0.0])
-    ]
-    assert found == [object, np.int64, np.bool_, np.float64]
-
-
-def test_labels_of_frames():
-    pd, pl = pytest.importorskip("pandas"), pytest.importorskip("polars")
-    ints = [1, 1, 0, 0]
-    for y in (
-        pd.Series(LABELS, index=[9, 9, 1, 0]),
-        pd.Series(LABELS, dtype="category"),
-        pd.Series(LABELS, dtype="string"),
-        pd.Index(LABELS),
-        pl.Series(LABELS),
-        pl.Series(LABELS, dtype=pl.Categorical),
-    ):
-        assert labels_of(check_examples(TEXTS, y)) == LABELS
-    for y in (pd.Series(ints, dtype="Int64"), pl.Series(ints), np.array(ints, dtype=np.uint8)):
-        assert labels_of(check_examples(TEXTS, y)) == ints
-
-
-def test_labels_of_unusual_items():
-    class Kind(str, enum.Enum):
-        CARD = "card"
-        ACCOUNT = "account"
-
-    class Number(enum.IntEnum):
-        ONE = 1
-        TWO = 2
-
-    texts = [Kind.CARD, Kind.CARD, Kind.ACCOUNT, Kind.ACCOUNT]
-    assert labels_of(check_examples(TEXTS, texts)) == LABELS
-    assert labels_of(check_examples(TEXTS, [np.str_(label) for label in LABELS])) == LABELS
-    numbers = [Number.TWO, np.int8(2), np.float32(1), Number.ONE]
-    assert labels_of(check_examples(TEXTS, numbers)) == [2, 2, 1, 1]
-    flags = [np.True_, True, np.False_, False]
-    assert check_examples(TEXTS, flags).classes.dtype == np.bool_
-
-
-def test_long_label_does_not_widen_the_others():
-    long = "x" * 1000
-    examples = check_examples(TEXTS, [long, long, "a", "a"])
-    assert examples.classes.dtype == object
-    assert labels_of(examples) == [long, long, "a", "a"]
-
-
-@pytest.mark.parametrize(
-    "convert",
-    [
-        list,
-        tuple,
-        object_array,
-        lambda y: np.array(y, dtype=np.float32),
-        lambda y: [np.float16(score) for score in y],
-    ],
-    ids=["list", "tuple", "object", "float32", "float16 items"],
-)
-def test_scores_of_any_container(convert):
-    assert check_examples(PAIRS, convert(SCORES)).scores.tolist() == SCORES
-
-
-def test_scores_of_frames_ints_and_bools():
-    pd, pl = pytest.importorskip("pandas"), pytest.importorskip("polars")
-    for y in (pd.Series(SCORES, index=[5, 5, 0]), pl.Series(SCORES)):
-        assert check_examples(PAIRS, y).scores.tolist() == SCORES
-    assert check_examples(PAIRS, [0, 3, 5]).scores.tolist() == [0.0, 3.0, 5.0]
-    assert check_examples(PAIRS, np.array([True, False, True])).scores.tolist() == [1.0, 0.0, 1.0]
-    assert check_examples(PAIRS, [True, False, np.True_]).scores.tolist() == [1.0, 0.0, 1.0]
-
-
-# ---------------------------------------------------------------- parts and fingerprint
-
-
-def random_examples(rng, kind, n=60, n_texts=25):
-    """Random examples with many repeated texts, and the X and y that they were read from."""
-    words = [f"w{i}" for i in range(n_texts)]
-    if kind == "labels":
-        y = rng.permutation(np.arange(n) % 4).tolist()
-        return [words[i] for i in rng.integers(n_texts, size=n)], y
-    rows = [tuple(rng.choice(words, size=4, replace=False).tolist()) for _ in range(n)]
-    if kind == "rows":
-        return rows, None
-    return [row[:2] for row in rows], rng.random(n).tolist()
-
-
-every_kind = pytest.mark.parametrize("kind", ["labels", "rows", "scores"])
+# Parts and fingerprint
 
 
 @every_kind
@@ -410,7 +182,7 @@ def test_fingerprint_tells_any_change():
     assert len(set(prints)) == len(prints)
 
 
-# ---------------------------------------------------------------- known positives
+# Known positives
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -442,151 +214,11 @@ def test_only_rows_have_known_positives(kind):
     assert found.shape == (0,) and found.dtype == np.int64
 
 
-# ---------------------------------------------------------------- validation part
+# Errors
 
-
-def assert_parts(examples, train, validation):
-    """Two ascending parts of everything, with no first text in common."""
-    assert train.dtype == validation.dtype == np.int64
-    assert sorted([*train, *validation]) == list(range(len(examples)))
-    assert (np.diff(train) > 0).all() and (np.diff(validation) > 0).all()
-    assert len(train) and len(validation)
-    first = examples.columns[:, 0]
-    assert not set(first[train]) & set(first[validation])
-
-
-@every_kind
-@pytest.mark.parametrize("fraction", [0.001, 0.02, 0.1, 0.5, 0.98, 0.999])
-@pytest.mark.parametrize("seed", range(4))
-def test_split_is_a_partition_by_text(kind, fraction, seed):
-    rng = np.random.default_rng(seed)
-    X, y = random_examples(rng, kind)
-    if kind == "labels":  # most texts there have several labels, and would all stay for training
-        drawn = rng.integers(200, size=90)
-        X, y = [f"w{i}" for i in drawn], drawn % 4
-    examples = check_examples(X, y)
-    train, validation = split_validation(examples, fraction, seed)
-    assert_parts(examples, train, validation)
-    again = split_validation(examples, fraction, seed)
-    np.testing.assert_array_equal(train, again[0])
-    np.testing.assert_array_equal(validation, again[1])
-
-
-@every_kind
-def test_split_differs_by_seed_and_without_one(kind):
-    n = 400
-    X = {
-        "labels": ([f"w{i}" for i in range(n)], [i % 5 for i in range(n)]),
-        "rows": ([(f"w{i}", f"p{i}") for i in range(n)], None),
-        "scores": ([(f"w{i}", f"p{i}") for i in range(n)], list(range(n))),
-    }[kind]
-    examples = check_examples(*X)
-    parts = [split_validation(examples, 0.1, seed)[1] for seed in (0, 1, None, None)]
-    assert [len(part) for part in parts] == [40] * 4
-    assert len({tuple(part) for part in parts}) == 4
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_split_of_labels_is_stratified(seed):
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers(2, 60, size=12)
-    y = np.repeat(np.arange(12), sizes)
-    examples = check_examples([f"text {i}" for i in range(len(y))], y)
-    train, validation = split_validation(examples, 0.2, seed)
-    taken = np.bincount(y[validation], minlength=12)
-    assert (sizes - taken >= 2).all()
-    assert len(validation) == round(0.2 * len(y))
-    assert (np.abs(taken - 0.2 * sizes) < 1).all() or (sizes < 4).any()
-    assert (taken[sizes == 2] == 0).all()
-
-
-def test_split_of_few_examples_per_class_takes_from_some_classes():
-    y = np.repeat(np.arange(77), 4)
-    examples = check_examples([f"text {i}" for i in range(len(y))], y)
-    validation = split_validation(examples, 0.1, 0)[1]
-    taken = np.bincount(y[validation], minlength=77)
-    assert taken.sum() == 31
-    assert taken.max() == 1
-    other = np.bincount(y[split_validation(examples, 0.1, 1)[1]], minlength=77)
-    assert (taken != other).any()  # ties are broken by lot, not by class number
-
-
-def test_split_leaves_two_different_texts_to_each_class():
-    # Of class 0 only "c" and "d" could go: its other examples are one text.
-    X = ["a"] * 6 + ["b", "c", "d", "p", "q"]
-    examples = check_examples(X, [0] * 9 + [1] * 2)
-    for seed in range(20):
-        train, validation = split_validation(examples, 0.9, seed)
-        assert_parts(examples, train, validation)
-        assert len({X[i] for i in train if i < 9}) == 2
-        assert {9, 10} <= set(train.tolist())
-
-
-def test_split_keeps_texts_of_several_labels_for_training():
-    X = [f"both {i}" for i in range(10)] * 2 + [f"one {i}" for i in range(8)]
-    y = [0] * 10 + [1] * 10 + [0] * 8
-    train, validation = split_validation(check_examples(X, y), 0.4, 0)
-    assert len(validation) == 8 and min(validation) >= 20
-    assert len(train) == 20
-
-
-def test_split_of_rows_fills_the_share_around_a_large_group():
-    X = [("hub", f"p{i}") for i in range(80)] + [(f"a{i}", f"q{i}") for i in range(20)]
-    examples = check_examples(X)
-    for seed in range(10):
-        validation = split_validation(examples, 0.1, seed)[1]
-        assert len(validation) == 10
-        assert min(validation) >= 80
-
-
-def test_split_of_two_anchors_holds_out_the_rarer():
-    examples = check_examples([("a", "b"), ("a", "c"), ("a", "d"), ("e", "f"), ("e", "g")])
-    for seed in range(5):
-        assert split_validation(examples, 0.2, seed)[1].tolist() == [3, 4]
-
-
-@pytest.mark.parametrize(
-    ("X", "y"),
-    [
-        (TEXTS, LABELS),
-        ([("a", "b"), ("a", "c")], None),
-        ([("a", "b"), ("a", "c")], [1, 2]),
-        (["a", "b", "a", "b"], [0, 0, 1, 1]),
-    ],
-    ids=["two of each class", "one anchor", "one anchor, scored", "conflicts only"],
-)
-def test_split_that_would_leave_a_part_empty(X, y):
-    examples = check_examples(X, y)
-    with pytest.raises(
-        ValueError,
-        match=r"`validation_fraction` parameter of `ContrastiveTrainer` must leave examples.*"
-        r"got 0\.5.*Set validation_fraction=0",
-    ):
-        split_validation(examples, 0.5, 0)
-
-
-@pytest.mark.parametrize(
-    ("fraction", "seed", "error", "name"),
-    [
-        (0.0, 0, ValueError, "validation_fraction"),
-        (1.0, 0, ValueError, "validation_fraction"),
-        (float("nan"), 0, ValueError, "validation_fraction"),
-        ("0.1", 0, TypeError, "validation_fraction"),
-        (True, 0, TypeError, "validation_fraction"),
-        (0.1, -1, ValueError, "random_state"),
-        (0.1, 0.5, TypeError, "random_state"),
-    ],
-)
-def test_split_checks_its_parameters(fraction, seed, error, name):
-    with pytest.raises(error, match=f"`{name}` parameter of `ContrastiveTrainer` must be"):
-        split_validation(EXAMPLES["rows"], fraction, seed)
-
-
-# ---------------------------------------------------------------- errors
 
 NAN = float("nan")
 SIX = ["a", "b", "c", "d", "e", "f"]
-
 BAD_X = {
     "bare str": ("a text", None, TypeError, r"a bare str\. Wrap it: \[text\]"),
     "bytes": (b"a text", None, TypeError, r"got a bytes\. Decode and wrap it"),
@@ -772,7 +404,7 @@ def test_a_long_label_is_not_quoted():
         check_examples(["a", "b", "c"], ["x" * 500, "b", "b"])
 
 
-# ---------------------------------------------------------------- tasks
+# Tasks
 
 
 def read(task, index, owner="NVEmbedVectorizer", **parameters):
@@ -867,7 +499,7 @@ def test_what_is_no_task():
         read((TEXTS, LABELS), 1, owner="Owner")
 
 
-# ---------------------------------------------------------------- cost
+# Cost
 
 
 def measure_peak(X, y):
