@@ -17,3 +17,9 @@ def assert_columns(result, *expected):
         assert mask.dtype == np.bool_
         assert mask.shape == (len(column),)
         assert not mask.any()
+
+
+def object_array(items):
+    array = np.empty(len(items), dtype=object)
+    array[:] = items
+    return array

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from offline import block_network
 from paths import GOLDEN, ROOT, copy_checkpoint
+from texts import TEXTS
 
 # Worker processes and subprocesses inherit these two; the blocked sockets below they do not.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -47,6 +48,22 @@ def rng() -> np.random.Generator:
 def fresh_dir(tmp_path: Path) -> Path:
     """Return a copy of the tiny checkpoint that no process can have loaded."""
     return copy_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture
+def emb() -> Any:
+    """Return an unused estimator of the tiny checkpoint."""
+    from tiny import make_vectorizer
+
+    return make_vectorizer()
+
+
+@pytest.fixture(scope="session")
+def vectors() -> np.ndarray:
+    """Return the tiny checkpoint's vectors of `texts.TEXTS`."""
+    from tiny import make_vectorizer
+
+    return make_vectorizer().transform(TEXTS)
 
 
 @pytest.fixture

@@ -15,42 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 import sklearn
+from packaging.version import Version
 from paths import GOLDEN
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
+from streams import TEXTS
 from tiny import make_vectorizer
+from training_examples import DIM, make_texts
 
 from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer
 from skembed.exceptions import TruncationWarning
 from skembed.inference.registry import registry
 
-DIM = 48
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
-TEXTS = ["a card was stolen", "how to open an account?", "", "Ünïcödé — 日本語 🙂", "a card lost"]
 OTHERS = ["the card", "an account", "b", "c", "d"]
-SKLEARN = tuple(int(part) for part in sklearn.__version__.split(".")[:2])
 pd = pytest.importorskip("pandas")
 pl = pytest.importorskip("polars")
-
-
-def make_texts(n: int, *, seed: int = 0) -> list[str]:
-    """Distinct texts of mixed length."""
-    rng = np.random.default_rng(seed)
-    words = np.array("card account bank open lost money the a of to transfer fee wrong".split())
-    sizes = rng.lognormal(2.0, 0.8, n).astype(int) + 1
-    return [f"{k} " + " ".join(rng.choice(words, size)) for k, size in enumerate(sizes)]
-
-
-@pytest.fixture
-def emb() -> NVEmbedVectorizer:
-    return make_vectorizer()
-
-
-@pytest.fixture(scope="module")
-def vectors() -> np.ndarray:
-    """The texts' vectors."""
-    return make_vectorizer().transform(TEXTS)
 
 
 @pytest.fixture
@@ -231,7 +212,7 @@ def test_fit_transform_is_fit_then_transform(emb: NVEmbedVectorizer, vectors: np
 def test_html_repr_shows_the_parameters() -> None:
     html = make_vectorizer(truncate_dim=16, instruction="STS")._repr_html_()
     shown = ["truncate_dim", "instruction", "dtype"]
-    if SKLEARN >= (1, 7):  # from here on the table has every parameter
+    if Version(sklearn.__version__) >= Version("1.7"):  # from here on the table has every parameter
         shown = list(NVEmbedVectorizer().get_params())
     assert [name for name in shown if name not in html] == []
 

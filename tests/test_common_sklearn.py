@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sklearn
 from joblib import Parallel, delayed
+from packaging.version import Version
 from sklearn.compose import ColumnTransformer
 from sklearn.exceptions import SkipTestWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -18,37 +19,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import FeatureUnion, Pipeline
 from sklearn.utils import estimator_checks
+from streams import TEXTS
 from tiny import make_vectorizer
+from training_examples import DIM, make_texts
 
 from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer
 from skembed.cache import embedding_cache as cache_module
 from skembed.exceptions import TruncationWarning
 from skembed.inference.registry import registry
 
-DIM = 48
-TEXTS = ["a card was stolen", "how to open an account?", "", "Ünïcödé — 日本語 🙂", "a card lost"]
-SKLEARN = tuple(int(part) for part in sklearn.__version__.split(".")[:2])
 pd = pytest.importorskip("pandas")
 pl = pytest.importorskip("polars")
-
-
-def make_texts(n: int, *, seed: int = 0) -> list[str]:
-    """Distinct texts of mixed length."""
-    rng = np.random.default_rng(seed)
-    words = np.array("card account bank open lost money the a of to transfer fee wrong".split())
-    sizes = rng.lognormal(2.0, 0.8, n).astype(int) + 1
-    return [f"{k} " + " ".join(rng.choice(words, size)) for k, size in enumerate(sizes)]
-
-
-@pytest.fixture
-def emb() -> NVEmbedVectorizer:
-    return make_vectorizer()
-
-
-@pytest.fixture(scope="module")
-def vectors() -> np.ndarray:
-    """The texts' vectors."""
-    return make_vectorizer().transform(TEXTS)
 
 
 @pytest.fixture
@@ -180,7 +161,10 @@ def test_n_jobs_gives_the_same_vectors() -> None:
     assert len(cache) == 301
 
 
-@pytest.mark.skipif(SKLEARN < (1, 6), reason="scikit-learn 1.5 has no generator of checks")
+@pytest.mark.skipif(
+    Version(sklearn.__version__) < Version("1.6"),
+    reason="scikit-learn 1.5 has no generator of checks",
+)
 def test_scikit_learn_generator() -> None:
     names = []
     with warnings.catch_warnings():
@@ -213,7 +197,7 @@ def test_scikit_learn_checks_that_need_no_numbers(name: str) -> None:
 
 
 def test_tags(emb: NVEmbedVectorizer) -> None:
-    if SKLEARN < (1, 6):
+    if Version(sklearn.__version__) < Version("1.6"):
         pytest.skip("scikit-learn 1.5 has other tags")
     from sklearn.utils import get_tags
 

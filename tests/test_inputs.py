@@ -6,7 +6,7 @@ from collections import UserList, deque, namedtuple
 
 import numpy as np
 import pytest
-from columns import assert_columns, run
+from columns import assert_columns, object_array, run
 from scipy import sparse
 
 from skembed._inputs import MISSING_POLICIES, check_texts, replace_surrogates
@@ -15,12 +15,6 @@ TEXTS = ["a cat", "", "ein Käse", "日本語 🎉", "nul \0 inside"]
 OTHERS = ["b", "d", "ü", "f", "g"]
 SECRET = "the patient's name"
 Row = namedtuple("Row", ["anchor", "positive"])
-
-
-def object_array(items):
-    array = np.empty(len(items), dtype=object)
-    array[:] = items
-    return array
 
 
 # One column

@@ -37,7 +37,7 @@ def expected() -> np.ndarray:
     return worker.make_vectorizer().transform(worker.make_texts())
 
 
-# ---------------------------------------------------------------- batches of every kind
+# Batches of every kind
 
 
 def test_dict_of_arrays(mapper: EmbeddingMapper) -> None:
@@ -133,7 +133,7 @@ def test_default_is_the_bundled_model() -> None:
     assert EmbeddingMapper().vectorizer.model == "skembed-mini"
 
 
-# ---------------------------------------------------------------- pickles
+# Pickles
 
 
 def test_pickle_holds_no_weights(mapper: EmbeddingMapper) -> None:
@@ -159,7 +159,7 @@ def test_a_copy_in_a_worker_leaves_its_model_for_the_next_task(
     assert list(registry._in_worker.values()) == [kept]
 
 
-# ---------------------------------------------------------------- bad input
+# Bad input
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_wrong_parameters(parameters: dict[str, Any], error: type[Exception], me
         EmbeddingMapper(**parameters)
 
 
-# ---------------------------------------------------------------- engines
+# Engines
 
 
 def start_engine(engine: str, module: str, out: Path) -> Any:

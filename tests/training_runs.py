@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,14 @@ import numpy as np
 from paths import GOLDEN
 from safetensors import SafetensorError, safe_open
 from scipy.stats import spearmanr
+from tiny import weights
+from training_examples import WORDS
 
 from skembed import ContrastiveTrainer, NVEmbedVectorizer
 from skembed.history import TrainingHistory
 from skembed.training.examples import check_examples
 from skembed.training.state import STATE_FILE
 from skembed.training.validation import split_validation
-
-WORDS = {
-    "card": "card stolen lost blocked pin chip",
-    "account": "account open new savings branch form",
-    "fee": "fee charge rate cost monthly price",
-}
 
 
 def make_texts(n: int, *, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -98,3 +96,33 @@ def read_state(folder: Path) -> dict[str, Any]:
             return dict(json.loads(file.metadata()["skembed"]))
     except (FileNotFoundError, SafetensorError):
         return {}
+
+
+LONG = {"max_steps": 10, "epochs": 10, "batch_size": 6, "checkpoint_steps": 1}
+RUNS: dict[str, tuple[dict[str, Any], Any, Any]] = {
+    "labels": (LONG, TEXTS, LABELS),
+    # Dropout, given and mined negatives, mined again in each epoch of two steps, and a best.
+    "everything": (
+        {
+            **LONG,
+            "mine_negatives": "perc_pos",
+            "remine": True,
+            "n_negatives": 3,
+            "validation_fraction": 0.2,
+            "early_stopping": True,
+            "patience": 10,
+            "random_state": 3,
+        },
+        [(a, b, c) for (a, b), c in zip(PAIRS, reversed(TEXTS[::2]), strict=True)],
+        None,
+    ),
+}
+
+
+def train_in_child(name: str, folder: Path | None, result: Path | None) -> None:
+    """Train one of `RUNS` and write what came of it; runs in a process of its own."""
+    warnings.simplefilter("error")
+    parameters, X, y = RUNS[name]
+    emb = make(**parameters, checkpoint_dir=folder).fit(X, y)
+    if result is not None:
+        result.write_bytes(pickle.dumps((weights(emb), timeless(emb.history_))))

@@ -43,7 +43,7 @@ def corpus(rng: np.random.Generator) -> np.ndarray:
     return unit_rows(rng, 3000, 24)
 
 
-# ---------------------------------------------------------------- codes
+# Codes
 
 
 @bytewise
@@ -205,7 +205,7 @@ def test_in_a_pipeline_after_a_vectorizer(golden_dir: Path) -> None:
     assert ((back * vectors).sum(1) > 0.999).all()
 
 
-# ---------------------------------------------------------------- search
+# Search
 
 
 @every_precision
@@ -292,7 +292,7 @@ def test_search_holds_little_memory(rng: np.random.Generator) -> None:
     assert peak <= 2 * 32 * 2**20 + held + 48 * candidates
 
 
-# ---------------------------------------------------------------- errors
+# Errors
 
 
 @every_precision

@@ -138,7 +138,7 @@ class SameHash(str):
         return 7
 
 
-# ---------------------------------------------------------------- distinct texts
+# Distinct texts
 
 
 @pytest.mark.parametrize("kind", [str, SameHash])
@@ -191,7 +191,7 @@ def test_no_texts_need_no_model() -> None:
     assert report == EmbedReport()
 
 
-# ---------------------------------------------------------------- batches
+# Batches
 
 
 def test_longest_first_within_the_budget(one_stream: None) -> None:
@@ -372,7 +372,7 @@ def test_truncated_texts_are_counted_once_each() -> None:
     assert (report.n_truncated, report.n_embedded) == (3, 5)
 
 
-# ---------------------------------------------------------------- memory
+# Memory
 
 
 def test_free_pages_between_used_ones_go_back_to_the_system() -> None:
@@ -513,7 +513,7 @@ def test_memory_is_the_output_and_a_constant() -> None:
     assert (large - small) / 180_000 < 56, "bytes that each text adds"
 
 
-# ---------------------------------------------------------------- cache and interrupts
+# Cache and interrupts
 
 
 def test_second_call_asks_for_no_model() -> None:
@@ -613,7 +613,7 @@ def test_interrupt_leaves_the_estimator_usable(
     np.testing.assert_allclose(emb.transform(texts), reference.transform(texts), atol=1e-5)
 
 
-# ---------------------------------------------------------------- progress bar, workers
+# Progress bar, workers
 
 
 @pytest.mark.parametrize(("progress", "shown"), [(True, True), (False, False), (None, False)])

@@ -68,7 +68,7 @@ def test_two_keys_load_side_by_side(fresh_dir: Path, monkeypatch: pytest.MonkeyP
     key, source, config = make_key(fresh_dir)
 
     def load(key: ModelKey, source: ModelSource, config: Any) -> LoadedModel:
-        together.wait(timeout=20)
+        together.wait(timeout=60)
         return LoadedModel(key, config, None, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(registry_module, "load_registered", load)

@@ -13,26 +13,15 @@ import torch
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
+from streams import TEXTS
 from tiny import make_vectorizer
+from training_examples import DIM
 
 from skembed import EmbeddingCache, NVEmbedVectorizer
 from skembed.exceptions import ModelNotFoundError, SkembedWarning
 
-DIM = 48
-TEXTS = ["a card was stolen", "how to open an account?", "", "Ünïcödé — 日本語 🙂", "a card lost"]
 pd = pytest.importorskip("pandas")
 pl = pytest.importorskip("polars")
-
-
-@pytest.fixture
-def emb() -> NVEmbedVectorizer:
-    return make_vectorizer()
-
-
-@pytest.fixture(scope="module")
-def vectors() -> np.ndarray:
-    """The texts' vectors."""
-    return make_vectorizer().transform(TEXTS)
 
 
 def test_pickle_is_small_and_gives_the_same_vectors(tmp_path: Path, vectors: np.ndarray) -> None:

@@ -69,7 +69,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-# ---------------------------------------------------------------- asked once
+# Asked once
 
 
 def test_settled_questions_are_not_asked_again(resolved: list[Any]) -> None:
@@ -142,7 +142,7 @@ def test_ways_are_short(count: Callable[[Callable[[], Any]], int], tmp_path: Pat
     assert count(lambda: emb.transform_to(["more of it", "the last"], tmp_path / "a.npy")) <= 120
 
 
-# ---------------------------------------------------------------- never stale
+# Never stale
 
 
 def test_each_parameter_takes_effect_at_once() -> None:

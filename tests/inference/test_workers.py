@@ -201,16 +201,12 @@ def test_many_workers_get_larger_chunks(monkeypatch: pytest.MonkeyPatch) -> None
     assert [len(rows) for rows in engine._chunks(texts, np.arange(95), 4)] == [40, 40, 15]
 
 
-def power(base: int, exponent: int) -> int:
-    return base**exponent
-
-
 @may_fork
 @pytest.mark.parametrize("backend", ["loky", "threading", "multiprocessing", "sequential"])
 def test_tasks_keep_their_order(backend: str) -> None:
     calls = [(base, 2) for base in range(20)]
     with joblib.parallel_config(backend):
-        assert list(run_tasks(power, iter(calls), 2)) == [base**2 for base in range(20)]
+        assert list(run_tasks(pow, iter(calls), 2)) == [base**2 for base in range(20)]
 
 
 # Cores of a worker

@@ -1,7 +1,6 @@
 """Checkpoints: layouts, types, poolings, saving, damaged folders."""
 
 import json
-import os
 import pickle
 import shutil
 import warnings
@@ -373,12 +372,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
 
 
-def test_saving_into_the_folder_that_is_read(folder: Path) -> None:
-    vectorizer = NVEmbedVectorizer(folder, device="cpu", cache=None)
-    with pytest.raises(ValueError, match="another folder"):
-        vectorizer.save_pretrained(folder)
-
-
 def test_pickle_with_weights_opens_without_the_model(folder: Path) -> None:
     shard(folder)
     vectorizer = NVEmbedVectorizer(
@@ -407,12 +400,6 @@ def test_missing_unexpected_and_wrong_tensors_are_named(folder: Path) -> None:
     assert "unexpected: embedding_model.layers.7.mlp.up_proj.weight" in message
     assert "latent_attention_model.latents has (16, 7), expected (16, 48)" in message
     assert str(folder) in message
-
-
-def test_many_missing_tensors_are_counted(folder: Path) -> None:
-    rewrite_config(folder, text_config={**MISTRAL, "hidden_size": 48, "num_hidden_layers": 6})
-    with pytest.raises(CheckpointError, match=r"missing: .* and \d+ more"):
-        load(folder)
 
 
 def test_no_pooling_weights_where_config_promises_them(folder: Path) -> None:
@@ -445,32 +432,11 @@ def test_quantised_weights(folder: Path) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("size", [0, 5, 400, 200_000])
-def test_truncated_weights(folder: Path, size: int) -> None:
-    os.truncate(folder / sources.WEIGHTS_FILE, size)
-    with pytest.raises(CheckpointError, match="is truncated or not a safetensors file"):
-        load(folder)
-
-
-def test_missing_shard(folder: Path) -> None:
-    shard(folder)
-    (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"lacks model-00002-of-00003\.safetensors"):
-        load(folder)
-
-
-@pytest.mark.parametrize("content", ["not json", "[]", "{}", '{"weight_map": ["a"]}'])
+@pytest.mark.parametrize(
+    "content", ["", "not json", "[]", "{}", '{"weight_map": []}', '{"weight_map": ["a"]}']
+)
 def test_damaged_index(folder: Path, content: str) -> None:
     shard(folder)
     (folder / sources.INDEX_FILE).write_text(content)
     with pytest.raises(CheckpointError, match="is not a safetensors index"):
-        load(folder)
-
-
-def test_pickled_weights_only(folder: Path) -> None:
-    (folder / sources.WEIGHTS_FILE).unlink()
-    with pytest.raises(CheckpointError, match="holds neither"):
-        load(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02.")
-    with pytest.raises(CheckpointError, match=r"pickled weights only \(pytorch_model\.bin\)"):
         load(folder)

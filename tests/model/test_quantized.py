@@ -73,7 +73,7 @@ def train(seed: int = 0, **parameters: Any) -> ContrastiveTrainer:
     return ContrastiveTrainer(r=4, epochs=3, batch_size=4, random_state=seed, **parameters)
 
 
-# ---------------------------------------------------------------- layers
+# Layers
 
 
 def random_weight(rows: int = 48, columns: int = 64) -> Tensor:
@@ -152,7 +152,7 @@ def test_layers_that_stay() -> None:
     assert isinstance(quantize(nn.Linear(4, 4, bias=False), weight, torch.float32), Int8Linear)
 
 
-# ---------------------------------------------------------------- models
+# Models
 
 
 @every_format
@@ -254,7 +254,7 @@ def test_saving_writes_the_weights_as_they_were(golden_dir: Path, tmp_path: Path
     np.testing.assert_array_equal(again, exact)
 
 
-# ---------------------------------------------------------------- adapters
+# Adapters
 
 
 @every_format
@@ -315,7 +315,7 @@ def test_gradients_are_those_of_the_weight_it_reads(kind: Any) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-# ---------------------------------------------------------------- choosing the type
+# Choosing the type
 
 
 def test_type_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +358,7 @@ def test_unknown_type(dtype: str, golden_dir: Path) -> None:
         make_vectorizer(golden_dir, dtype).fit(TEXTS)
 
 
-# ---------------------------------------------------------------- quality
+# Quality
 
 
 @pytest.mark.slow

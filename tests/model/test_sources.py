@@ -42,18 +42,6 @@ def test_unpacked_files_are_shared_by_content(folder: Path) -> None:
 # Damaged and foreign folders
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("{", "cannot be read as JSON"), ("[1]", "must hold a JSON object"), (None, "must hold a")],
-)
-def test_damaged_config(folder: Path, content: str | None, message: str) -> None:
-    (folder / sources.CONFIG_FILE).unlink()
-    if content is not None:
-        (folder / sources.CONFIG_FILE).write_text(content)
-    with pytest.raises(CheckpointError, match=message):
-        load(folder)
-
-
 @pytest.mark.parametrize("value", [[2, 3], "two", True])
 def test_token_ids_that_are_no_numbers(folder: Path, value: Any) -> None:
     text = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]

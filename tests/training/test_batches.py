@@ -242,7 +242,7 @@ def test_negatives_drawn_from_other_classes(tokenizer: TextTokenizer) -> None:
     assert met[2][0] / met[2][1] == pytest.approx(20 / 15, rel=0.25)
 
 
-# ---------------------------------------------------------------- positives and draws
+# Positives and draws
 
 
 @pytest.mark.parametrize("weight", [1, 2])
@@ -363,7 +363,7 @@ def test_rankings_hold_their_pairs_and_scores(tokenizer: TextTokenizer) -> None:
     assert sorted(seen) == list(range(20))
 
 
-# ---------------------------------------------------------------- a rare batch must not end a run
+# A rare batch must not end a run
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -390,7 +390,7 @@ def test_each_batch_of_scores_has_something_to_compare(seed: int, tokenizer: Tex
         assert [known[pair] for pair in zip(left, right, strict=True)] == scores.tolist()
 
 
-# ---------------------------------------------------------------- seeds, memory, chunks
+# Seeds, memory, chunks
 
 
 def as_plain(batch: Batch) -> list[Any]:
@@ -484,7 +484,7 @@ def test_texts_cut_at_max_length_are_counted_once(tokenizer: TextTokenizer) -> N
     assert table.lengths.max() == 32
 
 
-# ---------------------------------------------------------------- mined negatives
+# Mined negatives
 
 
 @pytest.mark.parametrize("strategy", ["perc_pos", "margin_pos"])

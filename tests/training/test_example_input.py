@@ -5,17 +5,12 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+from columns import object_array
 from given_examples import LABELS, PAIRS, ROWS, SCORES, TEXTS, assert_sound, labels_of, rows_of
 
 from skembed.training.examples import check_examples
 
 Row = namedtuple("Row", ["anchor", "positive", "negative"])
-
-
-def object_array(items):
-    array = np.empty(len(items), dtype=object)
-    array[:] = items
-    return array
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import pickle
 import shutil
 import signal
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from multiprocessing.process import BaseProcess
@@ -20,7 +19,16 @@ import pytest
 from paths import GOLDEN
 from safetensors.torch import load_file, save_file
 from tiny import weights
-from training_runs import LABELS, PAIRS, TEXTS, assert_same, make, read_state, timeless
+from training_runs import (
+    LABELS,
+    PAIRS,
+    RUNS,
+    TEXTS,
+    assert_same,
+    make,
+    read_state,
+    train_in_child,
+)
 
 from skembed import NVEmbedVectorizer
 from skembed.adapters import peft_files as adapters
@@ -218,36 +226,6 @@ def test_a_state_every_so_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 # Killed, and resumed
-
-
-LONG = {"max_steps": 10, "epochs": 10, "batch_size": 6, "checkpoint_steps": 1}
-RUNS: dict[str, tuple[dict[str, Any], Any, Any]] = {
-    "labels": (LONG, TEXTS, LABELS),
-    # Dropout, given and mined negatives, mined again in each epoch of two steps, and a best.
-    "everything": (
-        {
-            **LONG,
-            "mine_negatives": "perc_pos",
-            "remine": True,
-            "n_negatives": 3,
-            "validation_fraction": 0.2,
-            "early_stopping": True,
-            "patience": 10,
-            "random_state": 3,
-        },
-        [(a, b, c) for (a, b), c in zip(PAIRS, reversed(TEXTS[::2]), strict=True)],
-        None,
-    ),
-}
-
-
-def train_in_child(name: str, folder: Path | None, result: Path | None) -> None:
-    """Train one of `RUNS` and write what came of it; runs in a process of its own."""
-    warnings.simplefilter("error")
-    parameters, X, y = RUNS[name]
-    emb = make(**parameters, checkpoint_dir=folder).fit(X, y)
-    if result is not None:
-        result.write_bytes(pickle.dumps((weights(emb), timeless(emb.history_))))
 
 
 @pytest.fixture(scope="module")
