@@ -1,4 +1,4 @@
-"""Really starts Dask, Ray and Spark for `test_parallel.py` and `inference/test_workers.py`: a script.
+"""Really starts Dask, Ray and Spark for `test_parallel.py` and `test_workers.py`: a script.
 
 In a process of its own: these engines start servers and threads, look up this machine's address and
 warn about much that is not ours. Everything stays on the loopback address.

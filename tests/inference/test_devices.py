@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from skembed.inference import devices
-from skembed.inference import registry as registry_module
 from skembed.inference.devices import (
     choose_attention_path,
     cpu_has_bfloat16,
@@ -131,7 +130,7 @@ def test_bfloat16_with_a_torch_that_cannot_tell(
             return text
 
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(registry_module, "Path", CpuInfo)
+    monkeypatch.setattr(devices, "Path", CpuInfo)
     assert cpu_has_bfloat16() is native
 
 

@@ -76,7 +76,7 @@ def test_order_counts_and_place_does_not() -> None:
 
 def test_no_private_imports() -> None:
     """From transformers' top level only, and no name with a leading underscore."""
-    for path in sorted((ROOT / "skembed").glob("*.py")):
+    for path in sorted((ROOT / "skembed").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
                 assert node.module == "transformers", path.name

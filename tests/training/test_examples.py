@@ -148,7 +148,7 @@ def test_fingerprint_is_of_the_data_not_the_container():
 
 def test_fingerprint_is_the_same_in_another_process():
     code = (
-        "from skembed.training.example_input import check_examples;"
+        "from skembed.training.examples import check_examples;"
         f"print(check_examples({TEXTS!r}, {LABELS!r}).fingerprint())"
     )
     result = subprocess.run(

@@ -31,9 +31,9 @@ from training_runs import (
 )
 
 from skembed import NVEmbedVectorizer
-from skembed.adapters import peft_files as adapters
 from skembed.exceptions import CheckpointError
 from skembed.inference.registry import registry
+from skembed.model import checkpoint
 from skembed.training import loop
 from skembed.training.state import STATE_FILE
 
@@ -175,7 +175,7 @@ def test_a_write_that_fails_leaves_the_state_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, whole = tmp_path / "run", make().fit(TEXTS, LABELS)
-    save, calls = adapters.save_file, []
+    save, calls = checkpoint.save_file, []
 
     def failing(tensors: Any, path: Path, **rest: Any) -> None:
         save(tensors, path, **rest)
@@ -185,7 +185,7 @@ def test_a_write_that_fails_leaves_the_state_before(
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapters, "save_file", failing)
+        patch.setattr(checkpoint, "save_file", failing)
         with pytest.raises(OSError, match="No space left"):
             make(checkpoint_dir=folder, checkpoint_steps=1).fit(TEXTS, LABELS)
     assert read_state(folder)["values"]["step"] == 2
