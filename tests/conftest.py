@@ -1,72 +1,32 @@
 """What all tests share: no network, the tiny checkpoint, the folder of evaluation data."""
 
-import ipaddress
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from offline import block_network
+from paths import GOLDEN, ROOT, copy_checkpoint
+from texts import TEXTS
 
 # Worker processes and subprocesses inherit these two; the blocked sockets below they do not.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")  # plots need no screen
 
 
-class NetworkBlockedError(RuntimeError):
-    """A test reached for the network.
-
-    Not an OSError on purpose: code that forgives a missing network must not hide the attempt.
-    """
-
-
-def is_local(host: object) -> bool:
-    """Tell whether a host is this machine (None and "" mean the wildcard address)."""
-    if host in (None, "", b"", "localhost", b"localhost"):
-        return True
-    text = host.decode("ascii", "replace") if isinstance(host, bytes) else str(host)
-    try:
-        return ipaddress.ip_address(text.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
-
-
 @pytest.fixture(scope="session", autouse=True)
 def blocked_network() -> Iterator[None]:
-    """Refuse every connection that leaves this machine (loopback stays: loky uses it)."""
-
-    def guard(method: str) -> Any:
-        original = getattr(socket.socket, method)
-
-        def guarded(self: socket.socket, address: Any) -> Any:
-            if self.family in (socket.AF_INET, socket.AF_INET6) and not is_local(address[0]):
-                raise NetworkBlockedError(f"tests run offline; got a connection to {address!r}")
-            return original(self, address)
-
-        return guarded
-
-    resolve = socket.getaddrinfo
-
-    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
-        if not is_local(host):
-            raise NetworkBlockedError(f"tests run offline; got a look-up of {host!r}")
-        return resolve(host, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for method in ("connect", "connect_ex"):
-            patch.setattr(socket.socket, method, guard(method))
-        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+    """Refuse every connection that leaves this machine."""
+    with block_network():
         yield
 
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """Folder of a tiny NV-Embed checkpoint, its tokenizer and its golden vectors."""
-    return ROOT / "tests" / "golden" / "nvembed-tiny"
+    return GOLDEN
 
 
 @pytest.fixture(scope="session")
@@ -82,3 +42,58 @@ def shared_data_dir() -> Path:
 def rng() -> np.random.Generator:
     """Return a fresh generator, seeded the same for each test."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def fresh_dir(tmp_path: Path) -> Path:
+    """Return a copy of the tiny checkpoint that no process can have loaded."""
+    return copy_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture
+def emb() -> Any:
+    """Return an unused estimator of the tiny checkpoint."""
+    from tiny import make_vectorizer
+
+    return make_vectorizer()
+
+
+@pytest.fixture(scope="session")
+def vectors() -> np.ndarray:
+    """Return the tiny checkpoint's vectors of `texts.TEXTS`."""
+    from tiny import make_vectorizer
+
+    return make_vectorizer().transform(TEXTS)
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """List how many texts each forward pass of this process was given."""
+    from skembed.model.network import NVEmbedModel
+    from skembed.model.tokenization import PackedBatch
+
+    counts: list[int] = []
+    forward = NVEmbedModel.forward
+
+    def counting(self: NVEmbedModel, batch: PackedBatch) -> Any:
+        counts.append(batch.n_texts)
+        return forward(self, batch)
+
+    monkeypatch.setattr(NVEmbedModel, "forward", counting)
+    return counts
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """List the training steps whose gradients were taken."""
+    from skembed.training import loop
+
+    taken: list[int] = []
+    accumulate = loop._Learner.accumulate
+
+    def counting(self: Any, batch: Any, step: int) -> Any:
+        taken.append(step)
+        return accumulate(self, batch, step)
+
+    monkeypatch.setattr(loop._Learner, "accumulate", counting)
+    return taken

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from paths import GOLDEN
+from tiny import weights
 
 from skembed import ContrastiveTrainer, NVEmbedVectorizer
 from skembed.distributed import active_processes, join_processes
 from skembed.training import loop as training
 from skembed.training.state import STATE_FILE
 
-GOLDEN = Path(__file__).resolve().parent / "golden" / "nvembed-tiny"
 WORDS = ["card stolen lost blocked pin chip", "account open new savings branch form"]
 Found = dict[str, Any]
 
@@ -53,12 +54,6 @@ def make(**parameters: Any) -> NVEmbedVectorizer:
         }
     )
     return NVEmbedVectorizer(GOLDEN, device="cpu", dtype="float32", cache=None, trainer=trainer)
-
-
-def weights(emb: NVEmbedVectorizer) -> dict[str, np.ndarray]:
-    """All that an estimator has learned."""
-    adapter = emb.adapter_
-    return {name: t.numpy().copy() for name, t in {**adapter.lora, **adapter.pooling}.items()}
 
 
 @contextmanager

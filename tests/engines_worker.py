@@ -1,4 +1,4 @@
-"""Really starts Dask, Ray and Spark for `test_mapper.py` and `test_parallel.py`: a script.
+"""Really starts Dask, Ray and Spark for `test_parallel.py` and `test_workers.py`: a script.
 
 In a process of its own: these engines start servers and threads, look up this machine's address and
 warn about much that is not ours. Everything stays on the loopback address.
@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from paths import GOLDEN
 
 from skembed import NVEmbedVectorizer
 from skembed.parallel import EmbeddingMapper
 
-GOLDEN = Path(__file__).resolve().parent / "golden" / "nvembed-tiny"
 N_WORKERS = 2
 Found = dict[str, Any]
 

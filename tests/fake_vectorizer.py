@@ -121,3 +121,44 @@ class SentenceTransformerLike(EncodeOnly):
 def call_fake(texts: Sequence[str]) -> np.ndarray:
     """Embed as `FakeVectorizer` does, as a plain function."""
     return FakeVectorizer().transform(texts)
+
+
+def unit_rows(rng: np.random.Generator, n: int, dim: int) -> np.ndarray:
+    """Draw vectors of length 1 and of any direction, float32 (n, dim)."""
+    vectors = rng.standard_normal((n, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+class Table:
+    """A transformer that looks vectors up, scales them at will and notes what it was asked."""
+
+    def __init__(self, vectors: dict[str, Any], scale: float = 1.0) -> None:
+        self.vectors, self.scale = vectors, scale
+        self.calls: list[tuple[str, list[str]]] = []
+
+    def _look_up(self, side: str, texts: list[str]) -> np.ndarray:
+        self.calls.append((side, list(texts)))
+        return self.scale * np.array([self.vectors[text] for text in texts], dtype=np.float64)
+
+    def transform(self, texts: list[str]) -> np.ndarray:
+        return self._look_up("transform", texts)
+
+
+class LetterVectorizer:
+    """Counts of letters; a query says so with a component of its own."""
+
+    def __init__(self, shift: float = 0.0) -> None:
+        self.shift = shift
+        self.calls: list[str] = []
+
+    def transform(self, texts: list[str]) -> np.ndarray:
+        rows = [[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts]
+        return np.array(rows, dtype=np.float32).reshape(-1, 26) + np.float32(self.shift)
+
+    def encode_query(self, texts: list[str]) -> np.ndarray:
+        self.calls.append("query")
+        return self.transform(texts)
+
+    def encode_document(self, texts: list[str]) -> np.ndarray:
+        self.calls.append("document")
+        return self.transform(texts)

@@ -1,4 +1,4 @@
-"""Run by test_streaming.py: kills writers of embeddings, at random moments or at every step.
+"""Run by streaming/test_stream.py: kills writers of embeddings, at random moments or at every step.
 
 python stream_kills.py random MODEL PATH N_ROWS ROWS_PER_SHARD N_KILLS SEED
     Writes PATH with the model, each time killed by SIGKILL some shards later, then to the end;

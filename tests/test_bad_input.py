@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,38 +16,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from checkpoints import rewrite, rewrite_config, shard
+from tiny import make_vectorizer
 
 from skembed import EmbeddingCache, NVEmbedVectorizer, TruncationWarning
 from skembed.exceptions import (
     CacheError,
     CheckpointError,
-    FreshPoolingWarning,
     ModelNotFoundError,
     SkembedWarning,
 )
 
 TEXTS = ["a card was stolen", "open an account", ""]
-FILES = ("config.json", "model.safetensors", "tokenizer.json")
 METHODS = ("fit", "transform", "encode_query", "encode_document")
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 NORM = "embedding_model.norm.weight"
-
-
-def make_vectorizer(model: Any, **parameters: Any) -> NVEmbedVectorizer:
-    parameters = {"device": "cpu", "dtype": "float32", "cache": None, **parameters}
-    return NVEmbedVectorizer(model, **parameters)
 
 
 @pytest.fixture(scope="module")
 def vectors(golden_dir: Path) -> np.ndarray:
     """What a healthy estimator gives for the texts."""
     return make_vectorizer(golden_dir).transform(TEXTS)
-
-
-@pytest.fixture
-def emb(golden_dir: Path) -> NVEmbedVectorizer:
-    return make_vectorizer(golden_dir)
 
 
 @pytest.fixture
@@ -61,37 +49,14 @@ def works(vectors: np.ndarray) -> Callable[[NVEmbedVectorizer], None]:
     return check
 
 
-@pytest.fixture
-def folder(golden_dir: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint to damage."""
-    copied = tmp_path / "model"
-    copied.mkdir()
-    for name in FILES:
-        shutil.copy(golden_dir / name, copied / name)
-    return copied
+# Texts
 
-
-# ---------------------------------------------------------------- texts
-
+# One for each kind of mistake; test_inputs.py has all of them.
 BAD_TEXTS = [
     ("a text", TypeError, r"`X` parameter of `NVEmbedVectorizer`.*a bare str\. Wrap it: \[text\]"),
-    (b"a text", TypeError, r"got a bytes\. Decode and wrap it"),
-    (None, TypeError, "must be a list, array or column of texts; got None"),
-    (float("nan"), TypeError, "got a float"),
-    (7, TypeError, "got an int"),
     (["a", None], ValueError, r"no missing texts; got 1 missing, the first at X\[1\].*missing='"),
-    (["a", "b", float("nan"), None], ValueError, r"got 2 missing, the first at X\[2\]"),
     (["a", 7], TypeError, r"must hold texts \(str\); X\[1\] is an int"),
-    (["a", 7.5], TypeError, r"X\[1\] is a float"),
-    ([b"a", "b"], TypeError, r"X\[0\] is a bytes\. Decode it"),
-    ([["a"], ["b"]], ValueError, r"a pair has two texts; X\[0\] has 1\. Flatten nested lists"),
-    (["a", ["b"]], TypeError, r"X\[1\] is a list"),
     (np.array([[["a"]]]), ValueError, r"got 3 dimensions, shape \(1, 1, 1\)"),
-    (np.array("a"), ValueError, "got 0 dimensions"),
-    (np.arange(3), TypeError, "an array of str; got an array of dtype int64"),
-    (np.array([b"a"]), TypeError, r"dtype \|S1\. Decode it"),
-    ({"text": "a"}, TypeError, r"got a dict\. Pass its texts"),
-    ({"a", "b"}, TypeError, "It has no order"),
     (iter(["a"]), TypeError, "Make it a list first"),
 ]
 
@@ -127,14 +92,6 @@ def test_bad_texts_load_no_model(emb: NVEmbedVectorizer) -> None:
     with pytest.raises(TypeError):
         emb.transform([1])
     assert "_lease" not in emb.__dict__
-
-
-def test_errors_do_not_quote_the_texts(emb: NVEmbedVectorizer) -> None:
-    secret = "the patient's name"
-    for X in (secret, [secret, 7], [secret, None], [[secret]], np.array([[[secret]]])):
-        with pytest.raises((TypeError, ValueError)) as caught:
-            emb.transform(X)
-        assert "patient" not in str(caught.value)
 
 
 @pytest.mark.parametrize("method", ["encode_query", "encode_document"])
@@ -192,22 +149,12 @@ def test_truncation_warning_can_be_silenced_as_it_says(emb: NVEmbedVectorizer) -
         emb.transform(["word " * 600])
 
 
-def test_lone_surrogates_become_the_replacement_character(
-    emb: NVEmbedVectorizer, works: Any
-) -> None:
-    found = emb.transform(["caf\udce9", "caf\ufffd", "\ud83d\ude42", "\U0001f642", "caf"])
-    np.testing.assert_array_equal(found[0], found[1])
-    np.testing.assert_array_equal(found[2], found[3])
-    assert np.abs(found[0] - found[4]).max() > 1e-3
-    works(emb)
-
-
 def test_nul_and_special_tokens_in_a_text(emb: NVEmbedVectorizer, works: Any) -> None:
     assert np.isfinite(emb.transform(["\0", "a\0b", "</s>", "<s><s>", "<unk>", "\r\n\t"])).all()
     works(emb)
 
 
-# ---------------------------------------------------------------- model folders
+# Model folders
 
 
 def test_missing_folder(golden_dir: Path, tmp_path: Path, works: Any) -> None:
@@ -221,19 +168,19 @@ def test_missing_folder(golden_dir: Path, tmp_path: Path, works: Any) -> None:
     works(emb.set_params(model=golden_dir))
 
 
-def test_folder_that_comes_later(folder: Path, tmp_path: Path, works: Any) -> None:
+def test_folder_that_comes_later(fresh_dir: Path, tmp_path: Path, works: Any) -> None:
     emb = make_vectorizer(tmp_path / "later")
     with pytest.raises(ModelNotFoundError):
         emb.fit(TEXTS)
-    folder.rename(tmp_path / "later")
+    fresh_dir.rename(tmp_path / "later")
     works(emb)
 
 
-def test_file_in_place_of_a_folder(folder: Path, works: Any) -> None:
-    emb = make_vectorizer(folder / WEIGHTS)
+def test_file_in_place_of_a_folder(fresh_dir: Path, works: Any) -> None:
+    emb = make_vectorizer(fresh_dir / WEIGHTS)
     with pytest.raises(ModelNotFoundError, match="there is no such folder"):
         emb.transform(TEXTS)
-    works(emb.set_params(model=folder))
+    works(emb.set_params(model=fresh_dir))
 
 
 def test_hub_id_offline_explains_itself(golden_dir: Path, works: Any) -> None:
@@ -251,60 +198,46 @@ def test_hub_id_offline_explains_itself(golden_dir: Path, works: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt"])
-def test_pickled_weights_are_not_opened(name: str, folder: Path, works: Any) -> None:
+def test_pickled_weights_are_not_opened(name: str, fresh_dir: Path, works: Any) -> None:
     class Bomb:
         def __reduce__(self) -> Any:
-            return (folder / "exploded").touch, ()
+            return (fresh_dir / "exploded").touch, ()
 
-    emb = make_vectorizer(folder)
+    emb = make_vectorizer(fresh_dir)
     works(emb)
-    (folder / WEIGHTS).rename(folder.parent / WEIGHTS)
-    (folder / name).write_bytes(pickle.dumps(Bomb()))
+    (fresh_dir / WEIGHTS).rename(fresh_dir.parent / WEIGHTS)
+    (fresh_dir / name).write_bytes(pickle.dumps(Bomb()))
     message = rf"holds pickled weights only \({name}\), which can run code.*Convert them"
     for method in METHODS:
         with pytest.raises(CheckpointError, match=message):
             getattr(emb, method)(TEXTS)
-    assert not (folder / "exploded").exists()
-    (folder.parent / WEIGHTS).rename(folder / WEIGHTS)
+    assert not (fresh_dir / "exploded").exists()
+    (fresh_dir.parent / WEIGHTS).rename(fresh_dir / WEIGHTS)
     works(emb)
 
 
-def test_no_weights_at_all(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
+def test_no_weights_at_all(fresh_dir: Path) -> None:
+    (fresh_dir / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="must hold model.safetensors or .*it holds neither"):
-        make_vectorizer(folder).fit(TEXTS)
+        make_vectorizer(fresh_dir).fit(TEXTS)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 1_000, -1_000, -1])
-def test_truncated_weights(keep: int, folder: Path, works: Any) -> None:
-    emb = make_vectorizer(folder)
+def test_truncated_weights(keep: int, fresh_dir: Path, works: Any) -> None:
+    emb = make_vectorizer(fresh_dir)
     works(emb)
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[:keep])
+    content = (fresh_dir / WEIGHTS).read_bytes()
+    (fresh_dir / WEIGHTS).write_bytes(content[:keep])
     with pytest.raises(CheckpointError, match=r"model.safetensors is truncated or not a safetens"):
         emb.transform(TEXTS)
-    (folder / WEIGHTS).write_bytes(content)
+    (fresh_dir / WEIGHTS).write_bytes(content)
     works(emb)
-
-
-def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: t.pop(NORM), f"do not fit its config.json; missing: {NORM}"),
-        (
-            lambda t: t.update({"embedding_model.new": torch.ones(3)}),
-            "do not fit its config.json; unexpected: embedding_model.new",
-        ),
-        (
-            lambda t: t.update({NORM: torch.ones(47)}),
-            rf"wrong shape: {NORM} has \(47,\), expected \(48,\)",
-        ),
         (
             lambda t: t.update({"extra": t.pop(NORM)}),
             f"missing: {NORM}; unexpected: embedding_model.extra",
@@ -313,75 +246,33 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
             lambda t: t.update({f"lost_{k}": torch.ones(1) for k in range(9)}),
             r"unexpected: .*lost_4 and 4 more\.",
         ),
-        (
-            lambda t: t.update({NORM: torch.ones(48, dtype=torch.int8)}),
-            f"The tensor {NORM} .* float32, float16 or bfloat16; got torch.int8",
-        ),
     ],
-    ids=["missing", "extra", "shape", "renamed", "many", "integer"],
+    ids=["missing", "renamed", "many"],
 )
-def test_weights_that_do_not_fit(change: Any, message: str, folder: Path, works: Any) -> None:
-    emb = make_vectorizer(folder)
-    content = (folder / WEIGHTS).read_bytes()
-    change_weights(folder, change)
+def test_weights_that_do_not_fit(change: Any, message: str, fresh_dir: Path, works: Any) -> None:
+    emb = make_vectorizer(fresh_dir)
+    content = (fresh_dir / WEIGHTS).read_bytes()
+    rewrite(fresh_dir, change)
     with pytest.raises(CheckpointError, match=message):
         emb.transform(TEXTS)
-    (folder / WEIGHTS).write_bytes(content)
+    (fresh_dir / WEIGHTS).write_bytes(content)
     works(emb)
 
 
-def test_keys_of_no_use_are_left_alone(folder: Path, works: Any) -> None:
-    change_weights(
-        folder,
-        lambda t: t.update(
-            {
-                "lm_head.weight": torch.ones(2),
-                "embedding_model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-            }
-        ),
-    )
-    works(make_vectorizer(folder))
-
-
-def shard(folder: Path) -> None:
-    """Split the weights in two, with an index."""
-    tensors = load_file(folder / WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    names = sorted(tensors)
-    weight_map = {}
-    for k, part in enumerate((names[::2], names[1::2])):
-        save_file({name: tensors[name] for name in part}, folder / f"part-{k}.safetensors")
-        weight_map.update(dict.fromkeys(part, f"part-{k}.safetensors"))
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-
-
-def test_missing_shard(folder: Path, works: Any) -> None:
-    shard(folder)
-    emb = make_vectorizer(folder)
+def test_missing_shard(fresh_dir: Path, works: Any) -> None:
+    shard(fresh_dir)
+    emb = make_vectorizer(fresh_dir)
     works(emb)
-    (folder / "part-1.safetensors").rename(folder / "away")
-    with pytest.raises(CheckpointError, match=r"lacks part-1.safetensors, named in .*index.json"):
+    (fresh_dir / "model-00002-of-00003.safetensors").rename(fresh_dir / "away")
+    with pytest.raises(
+        CheckpointError, match=r"lacks model-00002-of-00003.safetensors, named in .*index.json"
+    ):
         emb.transform(TEXTS)
-    (folder / "away").rename(folder / "part-1.safetensors")
+    (fresh_dir / "away").rename(fresh_dir / "model-00002-of-00003.safetensors")
     works(emb)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": []}'])
-def test_damaged_index(content: str, folder: Path) -> None:
-    shard(folder)
-    (folder / f"{WEIGHTS}.index.json").write_text(content)
-    with pytest.raises(CheckpointError, match="index.json is not a safetensors index"):
-        make_vectorizer(folder).transform(TEXTS)
-
-
-# ---------------------------------------------------------------- config.json and tokenizer.json
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    config.update(changes)
-    (folder / CONFIG).write_text(json.dumps(config))
+# config.json and tokenizer.json
 
 
 @pytest.mark.parametrize(
@@ -399,17 +290,17 @@ def change_config(folder: Path, **changes: Any) -> None:
         (b'{"model_type": "nvembed", "text_config": {}}', "lacks hidden_size"),
     ],
 )
-def test_bad_config(content: bytes | None, message: str, folder: Path, works: Any) -> None:
-    emb = make_vectorizer(folder)
-    good = (folder / CONFIG).read_bytes()
+def test_bad_config(content: bytes | None, message: str, fresh_dir: Path, works: Any) -> None:
+    emb = make_vectorizer(fresh_dir)
+    good = (fresh_dir / CONFIG).read_bytes()
     if content is None:
-        (folder / CONFIG).unlink()
+        (fresh_dir / CONFIG).unlink()
     else:
-        (folder / CONFIG).write_bytes(content)
+        (fresh_dir / CONFIG).write_bytes(content)
     for method in METHODS:
         with pytest.raises(CheckpointError, match=message):
             getattr(emb, method)(TEXTS)
-    (folder / CONFIG).write_bytes(good)
+    (fresh_dir / CONFIG).write_bytes(good)
     works(emb)
 
 
@@ -425,27 +316,27 @@ def test_bad_config(content: bytes | None, message: str, folder: Path, works: An
     ],
     ids=["null", "text", "list", "width", "pooling", "pooling-list"],
 )
-def test_config_with_wrong_values(changes: dict[str, Any], folder: Path) -> None:
-    change_config(folder, **changes)
+def test_config_with_wrong_values(changes: dict[str, Any], fresh_dir: Path) -> None:
+    rewrite_config(fresh_dir, **changes)
     with pytest.raises(CheckpointError, match=r"config.json"):
-        make_vectorizer(folder).transform(TEXTS)
+        make_vectorizer(fresh_dir).transform(TEXTS)
 
 
 @pytest.mark.parametrize(
     "changes", [{"hidden_act": "nope"}, {"num_key_value_heads": 4}, {"rms_norm_eps": "small"}]
 )
-def test_config_that_transformers_cannot_build(changes: dict[str, Any], folder: Path) -> None:
-    config = json.loads((folder / CONFIG).read_text())["text_config"]
-    change_config(folder, text_config={**config, **changes})
+def test_config_that_transformers_cannot_build(changes: dict[str, Any], fresh_dir: Path) -> None:
+    config = json.loads((fresh_dir / CONFIG).read_text())["text_config"]
+    rewrite_config(fresh_dir, text_config={**config, **changes})
     with pytest.raises(CheckpointError, match="config.json"):
-        make_vectorizer(folder).transform(TEXTS)
+        make_vectorizer(fresh_dir).transform(TEXTS)
 
 
-def test_config_of_other_sizes(folder: Path) -> None:
-    config = json.loads((folder / CONFIG).read_text())["text_config"]
-    change_config(folder, text_config={**config, "num_hidden_layers": 3})
+def test_config_of_other_sizes(fresh_dir: Path) -> None:
+    config = json.loads((fresh_dir / CONFIG).read_text())["text_config"]
+    rewrite_config(fresh_dir, text_config={**config, "num_hidden_layers": 3})
     with pytest.raises(CheckpointError, match=r"missing: embedding_model.layers.2.*and 4 more"):
-        make_vectorizer(folder).transform(TEXTS)
+        make_vectorizer(fresh_dir).transform(TEXTS)
 
 
 @pytest.mark.parametrize(
@@ -457,34 +348,27 @@ def test_config_of_other_sizes(folder: Path) -> None:
         (b"\xff\xfe", "tokenizer.json is not a readable tokenizer"),
     ],
 )
-def test_bad_tokenizer(content: bytes | None, message: str, folder: Path, works: Any) -> None:
-    emb = make_vectorizer(folder)
-    good = (folder / TOKENIZER).read_bytes()
+def test_bad_tokenizer(content: bytes | None, message: str, fresh_dir: Path, works: Any) -> None:
+    emb = make_vectorizer(fresh_dir)
+    good = (fresh_dir / TOKENIZER).read_bytes()
     if content is None:
-        (folder / TOKENIZER).unlink()
+        (fresh_dir / TOKENIZER).unlink()
     else:
-        (folder / TOKENIZER).write_bytes(content)
+        (fresh_dir / TOKENIZER).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         emb.transform(TEXTS)
-    (folder / TOKENIZER).write_bytes(good)
+    (fresh_dir / TOKENIZER).write_bytes(good)
     works(emb)
 
 
-def test_tokenizer_of_another_model(folder: Path) -> None:
-    config = json.loads((folder / CONFIG).read_text())["text_config"]
-    change_config(folder, text_config={**config, "eos_token_id": 100_000})
+def test_tokenizer_of_another_model(fresh_dir: Path) -> None:
+    config = json.loads((fresh_dir / CONFIG).read_text())["text_config"]
+    rewrite_config(fresh_dir, text_config={**config, "eos_token_id": 100_000})
     with pytest.raises(CheckpointError, match="no token of id 1 .begin. or 100000 .end."):
-        make_vectorizer(folder).transform(TEXTS)
+        make_vectorizer(fresh_dir).transform(TEXTS)
 
 
-def test_pooling_without_weights_says_so(emb: NVEmbedVectorizer, works: Any) -> None:
-    emb.set_params(pooling="multilayer")
-    with pytest.warns(FreshPoolingWarning, match="no weights for 'multilayer' pooling.*wants"):
-        emb.transform(TEXTS)
-    works(emb.set_params(pooling=None))
-
-
-# ---------------------------------------------------------------- parameters
+# Parameters
 
 BAD_PARAMETERS = [
     ("instruction", "NFCorpos", ValueError, "known task name.*'NFCorpos'. Did you mean 'NFCorpus'"),
@@ -502,25 +386,19 @@ BAD_PARAMETERS = [
     ("max_length", 1, ValueError, r"must be an int in \[2, inf\); got 1"),
     ("max_length", 32_769, ValueError, r"must be an int in \[2, 32768\]; got 32769"),
     ("max_length", 5.0, TypeError, "`max_length` parameter"),
-    ("max_length", None, TypeError, "`max_length` parameter"),
     ("truncate_dim", 0, ValueError, "`truncate_dim` parameter.*got 0"),
     ("truncate_dim", 49, ValueError, r"must be an int in \[1, 48\] or None; got 49"),
-    ("truncate_dim", True, TypeError, "`truncate_dim` parameter"),
     ("normalize", "yes", TypeError, "`normalize` parameter.*True or False"),
     ("missing", "zeros", ValueError, "Did you mean 'zero'"),
     ("trainer", "always", ValueError, "`trainer` parameter.*'auto', None; got 'always'"),
     ("batch_tokens", 0, ValueError, "`batch_tokens` parameter"),
-    ("batch_tokens", "many", TypeError, "`batch_tokens` parameter"),
     ("cache", 3, TypeError, "`cache` parameter"),
-    ("cache", "", ValueError, "`cache` parameter"),
     ("revision", 3, TypeError, "`revision` parameter"),
     ("store_weights", 1, TypeError, "`store_weights` parameter"),
-    ("n_jobs", 1.5, TypeError, "`n_jobs` parameter"),
     ("n_jobs", 0, ValueError, "n_jobs"),
     ("verbose", "loud", TypeError, "`verbose` parameter"),
     ("model", None, TypeError, "`model` parameter.*got NoneType"),
     ("model", "", TypeError, "`model` parameter"),
-    ("model", 3, TypeError, "`model` parameter"),
 ]
 
 
@@ -569,7 +447,7 @@ def test_shortest_max_length_that_an_instruction_allows(emb: NVEmbedVectorizer) 
     assert np.isfinite(found).all()
 
 
-# ---------------------------------------------------------------- cache files
+# Cache files
 
 
 def test_no_room_on_the_disk(golden_dir: Path, tmp_path: Path, works: Any) -> None:
@@ -592,11 +470,10 @@ def test_no_room_on_the_disk(golden_dir: Path, tmp_path: Path, works: Any) -> No
     cache.close()
 
 
-@pytest.mark.parametrize("content", [b"not a database, but somebody's notes", b"SQLite format 3"])
 def test_foreign_cache_file_is_refused_and_kept(
-    content: bytes, golden_dir: Path, tmp_path: Path, works: Any
+    golden_dir: Path, tmp_path: Path, works: Any
 ) -> None:
-    path = tmp_path / "notes.txt"
+    path, content = tmp_path / "notes.txt", b"not a database, but somebody's notes"
     path.write_bytes(content)
     emb = make_vectorizer(golden_dir, cache=path)
     with pytest.raises(CacheError, match="notes.txt"):
@@ -605,26 +482,18 @@ def test_foreign_cache_file_is_refused_and_kept(
     works(emb.set_params(cache=None))
 
 
-def test_cache_in_a_missing_folder(golden_dir: Path, tmp_path: Path, works: Any) -> None:
-    emb = make_vectorizer(golden_dir, cache=tmp_path / "none" / "cache.sqlite")
-    with pytest.raises(CacheError, match="its folder does not exist. Create it"):
-        emb.transform(TEXTS)
-    (tmp_path / "none").mkdir()
-    works(emb)
+# Saving
 
 
-# ---------------------------------------------------------------- saving
-
-
-def test_saving_over_the_model_itself_is_refused(folder: Path, works: Any) -> None:
-    emb = make_vectorizer(folder)
+def test_saving_over_the_model_itself_is_refused(fresh_dir: Path, works: Any) -> None:
+    emb = make_vectorizer(fresh_dir)
     with pytest.raises(ValueError, match=r"`path` parameter of .*save_pretrained.* another folder"):
-        emb.save_pretrained(folder)
+        emb.save_pretrained(fresh_dir)
     works(emb)
 
 
-def test_saving_under_a_file_is_an_os_error(folder: Path, works: Any) -> None:
-    emb = make_vectorizer(folder)
+def test_saving_under_a_file_is_an_os_error(fresh_dir: Path, works: Any) -> None:
+    emb = make_vectorizer(fresh_dir)
     with pytest.raises(OSError, match="model.safetensors"):
-        emb.save_pretrained(folder / WEIGHTS / "below")
+        emb.save_pretrained(fresh_dir / WEIGHTS / "below")
     works(emb)

@@ -5,103 +5,33 @@ scikit-learn's generator yields next to nothing for estimators that take text.
 
 from __future__ import annotations
 
-import os
 import pickle
-import shutil
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 import pytest
 import sklearn
-import torch
-from conftest import ROOT
-from joblib import Parallel, delayed
+from packaging.version import Version
+from paths import GOLDEN
 from sklearn.base import clone
-from sklearn.compose import ColumnTransformer
-from sklearn.exceptions import NotFittedError, SkipTestWarning
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, cross_val_score
-from sklearn.pipeline import FeatureUnion, Pipeline
-from sklearn.utils import estimator_checks
+from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
+from streams import TEXTS
+from tiny import make_vectorizer
+from training_examples import DIM, make_texts
 
 from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer
-from skembed.cache import embedding_cache as cache_module
-from skembed.exceptions import ModelNotFoundError, SkembedWarning, TruncationWarning
+from skembed.exceptions import TruncationWarning
 from skembed.inference.registry import registry
-from skembed.model.network import NVEmbedModel
-from skembed.model.tokenization import PackedBatch
 
-DIM = 48
-GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
-TEXTS = ["a card was stolen", "how to open an account?", "", "Ünïcödé — 日本語 🙂", "a card lost"]
 OTHERS = ["the card", "an account", "b", "c", "d"]
-SKLEARN = tuple(int(part) for part in sklearn.__version__.split(".")[:2])
 pd = pytest.importorskip("pandas")
 pl = pytest.importorskip("polars")
-
-
-def make_vectorizer(model: Any = GOLDEN, **parameters: Any) -> NVEmbedVectorizer:
-    parameters = {"device": "cpu", "dtype": "float32", "cache": None, **parameters}
-    return NVEmbedVectorizer(model, **parameters)
-
-
-def make_texts(n: int, *, seed: int = 0) -> list[str]:
-    """Distinct texts of mixed length."""
-    rng = np.random.default_rng(seed)
-    words = np.array("card account bank open lost money the a of to transfer fee wrong".split())
-    sizes = rng.lognormal(2.0, 0.8, n).astype(int) + 1
-    return [f"{k} " + " ".join(rng.choice(words, size)) for k, size in enumerate(sizes)]
-
-
-@pytest.fixture
-def emb() -> NVEmbedVectorizer:
-    return make_vectorizer()
-
-
-@pytest.fixture(scope="module")
-def vectors() -> np.ndarray:
-    """The texts' vectors."""
-    return make_vectorizer().transform(TEXTS)
-
-
-@pytest.fixture
-def fresh_dir(tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint that no process can have loaded."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in FILES:
-        shutil.copy(GOLDEN / name, folder / name)
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"tiny"', f'"{tmp_path.as_posix()}"'))
-    return folder
-
-
-@pytest.fixture
-def empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A default cache that holds nothing yet."""
-    monkeypatch.setattr(cache_module, "_default_cache", None)
-
-
-@pytest.fixture
-def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many texts each forward pass of this process was given."""
-    counts: list[int] = []
-    forward = NVEmbedModel.forward
-
-    def counting(self: NVEmbedModel, batch: PackedBatch) -> torch.Tensor:
-        counts.append(batch.n_texts)
-        return forward(self, batch)
-
-    monkeypatch.setattr(NVEmbedModel, "forward", counting)
-    return counts
 
 
 @pytest.fixture
@@ -114,7 +44,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(registry), "get", get)
 
 
-# ---------------------------------------------------------------- parameters and cloning
+# Parameters and cloning
 
 
 @pytest.mark.usefixtures("no_loading")
@@ -282,12 +212,12 @@ def test_fit_transform_is_fit_then_transform(emb: NVEmbedVectorizer, vectors: np
 def test_html_repr_shows_the_parameters() -> None:
     html = make_vectorizer(truncate_dim=16, instruction="STS")._repr_html_()
     shown = ["truncate_dim", "instruction", "dtype"]
-    if SKLEARN >= (1, 7):  # from here on the table has every parameter
+    if Version(sklearn.__version__) >= Version("1.7"):  # from here on the table has every parameter
         shown = list(NVEmbedVectorizer().get_params())
     assert [name for name in shown if name not in html] == []
 
 
-# ---------------------------------------------------------------- state
+# State
 
 
 @pytest.mark.parametrize("method", ["transform", "encode_query", "encode_document"])
@@ -336,7 +266,8 @@ def test_labels_leave_single_texts_frozen(emb: NVEmbedVectorizer, vectors: np.nd
     np.testing.assert_array_equal(emb.fit(TEXTS, [0, 1, 0, 1, 0]).transform(TEXTS), vectors)
 
 
-# ---------------------------------------------------------------- containers
+# Containers
+
 
 CONTAINERS = {
     "list": list,
@@ -350,6 +281,8 @@ CONTAINERS = {
     "polars Series": pl.Series,
     "polars frame": lambda x: pl.DataFrame({"text": x}),
 }
+
+
 if hasattr(np.dtypes, "StringDType"):  # numpy 2
     CONTAINERS["StringDType"] = lambda x: np.array(x, dtype=np.dtypes.StringDType())
 
@@ -463,7 +396,7 @@ def test_input_is_left_as_it_was(emb: NVEmbedVectorizer) -> None:
     assert texts == ["a", "b\udce9", None]
 
 
-# ---------------------------------------------------------------- order, subsets, threads
+# Order, subsets, threads
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-3)])
@@ -519,110 +452,7 @@ def test_threads_under_other_poolings(pooling: str) -> None:
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
 
 
-# ---------------------------------------------------------------- pickles
-
-
-def test_pickle_is_small_and_gives_the_same_vectors(tmp_path: Path, vectors: np.ndarray) -> None:
-    emb = make_vectorizer(cache=EmbeddingCache()).fit(TEXTS)
-    np.testing.assert_array_equal(emb.transform(TEXTS), vectors)
-    data = pickle.dumps(emb)
-    joblib.dump(emb, tmp_path / "emb.joblib")
-    assert max(len(data), (tmp_path / "emb.joblib").stat().st_size) < 20_000
-    for twin in (pickle.loads(data), joblib.load(tmp_path / "emb.joblib")):
-        assert twin.model_ == emb.model_
-        assert twin.embedding_dim_ == DIM
-        np.testing.assert_allclose(twin.transform(TEXTS), vectors, atol=1e-6)
-
-
-def test_pickle_of_a_fitted_pipeline(emb: NVEmbedVectorizer, tmp_path: Path) -> None:
-    pipe = Pipeline([("emb", emb), ("clf", LogisticRegression())]).fit(TEXTS, [0, 1, 0, 1, 0])
-    joblib.dump(pipe, tmp_path / "pipe.joblib")
-    assert (tmp_path / "pipe.joblib").stat().st_size < 20_000
-    twin = joblib.load(tmp_path / "pipe.joblib")
-    np.testing.assert_allclose(twin.predict_proba(TEXTS), pipe.predict_proba(TEXTS), atol=1e-6)
-
-
-def test_pickle_without_weights_needs_the_folder(fresh_dir: Path) -> None:
-    data = pickle.dumps(make_vectorizer(fresh_dir).fit(TEXTS))
-    shutil.rmtree(fresh_dir)
-    twin = pickle.loads(data)
-    with pytest.raises(ModelNotFoundError, match="there is no such folder"):
-        twin.transform(TEXTS)
-
-
-@pytest.mark.parametrize("fitted", [True, False])
-def test_stored_weights_open_without_the_folder(
-    fitted: bool, fresh_dir: Path, tmp_path: Path, vectors: np.ndarray
-) -> None:
-    emb = make_vectorizer(fresh_dir, store_weights=True)
-    if fitted:
-        emb.fit(TEXTS)
-    joblib.dump(emb, tmp_path / "emb.joblib")
-    weights = (fresh_dir / "model.safetensors").stat().st_size
-    assert weights < (tmp_path / "emb.joblib").stat().st_size < 1.2 * weights
-    shutil.rmtree(fresh_dir)
-    twin = joblib.load(tmp_path / "emb.joblib")
-    np.testing.assert_allclose(twin.transform(TEXTS), vectors, atol=1e-6)
-    again = pickle.loads(pickle.dumps(clone(twin)))
-    np.testing.assert_allclose(again.transform(TEXTS), vectors, atol=1e-6)
-    twin.fit(TEXTS)
-    assert twin.model_["name"] == str(fresh_dir)
-
-
-def test_stored_weights_are_those_of_the_model_parameter(
-    fresh_dir: Path, tmp_path: Path, vectors: np.ndarray
-) -> None:
-    twin = pickle.loads(pickle.dumps(make_vectorizer(fresh_dir, store_weights=True)))
-    # A typo must not fall back on the weights of the model before.
-    with pytest.raises(ModelNotFoundError, match="no such folder"):
-        twin.set_params(model=tmp_path / "typo").transform(TEXTS)
-    # And another model is what the next pickle holds.
-    other = tmp_path / "other"
-    shutil.copytree(fresh_dir, other)
-    config = (other / "config.json").read_text()
-    (other / "config.json").write_text(
-        config.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1.0')
-    )
-    expected = make_vectorizer(other).transform(TEXTS)
-    assert np.abs(expected - vectors).max() > 1e-3
-    data = pickle.dumps(twin.set_params(model=other))
-    shutil.rmtree(other)
-    np.testing.assert_allclose(pickle.loads(data).transform(TEXTS), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps"])
-def test_pickle_of_a_gpu_opens_on_a_cpu(
-    device: str, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    emb = make_vectorizer().fit(TEXTS).set_params(device=device)
-    with pytest.raises(ValueError, match="`device` parameter"):
-        emb.transform(TEXTS)
-    twin = pickle.loads(pickle.dumps(emb))
-    with pytest.warns(SkembedWarning, match=f"pickled with device='{device}'.*runs on 'cpu'"):
-        found = twin.transform(TEXTS)
-    np.testing.assert_allclose(found, vectors, atol=1e-6)
-    assert twin.device == device, "on the way back it runs on the GPU again"
-    np.testing.assert_array_equal(twin.set_params(device="auto").transform(TEXTS), found)
-    with pytest.raises(ValueError, match="got 'gpu'"):
-        twin.set_params(device="gpu").transform(TEXTS)
-
-
-def test_saved_folder_gives_the_same_vectors(tmp_path: Path, emb: NVEmbedVectorizer) -> None:
-    emb.set_params(instruction="Find the same", truncate_dim=16, missing="zero")
-    vectors = emb.transform(TEXTS)
-    emb.save_pretrained(tmp_path / "saved")
-    twin = NVEmbedVectorizer.from_pretrained(
-        tmp_path / "saved", device="cpu", dtype="float32", cache=None
-    )
-    assert (twin.instruction, twin.truncate_dim, twin.missing) == ("Find the same", 16, "zero")
-    np.testing.assert_allclose(twin.transform(TEXTS), vectors, atol=1e-6)
-    other = NVEmbedVectorizer.from_pretrained(tmp_path / "saved", truncate_dim=8)
-    assert other.truncate_dim == 8, "what is given goes before what is saved"
-
-
-# ---------------------------------------------------------------- output containers
+# Output containers
 
 
 def test_feature_names(emb: NVEmbedVectorizer) -> None:
@@ -671,177 +501,7 @@ def test_pandas_output_of_pairs(emb: NVEmbedVectorizer) -> None:
     assert emb.feature_names_in_.tolist() == ["anchor", "positive"]
 
 
-# ---------------------------------------------------------------- inside scikit-learn
-
-
-@pytest.mark.parametrize("column", ["text", ["text"]])
-@pytest.mark.parametrize("frame", [pd.DataFrame, pl.DataFrame])
-def test_column_transformer_on_a_named_column(
-    column: Any, frame: Any, emb: NVEmbedVectorizer, vectors: np.ndarray
-) -> None:
-    X = frame({"price": [1.0, 2.0, 3.0, 4.0, 5.0], "text": TEXTS})
-    columns = ColumnTransformer([("emb", emb, column), ("rest", "passthrough", ["price"])])
-    found = columns.fit_transform(X)
-    np.testing.assert_allclose(found[:, :DIM], vectors, atol=1e-6)
-    np.testing.assert_array_equal(found[:, DIM], [1, 2, 3, 4, 5])
-    names = columns.get_feature_names_out().tolist()
-    assert names == [*(f"emb__nvembedvectorizer{k}" for k in range(DIM)), "rest__price"]
-    np.testing.assert_allclose(columns.transform(X[:2]), found[:2], atol=1e-5)
-
-
-def test_column_transformer_with_pandas_output(emb: NVEmbedVectorizer) -> None:
-    X = pd.DataFrame({"price": [1.0, 2.0], "text": ["a", "b"]}, index=[10, 20])
-    columns = ColumnTransformer([("emb", emb, "text"), ("rest", "passthrough", ["price"])])
-    found = columns.set_output(transform="pandas").fit_transform(X)
-    assert found.index.tolist() == [10, 20]
-    assert found.columns[[0, -1]].tolist() == ["emb__nvembedvectorizer0", "rest__price"]
-
-
-def test_feature_union_with_tfidf(emb: NVEmbedVectorizer, vectors: np.ndarray) -> None:
-    union = FeatureUnion([("tfidf", TfidfVectorizer()), ("emb", emb)])
-    found = union.fit_transform(TEXTS)
-    names = union.get_feature_names_out()
-    assert found.shape == (5, len(names))
-    np.testing.assert_allclose(found[:, -DIM:].toarray(), vectors, atol=1e-6)
-    assert names[-1] == f"emb__nvembedvectorizer{DIM - 1}"
-
-
-def make_pipe(model: Path, **parameters: Any) -> Pipeline:
-    emb = make_vectorizer(model, **parameters)
-    return Pipeline([("emb", emb), ("clf", LogisticRegression(max_iter=1_000))])
-
-
-LABELS = np.arange(100) % 2
-
-
-@pytest.mark.usefixtures("empty_cache")
-@pytest.mark.parametrize(
-    ("grid", "n_embedded"),
-    [
-        ({"clf__C": [0.1, 1.0, 10.0]}, 100),
-        ({"emb__truncate_dim": [8, 16, None]}, 100),
-        ({"emb__normalize": [True, False], "emb__truncate_dim": [8, None]}, 100),
-        ({"emb__instruction": [None, "STS", "Find the same text"]}, 300),
-    ],
-    ids=["C", "truncate_dim", "normalize", "instruction"],
-)
-def test_grid_search_embeds_each_text_once(
-    grid: dict[str, Any], n_embedded: int, fresh_dir: Path, embedded: list[int]
-) -> None:
-    n_loads = registry.n_loads
-    search = GridSearchCV(make_pipe(fresh_dir, cache="memory"), grid, cv=5, error_score="raise")
-    search.fit(make_texts(100), LABELS)
-    assert registry.n_loads - n_loads == 1
-    assert sum(embedded) == n_embedded
-    # The grid points are truly different ones: each has its own columns or vectors.
-    assert len(search.cv_results_["params"]) == np.prod([len(v) for v in grid.values()])
-    assert search.predict(["a new text"]).shape == (1,)
-    assert sum(embedded) == n_embedded + 1
-
-
-@pytest.mark.usefixtures("empty_cache")
-def test_grid_over_instruction_and_dimension(fresh_dir: Path, embedded: list[int]) -> None:
-    texts = make_texts(60)
-    grid = {"emb__instruction": [None, "Find the same text"], "emb__truncate_dim": [4, None]}
-    search = GridSearchCV(make_pipe(fresh_dir, cache="memory"), grid, cv=3, error_score="raise")
-    search.fit(texts, LABELS[:60])
-    assert sum(embedded) == 120
-    best = search.best_params_
-    expected = make_pipe(fresh_dir).set_params(**best).fit(texts, LABELS[:60])
-    np.testing.assert_allclose(
-        search.predict_proba(texts), expected.predict_proba(texts), atol=1e-4
-    )
-
-
-def loads_of_workers() -> dict[int, int]:
-    """Process -> loads so far, of joblib's two workers."""
-
-    # Inside a function, so that workers are sent it by value and need not import this file.
-    def count_loads() -> tuple[int, int]:
-        import os
-        import time
-
-        from skembed.inference.registry import registry
-
-        time.sleep(0.1)  # long enough for every worker to take a task
-        return os.getpid(), registry.n_loads
-
-    return dict(Parallel(n_jobs=2)(delayed(count_loads)() for _ in range(6)))
-
-
-def test_cross_validation_in_workers_loads_once_each(fresh_dir: Path) -> None:
-    texts, before = make_texts(100), loads_of_workers()
-    assert os.getpid() not in before
-    pipe = make_pipe(fresh_dir)
-    scores = cross_val_score(pipe, texts, LABELS, cv=6, n_jobs=2, error_score="raise")
-    after = loads_of_workers()
-    loads = [after[pid] - before.get(pid, 0) for pid in after]
-    # Six tasks: more loads than workers would mean that a worker has loaded for each task.
-    assert set(loads) <= {0, 1}
-    assert sum(loads) >= 1
-    np.testing.assert_allclose(scores, cross_val_score(pipe, texts, LABELS, cv=6), atol=0.051)
-
-
-def test_n_jobs_gives_the_same_vectors() -> None:
-    texts = make_texts(300)
-    texts += [texts[0], "word " * 600]
-    with pytest.warns(TruncationWarning, match="1 of 301 texts"):
-        expected = make_vectorizer().transform(texts)
-    cache = EmbeddingCache()
-    emb = make_vectorizer(n_jobs=2, cache=cache)
-    with pytest.warns(TruncationWarning, match="1 of 301 texts"):
-        found = emb.transform(texts)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert "_lease" in emb.__dict__
-    assert not emb._lease.models, "this process has not loaded the weights"
-    assert len(cache) == 301
-
-
-@pytest.mark.skipif(SKLEARN < (1, 6), reason="scikit-learn 1.5 has no generator of checks")
-def test_scikit_learn_generator() -> None:
-    names = []
-    with warnings.catch_warnings():
-        # It says that it has few checks for estimators of text.
-        warnings.simplefilter("ignore", SkipTestWarning)
-        for estimator, check in estimator_checks.estimator_checks_generator(make_vectorizer()):
-            check(estimator)
-            names.append(check.func.__name__)
-    assert names
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "check_parameters_default_constructible",
-        "check_no_attributes_set_in_init",
-        "check_get_params_invariance",
-        "check_set_params",
-        "check_estimator_repr",
-        "check_estimator_cloneable",
-        "check_valid_tag_types",
-        "check_mixin_order",
-    ],
-)
-def test_scikit_learn_checks_that_need_no_numbers(name: str) -> None:
-    check = getattr(estimator_checks, name, None)
-    if check is None:
-        pytest.skip("not in this release of scikit-learn")
-    check("NVEmbedVectorizer", make_vectorizer())
-
-
-def test_tags(emb: NVEmbedVectorizer) -> None:
-    if SKLEARN < (1, 6):
-        pytest.skip("scikit-learn 1.5 has other tags")
-    from sklearn.utils import get_tags
-
-    tags = get_tags(emb)
-    assert tags.input_tags.string
-    assert not tags.input_tags.two_d_array
-    assert not tags.requires_fit
-    assert get_tags(make_vectorizer(trainer=ContrastiveTrainer())).requires_fit
-
-
-# ---------------------------------------------------------------- the bundled model
+# The bundled model
 
 
 def test_bundled_model_is_the_default() -> None:

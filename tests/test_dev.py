@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 
 @pytest.fixture

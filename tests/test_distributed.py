@@ -67,7 +67,7 @@ def relative_error(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]
     return float(np.linalg.norm(flatten(found) - wanted) / np.linalg.norm(wanted))
 
 
-# ---------------------------------------------------------------- the gradient
+# The gradient
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -104,7 +104,7 @@ def test_adapter_is_that_of_one_process(launched: list[dict[str, Found]], tmp_pa
     np.testing.assert_allclose(launched[0]["run_exact"]["loss"], expected["loss"], rtol=1e-4)
 
 
-# ---------------------------------------------------------------- who does what
+# Who does what
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -138,7 +138,7 @@ def test_all_processes_resume_from_the_first_ones_state(launched: list[dict[str,
     np.testing.assert_array_equal(flatten(first), flatten(second))
 
 
-# ---------------------------------------------------------------- faults
+# Faults
 
 
 def test_unequal_texts_are_refused_in_all_processes(launched: list[dict[str, Found]]) -> None:
@@ -155,7 +155,7 @@ def test_an_error_of_the_first_process_ends_all(launched: list[dict[str, Found]]
         assert "cannot be read" in text
 
 
-# ---------------------------------------------------------------- joining
+# Joining
 
 
 def test_torchrun_starts_and_ends_the_group(launched: list[dict[str, Found]]) -> None:
@@ -187,7 +187,7 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.Monke
     assert active_processes().size == 1
 
 
-# ---------------------------------------------------------------- shares
+# Shares
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 import skembed
 

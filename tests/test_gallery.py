@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 import skembed.datasets
 from skembed import NVEmbedVectorizer

@@ -180,7 +180,7 @@ def test_list_instructions():
         list_instructions(3)
 
 
-# ---------------------------------------------------------------- resolve_instruction
+# resolve_instruction
 
 
 @pytest.mark.parametrize("side", ["query", "document"])
@@ -289,7 +289,7 @@ def test_unknown_side():
         resolve_instruction("STS", side="corpus")
 
 
-# ---------------------------------------------------------------- templates
+# Templates
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_model import token_states
-from test_pooling import double_weights, randomize, reference_latent
+from paths import GOLDEN
+from tiny import TINY, double_weights, make_tiny_model, reference_latent, token_states
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, MistralConfig
@@ -25,12 +24,10 @@ from skembed.model import attention as attention_module
 from skembed.model import cpu_forward as fused
 from skembed.model import loaded as loaded_module
 from skembed.model.checkpoint import load_model
-from skembed.model.config import NVEmbedConfig
 from skembed.model.network import NVEmbedModel
 from skembed.model.sources import read_config, resolve_source
 from skembed.model.tokenization import TextTokenizer, pack_texts
 
-GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
 GOLDEN_VECTORS: dict[str, Any] = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))
 TEXTS: list[str] = GOLDEN_VECTORS["texts"]
 BLOCKS = sorted(GOLDEN_VECTORS["embeddings"])
@@ -343,36 +340,6 @@ def test_the_vectorizer_proves_its_path(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 # An independent reference: stock Mistral, eager attention, an explicit mask, the pooling by einsum
-
-TINY: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 40,
-    "intermediate_size": 56,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,  # not hidden_size / num_attention_heads
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500.0,
-}
-
-
-def make_tiny_model(path: str = "grouped") -> NVEmbedModel:
-    """Return a model of odd sizes whose random weights make attention far from uniform."""
-    config = NVEmbedConfig(
-        backbone=TINY,
-        num_latents_value=10,
-        num_cross_heads=3,
-        cross_dim_head=20,
-        latent_dim=24,
-        ff_mult=2,
-    )
-    model = NVEmbedModel(config, attention_path="grouped" if path == "stock" else path).eval()
-    model.fuse = path != "stock"
-    randomize(model.embedding_model)
-    randomize(model.latent_attention_model, seed=1)
-    return model
 
 
 def reference_states(model: NVEmbedModel, texts: Sequence[Tensor]) -> list[Tensor]:

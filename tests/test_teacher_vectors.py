@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from skembed import NVEmbedVectorizer
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "two_stage.py"
 PAIRS = (
     "squad_question_sentence",

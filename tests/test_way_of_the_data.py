@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 

@@ -23,8 +23,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = ROOT / "tests" / "golden" / "nvembed-tiny"
+from paths import GOLDEN, ROOT
+
 VERSIONS = ("5.0.0", "5.5.4", "5.10.4", "5.16.1", "5.23.0")
 TOLERANCE = 1e-5
 
