@@ -18,13 +18,13 @@ from cache_files import (
     Holder,
     file_connection,
     find,
+    finish,
     integrity,
     make_vectors,
     snapshot,
     start_python,
 )
 from sklearn.base import clone
-from stream_kills import finish
 
 from skembed import NVEmbedVectorizer
 from skembed.cache import embedding_cache as cache_module
