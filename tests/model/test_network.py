@@ -1,6 +1,5 @@
 """The network: backbone and poolings."""
 
-import ast
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from networks import TINY, make_batch, make_model, run
-from paths import ROOT
 from tiny import randomize, token_states
 
 from skembed.model.config import NVEmbedConfig
@@ -72,18 +70,6 @@ def test_order_counts_and_place_does_not() -> None:
         vectors = model(pack_texts([ids, ids[::-1].copy(), ids], 0))
     torch.testing.assert_close(vectors[0], vectors[2], rtol=1e-5, atol=1e-6)
     assert (vectors[0] - vectors[1]).abs().max() > 1e-2
-
-
-def test_no_private_imports() -> None:
-    """From transformers' top level only, and no name with a leading underscore."""
-    for path in sorted((ROOT / "skembed").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
-                assert node.module == "transformers", path.name
-                assert not [alias.name for alias in node.names if alias.name.startswith("_")]
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-                assert not [n for n in names if n.startswith("transformers.")], path.name
 
 
 # Poolings in the model
