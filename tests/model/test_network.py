@@ -10,6 +10,7 @@ from networks import TINY, make_batch, make_model, run
 from tiny import randomize, token_states
 
 from skembed.model.config import NVEmbedConfig
+from skembed.model.cpu_kernels import LeanMLP
 from skembed.model.network import NVEmbedModel
 from skembed.model.pooling import FoldedLatentAttention, MultiLayerPooling
 from skembed.model.tokenization import pack_texts
@@ -132,7 +133,7 @@ def test_lean_norms_equal_the_stock_ones(dtype: torch.dtype, tolerance: float) -
     assert lean.weight is stock.weight
     assert type(lean) is type(model.embedding_model.norm) is not type(stock)
     torch.testing.assert_close(lean(tokens), expected, rtol=tolerance, atol=tolerance)
-    with torch.no_grad():  # in place only where no gradient is asked for
+    with torch.no_grad():
         torch.testing.assert_close(lean(tokens), expected, rtol=tolerance, atol=tolerance)
     lean(tokens.requires_grad_()).sum().backward()
     assert tokens.grad is not None and lean.weight.grad is not None
@@ -164,19 +165,19 @@ def tiny_config_of_32() -> NVEmbedConfig:
     return NVEmbedConfig.from_dict({"model_type": "mistral"} | backbone | heads, "test")
 
 
-def test_lean_activation_leaves_the_mlp_as_it_is() -> None:
+def test_lean_mlp_equals_the_stock_one() -> None:
     model = NVEmbedModel(tiny_config_of_32())
     tokens = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
     mlp = model.embedding_model.layers[1].mlp
-    stock_forward = type(mlp).forward
     expected = mlp(tokens)
     names = list(model.state_dict())
     model.use_lean_modules()
-    assert model.embedding_model.layers[1].mlp is mlp
-    assert type(mlp).forward is stock_forward
+    stock, mlp = mlp, model.embedding_model.layers[1].mlp
+    assert isinstance(mlp, LeanMLP)
+    assert mlp.gate_proj is stock.gate_proj
     assert list(model.state_dict()) == names  # the checkpoint's keys stay
     torch.testing.assert_close(mlp(tokens), expected)
-    with torch.no_grad():  # in place only where no gradient is asked for
+    with torch.no_grad():
         torch.testing.assert_close(mlp(tokens), expected)
     mlp(tokens).sum().backward()
     assert mlp.gate_proj.weight.grad is not None
