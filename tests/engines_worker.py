@@ -24,7 +24,7 @@ Found = dict[str, Any]
 
 
 def make_texts(n: int = 320) -> list[str]:
-    """Texts of mixed length; the last fifty are repetitions."""
+    """Return texts of mixed length, the last fifty of them repeated."""
     rng = np.random.default_rng(0)
     words = np.array("card account bank open lost money the a of to transfer fee wrong".split())
     sizes = rng.lognormal(2.0, 0.8, n).astype(int) + 1
@@ -33,13 +33,13 @@ def make_texts(n: int = 320) -> list[str]:
 
 
 def make_vectorizer(**parameters: Any) -> NVEmbedVectorizer:
-    """The tiny checkpoint."""
+    """Return an estimator of the tiny checkpoint."""
     given = {"device": "cpu", "dtype": "float32", "cache": None}
     return NVEmbedVectorizer(GOLDEN, **{**given, **parameters})
 
 
 def make_frame() -> pd.DataFrame:
-    """The texts with their numbers."""
+    """Return the texts and their numbers."""
     texts = make_texts()
     return pd.DataFrame({"id": np.arange(len(texts)), "title": texts})
 

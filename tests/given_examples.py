@@ -17,7 +17,7 @@ SCORES = [0.5, 4.0, 2.5]
 
 
 def rows_of(examples):
-    """The texts of each example."""
+    """Return the texts of each example."""
     return [tuple(examples.texts[i] for i in row) for row in examples.columns.tolist()]
 
 
@@ -26,7 +26,7 @@ def labels_of(examples):
 
 
 def assert_sound(examples):
-    """What holds of all examples: types, shapes, texts distinct, used and in order."""
+    """Check what holds of all examples: types, shapes, texts distinct, used and in order."""
     columns = examples.columns
     assert columns.dtype == np.int64
     assert columns.ndim == 2

@@ -31,7 +31,7 @@ from skembed.streaming.targets import make_target
 
 
 def make_texts(n_rows: int) -> Iterator[str]:
-    """Distinct texts of several lengths."""
+    """Yield distinct texts of several lengths."""
     return (f"text {i}" + " and so on" * (i % 7) for i in range(n_rows))
 
 
@@ -90,7 +90,7 @@ def finish(task: Callable[[], None]) -> None:
 
 
 def make_up(self: Encoder, columns: Any, sides: Any, *, batch_tokens: Any, progress: Any) -> Any:
-    """Vectors of texts without a model."""
+    """Return vectors of texts without a model."""
     texts, dim = columns.columns[0], self.settings.dim
     rows = [np.resize(np.frombuffer(text.encode(), np.uint8), dim) for text in texts]
     vectors = np.array(rows, dtype=np.float32).reshape(-1, dim)

@@ -28,7 +28,7 @@ def place(folder: Path, layout: str, name: str = "out") -> Path:
 
 
 def read_bytes(path: Path) -> dict[str, bytes]:
-    """Every file of a set of embeddings."""
+    """Return the bytes of every file of a set of embeddings."""
     if path.is_dir():
         return {file.name: file.read_bytes() for file in path.iterdir()}
     return {

@@ -390,7 +390,6 @@ BAD_PARAMETERS = [
     ("truncate_dim", 49, ValueError, r"must be an int in \[1, 48\] or None; got 49"),
     ("normalize", "yes", TypeError, "`normalize` parameter.*True or False"),
     ("missing", "zeros", ValueError, "Did you mean 'zero'"),
-    ("trainer", "always", ValueError, "`trainer` parameter.*'auto', None; got 'always'"),
     ("batch_tokens", 0, ValueError, "`batch_tokens` parameter"),
     ("cache", 3, TypeError, "`cache` parameter"),
     ("revision", 3, TypeError, "`revision` parameter"),
@@ -418,6 +417,13 @@ def test_bad_parameters(
     with pytest.raises(error, match=message):
         emb.fit(TEXTS)
     works(emb.set_params(**{name: good}))
+
+
+def test_a_bad_trainer_is_found_by_fit(emb: NVEmbedVectorizer, works: Any) -> None:
+    emb.set_params(trainer="always")
+    with pytest.raises(ValueError, match="`trainer` parameter.*'auto', None; got 'always'"):
+        emb.fit(TEXTS)
+    works(emb.set_params(trainer="auto"))
 
 
 def test_unknown_parameter_name(golden_dir: Path) -> None:

@@ -20,9 +20,8 @@ from paths import GOLDEN
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
-from streams import TEXTS
+from texts import DIM, TEXTS, make_texts
 from tiny import make_vectorizer
-from training_examples import DIM, make_texts
 
 from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer
 from skembed.exceptions import TruncationWarning

@@ -19,9 +19,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import FeatureUnion, Pipeline
 from sklearn.utils import estimator_checks
-from streams import TEXTS
+from texts import DIM, TEXTS, make_texts
 from tiny import make_vectorizer
-from training_examples import DIM, make_texts
 
 from skembed import ContrastiveTrainer, EmbeddingCache, NVEmbedVectorizer
 from skembed.cache import embedding_cache as cache_module

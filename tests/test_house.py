@@ -127,6 +127,18 @@ def test_only_some_modules_may_import_torch(name: str) -> None:
         assert not {target.split(".")[0] for target in names} & {"torch", "transformers"}
 
 
+def test_no_private_imports_of_transformers() -> None:
+    """From transformers' top level only, and no name with a leading underscore."""
+    for name in MODULES:
+        for node in ast.walk(parse(name)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
+                assert node.module == "transformers", name
+                assert not [alias.name for alias in node.names if alias.name.startswith("_")]
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+                assert not [n for n in names if n.startswith("transformers.")], name
+
+
 # Sizes
 
 

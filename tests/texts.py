@@ -7,7 +7,7 @@ TEXTS = ["a card was stolen", "how to open an account?", "", "Ünïcödé — �
 
 
 def make_texts(n: int, *, seed: int = 0) -> list[str]:
-    """Distinct texts of mixed length."""
+    """Return distinct texts of mixed length."""
     rng = np.random.default_rng(seed)
     words = np.array("card account bank open lost money the a of to transfer fee wrong".split())
     sizes = rng.lognormal(2.0, 0.8, n).astype(int) + 1

@@ -66,7 +66,7 @@ def make_tiny_model(path: str = "grouped") -> NVEmbedModel:
 
 
 def token_states(model: NVEmbedModel, batch: PackedBatch) -> Tensor:
-    """Last hidden states (T, D) of a pack."""
+    """Return the last hidden states (T, D) of a pack."""
     with torch.inference_mode():
         states = model.hidden_states(batch)
     assert isinstance(states, Tensor)
@@ -80,13 +80,13 @@ def make_vectorizer(model: Path | str = GOLDEN, **parameters: Any) -> NVEmbedVec
 
 
 def base_of(emb: NVEmbedVectorizer) -> LoadedModel:
-    """The one model an estimator holds."""
+    """Return the one model that an estimator holds."""
     (loaded,) = emb._lease.models.values()
     return loaded
 
 
 def weights(emb: NVEmbedVectorizer) -> dict[str, np.ndarray]:
-    """All that an estimator has learned."""
+    """Return all that an estimator has learned."""
     adapter = emb.adapter_
     return {name: t.numpy().copy() for name, t in {**adapter.lora, **adapter.pooling}.items()}
 
@@ -94,7 +94,7 @@ def weights(emb: NVEmbedVectorizer) -> dict[str, np.ndarray]:
 def load_base(
     folder: Path, *, dtype: str = "float32", pooling: str | None = None
 ) -> tuple[LoadedModel, ModelSource]:
-    """A model of the registry, and its source."""
+    """Return a model of the registry and its source."""
     source = resolve_source(folder)
     config = read_config(source, pooling)
     key = ModelKey(fingerprint_weights(source), config.pooling, "cpu", dtype, "grouped")
@@ -102,7 +102,7 @@ def load_base(
 
 
 def random_lora(config: NVEmbedConfig, settings: LoraSettings, seed: int = 0) -> dict[str, Tensor]:
-    """Matrices that are all away from zero."""
+    """Return matrices that are all away from zero."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator) * 0.2
@@ -114,7 +114,7 @@ def random_lora(config: NVEmbedConfig, settings: LoraSettings, seed: int = 0) ->
 
 
 def reference_norm(x: Tensor, weights: Mapping[str, Tensor], prefix: str) -> Tensor:
-    """LayerNorm over the last axis, by its definition."""
+    """Compute LayerNorm over the last axis by its definition."""
     centred = x - x.mean(-1, keepdim=True)
     variance = (centred**2).mean(-1, keepdim=True)
     scaled = centred / torch.sqrt(variance + 1e-5)
@@ -124,7 +124,7 @@ def reference_norm(x: Tensor, weights: Mapping[str, Tensor], prefix: str) -> Ten
 def reference_attend(
     queries: Tensor, context: Tensor, weights: Mapping[str, Tensor], heads: int
 ) -> Tensor:
-    """Cross-attention of (n, D) over (m, C), by einsum on weights split into heads."""
+    """Compute cross-attention of (n, D) over (m, C) by einsum on weights split into heads."""
     to_q = weights["cross_attend_blocks.0.fn.to_q.weight"]
     to_kv = weights["cross_attend_blocks.0.fn.to_kv.weight"]
     to_out = weights["cross_attend_blocks.0.fn.to_out.weight"]
@@ -143,7 +143,7 @@ def reference_attend(
 
 
 def reference_feed_forward(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """GEGLU with the exact GELU on the second half."""
+    """Compute GEGLU with the exact GELU on the second half."""
     prefix = "cross_attend_blocks.1.fn.net"
     u = x @ weights[f"{prefix}.0.weight"].T + weights[f"{prefix}.0.bias"]
     value, gate = u[..., : u.shape[-1] // 2], u[..., u.shape[-1] // 2 :]
@@ -152,7 +152,7 @@ def reference_feed_forward(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def reference_latent(tokens: Tensor, weights: Mapping[str, Tensor], heads: int) -> Tensor:
-    """NV-Embed's latent layer on the pooled tokens (n, D) of one text -> (D,)."""
+    """Apply NV-Embed's latent layer to the pooled tokens (n, D) of one text -> (D,)."""
     queries = reference_norm(tokens, weights, "cross_attend_blocks.0.norm")
     context = reference_norm(weights["latents"], weights, "cross_attend_blocks.0.norm_context")
     x = reference_attend(queries, context, weights, heads) + tokens
@@ -163,7 +163,7 @@ def reference_latent(tokens: Tensor, weights: Mapping[str, Tensor], heads: int) 
 def reference_multilayer(
     layers: Sequence[Tensor], weights: Mapping[str, Tensor], heads: int
 ) -> Tensor:
-    """Pooling over the layers' token means of one text, each (n, D) -> (D,)."""
+    """Pool the layers' token means of one text, each (n, D) -> (D,)."""
     states = torch.stack([layer.mean(0) for layer in layers]) + weights["layer_weights"]
     context = reference_norm(states, weights, "cross_attend_blocks.0.norm_context")
     latents = weights["latents"]
@@ -174,7 +174,7 @@ def reference_multilayer(
 
 
 def double_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Weights in float64, so that the reference adds no rounding of its own."""
+    """Return weights in float64, so that the reference adds no rounding of its own."""
     return {name: value.double() for name, value in module.state_dict().items()}
 
 

@@ -15,7 +15,7 @@ DESCRIPTIONS = {label: " ".join(words) for label, words in WORDS.items()}
 
 
 def make_data(n: int = 60, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Texts with three words of their class and two that say nothing."""
+    """Return texts with three words of their class and two that say nothing."""
     rng = np.random.default_rng(seed)
     labels = [list(WORDS)[i % 3] for i in range(n)]
     texts = [" ".join([*rng.choice(WORDS[c], 3), *rng.choice(COMMON, 2)]) for c in labels]

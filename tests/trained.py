@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tiny
 from paths import GOLDEN
 from transformers import AutoModel, MistralConfig
 
@@ -27,12 +28,11 @@ OTHER_TEXTS = ["The exchange rate of the euro", "x", "A card for the new account
 
 
 def make_vectorizer(folder: Path | str = GOLDEN, **parameters: Any) -> NVEmbedVectorizer:
-    defaults = {"device": "cpu", "dtype": "float32", "cache": None, "trainer": None}
-    return NVEmbedVectorizer(folder, **{**defaults, **parameters})
+    return tiny.make_vectorizer(folder, **{"trainer": None, **parameters})
 
 
 def make_trainer(**parameters: Any) -> ContrastiveTrainer:
-    """A trainer of three steps that move the vectors far."""
+    """Return a trainer of three steps that move the vectors far."""
     defaults = {"r": 4, "learning_rate": 1e-2, "max_steps": 3, "batch_size": 8, "random_state": 0}
     return ContrastiveTrainer(**{**defaults, **parameters})
 
@@ -50,7 +50,7 @@ def train(
 
 @cache
 def trained() -> NVEmbedVectorizer:
-    """An estimator that tests read and do not change."""
+    """Return an estimator that tests read and do not change."""
     return train()
 
 

@@ -18,7 +18,7 @@ WORDS = {
 
 
 def make_texts(n: int, *, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Texts of each class, of the class's own words and some that all share; and their labels."""
+    """Return texts of each class's own words and some that all share, and their labels."""
     rng = np.random.default_rng(seed)
     texts, labels = [], []
     for label, words in WORDS.items():
@@ -54,7 +54,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
 
 
 def make_trainer(**parameters: Any) -> ContrastiveTrainer:
-    """A trainer of a few quick steps."""
+    """Return a trainer of a few quick steps."""
     return ContrastiveTrainer(
         **{
             "r": 2,

@@ -24,7 +24,7 @@ from skembed.training.validation import split_validation
 
 
 def make_texts(n: int, *, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Texts of each class, of the class's own words but for one; and their labels."""
+    """Return texts of each class's own words but for one, and their labels."""
     rng = np.random.default_rng(seed)
     texts, labels = [], []
     for label, words in WORDS.items():
@@ -40,7 +40,7 @@ PAIRS = [(a, b) for a, b in zip(TEXTS[::2], TEXTS[1::2], strict=True)]
 
 
 def make(*, vectorizer: dict[str, Any] | None = None, **parameters: Any) -> NVEmbedVectorizer:
-    """A vectorizer with a trainer of a few quick steps."""
+    """Return a vectorizer with a trainer of a few quick steps."""
     trainer = ContrastiveTrainer(
         **{
             "r": 2,
@@ -63,7 +63,7 @@ def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> Non
 
 
 def timeless(history: TrainingHistory) -> dict[str, Any]:
-    """A history without its speeds."""
+    """Return a history without its speeds."""
     values = asdict(history)
     for entry in values["steps"]:
         del entry["examples_per_s"]
@@ -71,7 +71,7 @@ def timeless(history: TrainingHistory) -> dict[str, Any]:
 
 
 def held_out_score(emb: NVEmbedVectorizer, X: Any, y: Any, fraction: float) -> float:
-    """The score again, by `transform` and other means, of the same held-out part."""
+    """Compute the score of the held-out part again, by `transform` and other means."""
     examples = check_examples(X, y)
     train, held = split_validation(examples, fraction, emb.trainer.random_state)
     found = emb.transform(X)
@@ -90,7 +90,7 @@ def held_out_score(emb: NVEmbedVectorizer, X: Any, y: Any, fraction: float) -> f
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The header of a state; {} while there is none."""
+    """Return the header of a state, {} while there is none."""
     try:
         with safe_open(folder / STATE_FILE, framework="np") as file:
             return dict(json.loads(file.metadata()["skembed"]))

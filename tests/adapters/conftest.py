@@ -15,7 +15,7 @@ def forget_trained() -> Any:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A trained adapter's folder, pooling included."""
+    """Return a trained adapter's folder, pooling included."""
     folder = tmp_path / "adapter"
     trained().save_pretrained(folder)
     return folder

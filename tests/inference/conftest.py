@@ -16,7 +16,7 @@ from skembed.model.tokenization import PackedBatch
 
 @pytest.fixture(scope="module")
 def expected() -> np.ndarray:
-    """The rows of one process."""
+    """Return the rows of one process."""
     return make_vectorizer().transform(make_texts())
 
 

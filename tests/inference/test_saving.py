@@ -13,9 +13,8 @@ import torch
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
-from streams import TEXTS
+from texts import DIM, TEXTS
 from tiny import make_vectorizer
-from training_examples import DIM
 
 from skembed import EmbeddingCache, NVEmbedVectorizer
 from skembed.exceptions import ModelNotFoundError, SkembedWarning

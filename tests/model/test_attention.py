@@ -10,8 +10,6 @@ from skembed.model import attention as model_module
 from skembed.model.attention import ATTENTION_NAME, ATTENTION_PATHS
 from skembed.model.tokenization import pack_texts
 
-# The backbone
-
 
 @pytest.mark.parametrize("path", ["grouped", "padded"])
 def test_grouped_queries(path: str) -> None:
@@ -56,15 +54,12 @@ def test_runs_of_equal_lengths() -> None:
     assert model_module._runs([4]) == [(4, 1)]
 
 
-# Poolings in the model
-
-
 @pytest.mark.parametrize("lengths", [(5, 5, 16, 3), (17,), (32, 31)])
-def test_attention_on_tiles_equals_plain_attention(lengths: tuple[int, ...]) -> None:
+def test_attention_in_bfloat16_equals_plain_attention(lengths: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = sum(lengths)
     q, k, v = (torch.randn(heads, tokens, 8, generator=generator).bfloat16() for heads in (4, 2, 2))
     batch = pack_texts([np.ones(n, dtype=np.int32) for n in lengths], 0)
-    found = model_module._grouped_on_tiles(q, k, v, batch, 0.3)
+    found = model_module._grouped(q, k, v, batch, 0.3, 0.0)
     expected = model_module._padded(q.float(), k.float(), v.float(), batch, 0.3, 0.0)
     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)

@@ -96,7 +96,7 @@ def test_who_runs_the_pass(fuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused pass without gradients, transformers' own with them; or these tests see nothing."""
     calls = []
     monkeypatch.setattr(
-        "skembed.model.cpu_forward.run_backbone",
+        "skembed.model.network.run_backbone",
         lambda *args, **kwargs: calls.append(1) or run_backbone(*args, **kwargs),
     )
     model, batch = make_tiny_model(), make_batch(5, 4)

@@ -21,14 +21,14 @@ def vectorizer(golden_dir: Path) -> NVEmbedVectorizer:
 
 @pytest.fixture
 def quick(vectorizer: NVEmbedVectorizer, monkeypatch: pytest.MonkeyPatch) -> NVEmbedVectorizer:
-    """The vectorizer, its vectors made up."""
+    """Return the vectorizer, its vectors made up."""
     monkeypatch.setattr(Encoder, "embed", make_up)
     return vectorizer
 
 
 @pytest.fixture(params=LAYOUTS)
 def begun(request: Any, quick: NVEmbedVectorizer, tmp_path: Path) -> Path:
-    """A run that ended in its third shard."""
+    """Return the path of a run that ended in its third shard."""
     path = place(tmp_path, request.param)
 
     def texts() -> Iterator[str]:

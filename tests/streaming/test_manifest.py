@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import streams
 from stream_kills import make_texts
 from streams import N_ROWS, ROWS, TEXTS, every_layout, place, read_bytes, read_vectors, stream
 
@@ -119,4 +120,4 @@ def test_other_versions_are_warned_about(quick: NVEmbedVectorizer, begun: Path) 
     file.write_text(text.replace(f'"torch": "{versions["torch"]}"', '"torch": "1.0"'))
     with pytest.warns(SkembedWarning, match=r"begun with torch 1\.0 \(now ") as caught:
         stream(quick, TEXTS, begun)
-    assert caught[0].filename == __file__
+    assert caught[0].filename == streams.__file__

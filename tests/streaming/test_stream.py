@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+import streams
 from paths import ROOT
 from stream_kills import make_texts
 from streams import (
@@ -114,7 +115,7 @@ def test_one_truncation_warning_for_all_shards(golden_dir: Path, tmp_path: Path)
     with pytest.warns(skembed.TruncationWarning) as caught:
         stream(vectorizer, TEXTS, tmp_path / "out.npy")
     assert [str(w.message) for w in caught] == [str(w.message) for w in expected]
-    assert caught[0].filename == __file__
+    assert caught[0].filename == streams.__file__
     n_truncated = read_manifest(tmp_path / "out.npy")["n_truncated"]
     assert str(caught[0].message).startswith(f"{n_truncated} of {N_ROWS} texts")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import streams
 from paths import ROOT
 from streams import N_ROWS, ROWS, TEXTS, every_layout, place, read_bytes, read_manifest, stream
 
@@ -63,7 +64,7 @@ def test_damaged_shard_is_told_and_mended(
     n_lost = 1 if layout == "parquet" or how == "changed" else {"cut": 3, "missing": 4}[how]
     assert len(caught) == n_lost
     assert "Shard 1 " in str(caught[0].message) or how == "missing"
-    assert caught[0].filename == __file__
+    assert caught[0].filename == streams.__file__
     assert report.n_skipped == N_ROWS - (ROWS if n_lost == 1 else N_ROWS - (4 - n_lost) * ROWS)
     assert read_bytes(path) == whole
 

@@ -15,13 +15,13 @@ from skembed.inference.registry import registry
 
 @pytest.fixture(scope="module")
 def unloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tiny checkpoint that nothing may load."""
+    """Return a copy of the tiny checkpoint that nothing may load."""
     return copy_checkpoint(tmp_path_factory.mktemp("unloaded") / "model")
 
 
 @pytest.fixture
 def nothing_done(steps: list[int]) -> Any:
-    """What holds after a refusal: no model was loaded, no step taken."""
+    """Check after a refusal that no model was loaded and no step taken."""
     n_loads = registry.n_loads
     yield
     assert registry.n_loads == n_loads

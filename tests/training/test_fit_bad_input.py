@@ -65,15 +65,11 @@ def test_bad_examples_are_refused_early(name: str, unloaded: Path) -> None:
 
 
 BAD_TRAINERS: list[tuple[str, Any, type[Exception]]] = [
+    # test_validation.py has every kind of wrong number; here are the bounds of each parameter.
     *[
-        (name, value, ValueError)
+        (name, value, error)
         for name in ("r", "epochs", "batch_size", "patience", "max_steps", "checkpoint_steps")
-        for value in (0, -1)
-    ],
-    *[
-        (name, value, TypeError)
-        for name in ("r", "epochs", "batch_size", "patience", "max_steps", "checkpoint_steps")
-        for value in (1.0, "1", True)
+        for value, error in ((0, ValueError), (1.0, TypeError))
     ],
     ("n_negatives", -1, ValueError),
     ("n_negatives", 1.5, TypeError),
@@ -81,14 +77,15 @@ BAD_TRAINERS: list[tuple[str, Any, type[Exception]]] = [
     *[
         (name, value, ValueError)
         for name in ("lora_alpha", "temperature", "learning_rate", "max_grad_norm")
-        for value in (0, -1, np.nan, np.inf)
+        for value in (0, np.inf)
     ],
     *[
         (name, value, ValueError)
         for name in ("lora_dropout", "warmup_ratio", "validation_fraction")
-        for value in (-0.1, 1, 1.5, np.nan)
+        for value in (-0.1, 1)
     ],
-    *[(name, value, ValueError) for name in ("weight_decay",) for value in (-0.1, np.nan, np.inf)],
+    ("weight_decay", -0.1, ValueError),
+    ("weight_decay", np.inf, ValueError),
     *[
         (name, "0.1", TypeError)
         for name in (
@@ -114,7 +111,7 @@ BAD_TRAINERS: list[tuple[str, Any, type[Exception]]] = [
             "warm_start",
             "verbose",
         )
-        for value in (1, "yes", None)
+        for value in (1, None)
     ],
     ("loss", "triplet", ValueError),
     ("loss", None, (TypeError, ValueError)),
