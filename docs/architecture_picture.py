@@ -15,9 +15,9 @@ PICTURE = ROOT / "docs" / "_static" / "architecture.svg"
 
 # Rooms that a text passes, in order; the page numbers its steps alike.
 WAY = ("vectorizer", "_inputs", "inference", "cache", "model", "cache")
-WIDTH, FLOOR_HEIGHT, ROOM_HEIGHT = 480, 46, 30
+WIDTH, FLOOR_HEIGHT, ROOM_HEIGHT = 480, 40, 28
 LEFT, GAP, PADDING, BADGE = 40, 6, 8, 19
-LETTER_WIDTHS = {**dict.fromkeys("fijlrt", 5.0), **dict.fromkeys("mw", 13.0)}  # others: 8.2
+LETTER_WIDTHS = {**dict.fromkeys("fijlrt", 5.1), **dict.fromkeys("mw", 13.5)}  # others: 8.2
 # Each colour stands on a ground of its own, or reads on black and on white.
 STYLE = """
 text { font: 15px system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
@@ -50,13 +50,13 @@ def draw_room(name: str, left: float, top: float) -> tuple[str, float]:
     parts = [
         f'<rect class="room" x="{left:g}" y="{top:g}" width="{width:g}" height="{ROOM_HEIGHT}" '
         'rx="5"/>',
-        f'<text class="name" x="{left + PADDING:g}" y="{top + 20:g}" '
+        f'<text class="name" x="{left + PADDING:g}" y="{top + 19:g}" '
         f'textLength="{label:g}">{escape(name)}</text>',
     ]
     for place, step in enumerate(steps):
         x = left + PADDING + label + BADGE * (place + 0.5) + 2
-        parts.append(f'<circle class="badge" cx="{x:g}" cy="{top + 15:g}" r="8.5"/>')
-        parts.append(f'<text class="step" x="{x:g}" y="{top + 19.5:g}">{step}</text>')
+        parts.append(f'<circle class="badge" cx="{x:g}" cy="{top + 14:g}" r="8.5"/>')
+        parts.append(f'<text class="step" x="{x:g}" y="{top + 18.5:g}">{step}</text>')
     return f'<g class="{"passed" if steps else "other"}">{"".join(parts)}</g>', width
 
 
@@ -68,7 +68,7 @@ def draw(floors: dict[int, set[str]]) -> str:
     for row, (floor, rooms) in enumerate(sorted(floors.items(), reverse=True)):
         top, left = FLOOR_HEIGHT * row + (FLOOR_HEIGHT - ROOM_HEIGHT) / 2, float(LEFT)
         border = top + ROOM_HEIGHT + (FLOOR_HEIGHT - ROOM_HEIGHT) / 2
-        parts.append(f'<text class="floor" x="14" y="{top + 20:g}">{floor}</text>')
+        parts.append(f'<text class="floor" x="14" y="{top + 19:g}">{floor}</text>')
         if border < height:
             parts.append(f'<path class="line" d="M8 {border:g}H{WIDTH - 8}"/>')
         for name in sorted(rooms, key=lambda name: (WAY.index(name) if name in WAY else 9, name)):
