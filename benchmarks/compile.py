@@ -26,11 +26,10 @@ import numpy as np
 import torch
 from _common import cosines, describe_lengths, load_texts, make_parser, seconds, start
 from _results import Figure, finish
-from forward_limits import make_batches
+from forward_limits import load_bundled, make_batches
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, MistralModel
 
-from skembed import NVEmbedVectorizer
 from skembed.model.attention import ATTENTION_NAME
 from skembed.model.network import NVEmbedModel
 from skembed.model.tokenization import PackedBatch
@@ -171,6 +170,25 @@ def report_compiled(
     ]
 
 
+def try_compiled(
+    name: str, model: NVEmbedModel, backbone: Any, batches: list[PackedBatch], repeats: int
+) -> dict[str, Any] | str:
+    """Measure a compiled pass that begins with no code; say why where it cannot run."""
+    embed = make_pass(model, backbone, dynamic=COMPILED[name])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        torch._dynamo.config.patch(recompile_limit=MOST_SIZES),
+    ):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        try:
+            return measure_compiled(name, model, embed, batches, repeats)
+        except Exception as error:  # no C++ compiler, say: the rest of the result stands
+            line = next(iter(str(error).splitlines()), "")
+            reason = f"skipped: {type(error).__name__}: {line}"
+            print(f"{name}, {reason}", file=sys.stderr)
+            return reason
+
+
 def main() -> int:
     """Measure, write the result, and return the exit status."""
     parser = make_parser(__doc__, texts=300)
@@ -179,9 +197,7 @@ def main() -> int:
     args = start(parser)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
     texts = load_texts(args.data, args.texts)
-    vectorizer = NVEmbedVectorizer(cache=None, trainer=None, device="cpu")
-    vectorizer.fit_transform(texts[:8])
-    (loaded,) = vectorizer._lease.models.values()
+    loaded = load_bundled(texts)
     model, (batches, _, _) = loaded.model, make_batches(loaded, texts)
     register_operator()
     backbone = copy_backbone(model)
@@ -197,37 +213,23 @@ def main() -> int:
     vectors = {name: run_all(embed, batches) for name, embed in passes.items()}  # warm
     times = time_passes(passes, batches, args.repeats)
     medians = {name: statistics.median(spent) for name, spent in times.items()}
-    n_tokens = sum(sum(batch.lengths[: batch.n_texts]) for batch in batches)
-    figures = [Figure(f"{name}, tokens/s", n_tokens / s) for name, s in medians.items()]
+    lengths = [n for batch in batches for n in batch.lengths[: batch.n_texts]]
+    figures = [Figure(f"{name}, tokens/s", sum(lengths) / s) for name, s in medians.items()]
     compiled: dict[str, Any] = {}
-    for name, dynamic in COMPILED.items():
-        embed = make_pass(model, backbone, dynamic=dynamic)
-        # Each begins with no code: the time must not depend on what ran here before.
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            torch._dynamo.config.patch(recompile_limit=MOST_SIZES),
-        ):
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-            try:
-                found = measure_compiled(name, model, embed, batches, args.repeats)
-            except Exception as error:  # no C++ compiler, say: the rest of the result stands
-                line = next(iter(str(error).splitlines()), "")
-                compiled[name] = f"skipped: {type(error).__name__}: {line}"
-                print(f"{name}, {compiled[name]}", file=sys.stderr)
-                continue
+    for name in COMPILED:
+        compiled[name] = found = try_compiled(name, model, backbone, batches, args.repeats)
+        if isinstance(found, str):
+            continue
         vectors[name] = found.pop("vectors")
-        compiled[name] = found
-        figures.append(
-            Figure(f"{name}, tokens/s", n_tokens / statistics.median(found["times_s"][name]))
-        )
+        median_s = statistics.median(found["times_s"][name])
+        figures.append(Figure(f"{name}, tokens/s", sum(lengths) / median_s))
         figures += report_compiled(name, found, medians[PLAIN] / medians[OURS], len(texts))
-    for name, own in vectors.items():
-        if name != OURS:
-            worst = float(cosines(vectors[OURS], own).min())
-            figures.append(Figure(f"smallest cosine of our pass to {name}", worst, MIN_COSINE))
+    for name in list(vectors)[1:]:
+        worst = float(cosines(vectors[OURS], vectors[name]).min())
+        figures.append(Figure(f"smallest cosine of our pass to {name}", worst, MIN_COSINE))
     values = {
         "dtype": loaded.key.dtype,
-        "tokens": describe_lengths([n for b in batches for n in b.lengths[: b.n_texts]]),
+        "tokens": describe_lengths(lengths),
         "batches": len(batches),
         "sizes of a batch": sorted({len(batch.input_ids) for batch in batches}),
         "times_s": {name: [round(s, 4) for s in spent] for name, spent in times.items()},

@@ -34,9 +34,7 @@ from _results import Figure, finish
 
 from skembed import NVEmbedVectorizer
 from skembed.inference.engine import CPU_BATCH_TOKENS
-from skembed.model import cpu_forward as fused
-from skembed.model import cpu_kernels as lean
-from skembed.model import pooling
+from skembed.model import cpu_forward, cpu_kernels, pooling
 from skembed.model.config import NVEmbedConfig
 from skembed.model.loaded import LoadedModel
 from skembed.model.tokenization import PackedBatch, iterate_batches, pack_texts
@@ -129,15 +127,15 @@ def watch_steps(loaded: LoadedModel) -> Iterator[Steps]:
     steps = Steps()
     model: Any = loaded.model
     places = [
-        (fused, "fused_linear", "matrix products, with what is fused into them"),
+        (cpu_forward, "fused_linear", "matrix products, with what is fused into them"),
         (pooling, "fused_linear", "matrix products, with what is fused into them"),
-        (fused, "_norm", "norms"),
-        (fused, "_rotate", "rotation"),
-        (fused, "_list_rotation", "rotation"),
-        (fused, "attend_to_buckets", "attention: its two products"),
-        (lean, "_split", "attention: gathering and scattering"),
-        (lean, "_merge_into", "attention: gathering and scattering"),
-        (lean, "_probabilities", "attention: softmax"),
+        (cpu_forward, "_norm", "norms"),
+        (cpu_forward, "_rotate", "rotation"),
+        (cpu_forward, "_list_rotation", "rotation"),
+        (cpu_forward, "attend_to_buckets", "attention: its two products"),
+        (cpu_kernels, "_split", "attention: gathering and scattering"),
+        (cpu_kernels, "_merge_into", "attention: gathering and scattering"),
+        (cpu_kernels, "_probabilities", "attention: softmax"),
         (model.latent_attention_model, "forward", "pooling: norms, softmax, means"),
         (model.embedding_model.embed_tokens, "forward", "word vectors"),
         (model, "forward", "dispatch between the steps"),
@@ -168,21 +166,16 @@ def make_batches(loaded: LoadedModel, texts: list[str]) -> tuple[list[PackedBatc
     return batches, tokenized - begin, time.perf_counter() - tokenized
 
 
-def main() -> int:
-    """Measure, write the result, and return the exit status."""
-    parser = make_parser(__doc__, texts=1_000)
-    parser.add_argument("--repeats", type=int, default=5, help="passes over the texts")
-    parser.set_defaults(threads=1)
-    args = start(parser)
-    texts = load_texts(args.data, args.texts)
+def load_bundled(texts: list[str]) -> LoadedModel:
+    """Return skembed-mini as the vectorizer loads it on the CPU."""
     vectorizer = NVEmbedVectorizer(cache=None, trainer=None, device="cpu")
     vectorizer.fit_transform(texts[:8])
     (loaded,) = vectorizer._lease.models.values()
-    batches, tokenize_s, pack_s = make_batches(loaded, texts)
-    lengths = [list(batch.lengths[: batch.n_texts]) for batch in batches]
-    flat = [n for part in lengths for n in part]
-    n_tokens, dtype = sum(flat), loaded.key.dtype
-    itemsize = torch.finfo(loaded.key.compute_dtype).bits // 8
+    return loaded
+
+
+def time_passes(loaded: LoadedModel, batches: list[PackedBatch], repeats: int) -> dict[str, Any]:
+    """Return the rates of this core, the seconds of a pass, and the share of each kind of step."""
 
     def run() -> None:
         with torch.inference_mode():
@@ -190,44 +183,64 @@ def main() -> int:
                 loaded.model(batch)
 
     run()
+    dtype = loaded.key.dtype
     peaks = [measure_peak(dtypes=[dtype], sizes=PEAK_SIZES)[dtype]]
     rates = {"memory": measure_copy(MEMORY_BYTES), "cache": measure_copy(CACHE_BYTES)}
-    measured_s = statistics.median(seconds(run) for _ in range(args.repeats))
+    measured_s = statistics.median(seconds(run) for _ in range(repeats))
     with watch_steps(loaded) as steps:
         watched_s = seconds(run)
     peaks.append(measure_peak(dtypes=[dtype], sizes=PEAK_SIZES)[dtype])  # its speed changes
-    arithmetic_s = count_flops(loaded.config, flat) / statistics.mean(peaks) / 1e9
+    spent = sorted(steps.spent.items(), key=lambda item: -item[1])
+    shares = {kind: kind_s / watched_s for kind, kind_s in spent}
+    times = {"s": measured_s, "watched_s": watched_s, "shares": shares}
+    return {"peaks": peaks, "rates": rates, **times}
+
+
+def main() -> int:
+    """Measure, write the result, and return the exit status."""
+    parser = make_parser(__doc__, texts=1_000)
+    parser.add_argument("--repeats", type=int, default=5, help="passes over the texts")
+    parser.set_defaults(threads=1)
+    args = start(parser)
+    texts = load_texts(args.data, args.texts)
+    loaded = load_bundled(texts)
+    batches, tokenize_s, pack_s = make_batches(loaded, texts)
+    lengths = [list(batch.lengths[: batch.n_texts]) for batch in batches]
+    flat = [n for part in lengths for n in part]
+    found = time_passes(loaded, batches, args.repeats)
+    peaks, rates, measured_s = found["peaks"], found["rates"], found["s"]
+    flops = count_flops(loaded.config, flat)
+    itemsize = torch.finfo(loaded.key.compute_dtype).bits // 8
     n_bytes = sum(count_bytes(loaded.config, part, itemsize) for part in lengths)
+    arithmetic_s = flops / statistics.mean(peaks) / 1e9
+    byte_s, memory_s = n_bytes / rates["cache"], n_bytes / rates["memory"]
 
-    def per_token(spent_s: float) -> float:
-        return round(1e6 * spent_s / n_tokens, 3)
+    def per_token(name: str, spent_s: float) -> Figure:
+        return Figure(f"{name}, microseconds a token", round(1e6 * spent_s / sum(flat), 3))
 
-    byte_s = n_bytes / rates["cache"]
+    share = f"share of the {loaded.key.dtype} matrix peak"
     figures = [
-        Figure("arithmetic limit, microseconds a token", per_token(arithmetic_s)),
-        Figure("byte limit in the cache, microseconds a token", per_token(byte_s)),
-        Figure("byte limit in memory, microseconds a token", per_token(n_bytes / rates["memory"])),
-        Figure("measured, microseconds a token", per_token(measured_s)),
+        per_token("arithmetic limit", arithmetic_s),
+        per_token("byte limit in the cache", byte_s),
+        per_token("byte limit in memory", memory_s),
+        per_token("measured", measured_s),
         Figure("measured over the larger of the first two", measured_s / max(arithmetic_s, byte_s)),
         Figure("measured over their sum: nothing overlaps", measured_s / (arithmetic_s + byte_s)),
-        Figure(f"share of the {dtype} matrix peak", arithmetic_s / measured_s, 0.6, aim=True),
-        *(
-            Figure(f"share of the time: {kind}", spent / watched_s)
-            for kind, spent in sorted(steps.spent.items(), key=lambda item: -item[1])
-        ),
-        Figure("tokenising on one core, microseconds a token", per_token(tokenize_s)),
-        Figure("packing, microseconds a token", per_token(pack_s)),
+        Figure(share, arithmetic_s / measured_s, 0.6, aim=True),
+        *(Figure(f"share of the time: {kind}", part) for kind, part in found["shares"].items()),
+        per_token("tokenising on one core", tokenize_s),
+        per_token("packing", pack_s),
     ]
     values = {
         "tokens": describe_lengths(flat),
         "batches": len(batches),
         "measured peaks, GFLOP/s": peaks,
         "measured copies, GB/s, read and written": {k: round(v / 1e9, 1) for k, v in rates.items()},
-        "GFLOP": round(count_flops(loaded.config, flat) / 1e9, 2),
+        "GFLOP": round(flops / 1e9, 2),
         "GB": round(n_bytes / 1e9, 3),
         "FLOP count": FLOP_FORMULA,
         "byte count": BYTE_FORMULA,
-        "seconds with the clocks over without": round(watched_s / measured_s, 3),
+        "seconds with the clocks over without": round(found["watched_s"] / measured_s, 3),
     }
     title = "Limits of the forward pass on one core"
     return finish("forward_limits", title, figures, values, args=args)

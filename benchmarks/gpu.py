@@ -268,10 +268,9 @@ def run(args: Any, device: torch.device, folder: Path) -> int:
     loading = run_child(__file__, "--device", args.device, "--load-only", checkpoint)
     print("the machine's peak ...", flush=True)
     sizes = (512, 1024) if args.tiny else (4096, 8192, 16384)
-    peak = measure_peak(device, dtypes=(DTYPE,), sizes=sizes)
+    peak = measure_peak(device, dtypes=(DTYPE,), sizes=sizes)[DTYPE]
     loaded = load_model(checkpoint, device, DTYPE)
-    native = loaded.model.attention_path
-    paths = tuple(dict.fromkeys([native, "padded"]))
+    paths = tuple(dict.fromkeys([native := loaded.model.attention_path, "padded"]))
     leaks, golden = check_leaks(loaded, paths), check_golden(args)
     texts = make_texts(args.texts, loaded.tokenizer.tokenizer)
     lengths = loaded.tokenizer.encode(texts, prefix="", max_length=512).lengths
@@ -280,7 +279,7 @@ def run(args: Any, device: torch.device, folder: Path) -> int:
     speed = {}
     for path in paths:
         print(f"path {path} ...", flush=True)
-        speed[path] = measure_path(encoder, path, gflop, peak[DTYPE], args)
+        speed[path] = measure_path(encoder, path, gflop, peak, args)
     loaded.model.attention_path = native
     print("against sentence-transformers ...", flush=True)
     ratio, peer = compare_with_peer(encoder, folder / "peer", args)
@@ -300,7 +299,7 @@ def run(args: Any, device: torch.device, folder: Path) -> int:
         "backbone": config.backbone,
         "pooling": "latent, folded (mean against the peer)",
         "lengths, tokens": describe_lengths(lengths),
-        "measured bfloat16 peak, TFLOP/s": round(peak[DTYPE] / 1e3, 1),
+        "measured bfloat16 peak, TFLOP/s": round(peak / 1e3, 1),
         "TFLOP of one pass": round(gflop / 1e3, 2),
         "paths": speed,
         "against sentence-transformers, mean pooling": peer,

@@ -138,6 +138,20 @@ def compare_results(ours: Path, theirs: Path) -> dict[str, float]:
     return {"recall": float(np.mean(shared)), "largest_difference": float(np.abs(a - b).max())}
 
 
+def run_sides(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], list[Any]]:
+    """Run all sides in turn: runs and agreement with ours by side, and the run of the large one."""
+    sides = (*STORAGE, *PEERS)
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory(prefix="retrieval-") as temporary:
+        files = {side: Path(temporary) / f"{k}.npy" for k, side in enumerate(sides)}
+        for _ in range(args.rounds):
+            for side in sides:
+                runs[side].append(run_side(side, args, args.documents, files[side]))
+        agreement = {side: compare_results(files[OURS], files[side]) for side in sides}
+        large = [run_side(OURS, args, args.large, files[OURS])] if args.large else []
+    return runs, agreement, large
+
+
 def main() -> None:
     """Run all sides in turn, compare what they found, and write the result."""
     parser = make_parser(__doc__, data=False)
@@ -154,19 +168,10 @@ def main() -> None:
     if args.side:
         print(json.dumps(measure(args)))
         return
-    sides = (*STORAGE, *PEERS)
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    with tempfile.TemporaryDirectory(prefix="retrieval-") as temporary:
-        files = {side: Path(temporary) / f"{k}.npy" for k, side in enumerate(sides)}
-        for _ in range(args.rounds):
-            for side in sides:
-                runs[side].append(run_side(side, args, args.documents, files[side]))
-        agreement = {side: compare_results(files[OURS], files[side]) for side in sides}
-        large = [run_side(OURS, args, args.large, files[OURS])] if args.large else []
-    times = {
-        side: statistics.median(t for run in runs[side] for t in run["times_s"]) for side in sides
-    }
-    peaks = {side: max(run["peak_MiB"] for run in runs[side]) for side in sides}
+    runs, agreement, large = run_sides(args)
+    times_s = {side: [t for run in found for t in run["times_s"]] for side, found in runs.items()}
+    times = {side: statistics.median(spent) for side, spent in times_s.items()}
+    peaks = {side: max(run["peak_MiB"] for run in found) for side, found in runs.items()}
     fastest = min(PEERS, key=times.__getitem__)
     ratios = [
         statistics.median(theirs["times_s"]) / statistics.median(ours["times_s"])
@@ -182,25 +187,23 @@ def main() -> None:
         figures.append(Figure(f"{side}: time, s", times[side]))
         figures.append(Figure(f"{side}: recall of the exact search", agreement[side]["recall"]))
     for run in large:
-        name = f"{args.large:,} documents"
+        name, peak_gb = f"{args.large:,} documents", run["peak_MiB"] * 2**20 / 1e9
         figures.append(Figure(f"{name}: time, s", statistics.median(run["times_s"])))
-        figures.append(
-            Figure(f"{name}: peak, GB", run["peak_MiB"] * 2**20 / 1e9, 3.0, at_least=False)
-        )
+        figures.append(Figure(f"{name}: peak, GB", peak_gb, 3.0, at_least=False))
+    described = {
+        side: {
+            "times_s": [round(t, 4) for t in times_s[side]],
+            "peaks_MiB": [round(run["peak_MiB"], 1) for run in runs[side]],
+            **agreement[side],
+        }
+        for side in runs
+    }
     values = {
         "search": {key: getattr(args, key) for key in ("documents", "queries", "dim", "top_k")},
         "times as fast, each round": [round(ratio, 3) for ratio in ratios],
-        "runs": {
-            side: {
-                "times_s": [round(t, 4) for run in runs[side] for t in run["times_s"]],
-                "peaks_MiB": [round(run["peak_MiB"], 1) for run in runs[side]],
-                **agreement[side],
-            }
-            for side in sides
-        },
+        "runs": described,
     }
-    title = "Exact search: time and peak memory"
-    sys.exit(finish("retrieval", title, figures, values, args=args))
+    sys.exit(finish("retrieval", "Exact search: time and peak memory", figures, values, args=args))
 
 
 if __name__ == "__main__":

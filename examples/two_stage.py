@@ -22,10 +22,10 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
+from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 
 from skembed import ContrastiveTrainer, NVEmbedVectorizer, TrainingTask
@@ -129,12 +129,13 @@ def evaluate(model: NVEmbedVectorizer, data: Path) -> dict[str, float]:
     return scores
 
 
-def train(model: NVEmbedVectorizer, stage: str, tasks: list[TrainingTask], **options: Any) -> None:
-    """Fit one stage, with the options that both stages share."""
-    trainer = ContrastiveTrainer(mine_negatives="perc_pos", **options)
+def train(
+    model: NVEmbedVectorizer, trainer: ContrastiveTrainer, tasks: list[TrainingTask], name: str
+) -> None:
+    """Train one stage and say how long it took."""
     began = time.perf_counter()
     model.set_params(trainer=trainer).fit_tasks(tasks)
-    print(f"{stage}: {len(model.history_)} steps in {time.perf_counter() - began:.0f} s")
+    print(f"{name}: {len(model.history_)} steps in {time.perf_counter() - began:.0f} s")
 
 
 def print_table(table: dict[str, dict[str, float]]) -> None:
@@ -160,18 +161,30 @@ def main() -> None:
     table = {"skembed-mini": evaluate(model, data)}
 
     retrieval = [pair_task(data, name, text, limit) for name, text in RETRIEVAL.items()]
-    in_batch = {"in_batch_negatives": True, "n_negatives": 1, "learning_rate": 5e-4}
-    own = {"in_batch_negatives": False, "n_negatives": 4, "learning_rate": 3e-4, "warm_start": True}
+    stage_1 = ContrastiveTrainer(
+        in_batch_negatives=True,
+        mine_negatives="perc_pos",
+        n_negatives=1,
+        learning_rate=5e-4,
+        max_steps=arguments.steps,
+        checkpoint_dir=output / "stage-1",
+        random_state=0,
+    )
+    train(model, stage_1, retrieval, "stage 1")
+    table["after stage 1"] = evaluate(model, data)
+
     blend = [
         *retrieval,
         *(pair_task(data, name, text, limit) for name, text in WITH_NEGATIVES.items()),
         *(intent_task(data, name, limit) for name in INTENTS),
         similarity_task(data, limit),
     ]
-    for number, (tasks, options) in enumerate([(retrieval, in_batch), (blend, own)], start=1):
-        options |= {"max_steps": arguments.steps, "random_state": number - 1}
-        train(model, f"stage {number}", tasks, checkpoint_dir=output / f"stage-{number}", **options)
-        table[f"after stage {number}"] = evaluate(model, data)
+    changed = {"in_batch_negatives": False, "n_negatives": 4, "learning_rate": 3e-4}
+    stage_2 = clone(stage_1).set_params(
+        **changed, warm_start=True, checkpoint_dir=output / "stage-2", random_state=1
+    )
+    train(model, stage_2, blend, "stage 2")
+    table["after stage 2"] = evaluate(model, data)
 
     model.set_params(instruction=None, document_instruction=None)
     model.save_pretrained(output / "adapter")

@@ -8,11 +8,12 @@ import importlib.util
 import inspect
 import io
 import pkgutil
+import pydoc
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 import pytest
 from paths import ROOT
@@ -235,12 +236,19 @@ def test_api_page_describes_every_public_name() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("module", ["metrics", "evaluation", "reranking", "classification", "sts"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("metrics", "evaluation", "reranking"),
+        *("estimators.classification", "estimators.sts"),
+    ],
+)
 def test_api_page_describes_all_of_a_module(module: str) -> None:
     """Modules whose every public function and class is for users."""
     found = importlib.import_module(f"skembed.{module}")
     described = {name.rpartition(".")[2] for name in read_api()}
     named = {name for name in found.__all__ if callable(getattr(found, name))}
+    named -= {name for name in named if get_origin(getattr(found, name))}  # aliases of types
     assert named <= described
 
 
@@ -266,6 +274,22 @@ def test_files_named_in_the_text_exist(page: Path) -> None:
     named = re.findall(r"`((?:tests|benchmarks|examples|skembed|docs)/[\w./-]*\w)`", prose(page))
     missing = sorted({name for name in named if not (ROOT / name).exists()})
     assert not missing, f"{page.name} names {missing}"
+
+
+@every_page
+def test_names_of_the_package_in_the_text_exist(page: Path) -> None:
+    """Dotted names such as `skembed.metrics.ndcg_at_k`, and test files by their name alone."""
+    text = page.read_text(encoding="utf-8")
+    for name in set(re.findall(r"\bskembed(?:\.[A-Za-z_]\w*)+", text)) - {"skembed.css"}:
+        assert pydoc.locate(name) is not None, f"{page.name} names {name}"
+    for name in set(re.findall(r"`(test_\w+\.py)`", text)):
+        assert list((ROOT / "tests").rglob(name)), f"{page.name} names {name}"
+
+
+def test_picture_shows_the_floors_as_they_are() -> None:
+    script = load_script(ROOT / "docs" / "architecture_picture.py")
+    drawn = script.draw(script.read_floors())
+    assert drawn == script.PICTURE.read_text(encoding="utf-8"), f"run `python {script.__file__}`"
 
 
 # The two commands
