@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import common  # noqa: F401 -- first of all: it finds the modules of the recipe
 import corpus
 import numpy as np
 

@@ -133,7 +133,10 @@ def test_predictions_are_on_the_scale_of_y(calibration: str) -> None:
 def test_logistic_keeps_the_order_and_the_spearman_of_cosines() -> None:
     plain = SimilarityRegressor(FakeVectorizer()).fit(PAIRS)
     curved = SimilarityRegressor(FakeVectorizer()).fit(PAIRS, SCORES)
-    assert curved.score(NEW, NEW_SCORES) == plain.score(NEW, NEW_SCORES)
+    # Cosines of 1 differ in their last bit on some processors, and the curve joins them.
+    apart = np.flatnonzero(COSINES < 1 - 1e-6)
+    new, scores = [NEW[row] for row in apart], NEW_SCORES[apart]
+    assert curved.score(new, scores) == plain.score(new, scores)
 
 
 def test_logistic_finds_the_curve_behind_the_scores() -> None:
