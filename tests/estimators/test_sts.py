@@ -133,7 +133,10 @@ def test_predictions_are_on_the_scale_of_y(calibration: str) -> None:
 def test_logistic_keeps_the_order_and_the_spearman_of_cosines() -> None:
     plain = SimilarityRegressor(FakeVectorizer()).fit(PAIRS)
     curved = SimilarityRegressor(FakeVectorizer()).fit(PAIRS, SCORES)
-    assert curved.score(NEW, NEW_SCORES) == plain.score(NEW, NEW_SCORES)
+    # Not those of equal texts: their cosines are 1 but for rounding, which a curve may take away.
+    rows = [i for i, (left, right) in enumerate(NEW) if left != right]
+    pairs, scores = [NEW[i] for i in rows], NEW_SCORES[rows]
+    assert curved.score(pairs, scores) == plain.score(pairs, scores)
 
 
 def test_logistic_finds_the_curve_behind_the_scores() -> None:
