@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -208,6 +209,7 @@ def run_kills(mode: str, golden_dir: Path, path: Path, *sizes: int) -> Any:
         text=True,
         check=False,
         cwd=ROOT,
+        env={**os.environ, "TQDM_DISABLE": "1"},  # a slow machine shows a bar
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr  # not a warning either
