@@ -50,8 +50,8 @@ def check_texts(X: Any, *, owner: str, missing: str = "error", name: str = "X") 
     A list, tuple or other sequence of texts, 2-tuples or 2-lists; an ndarray of shape (n,), (n, 1)
     or (n, 2); a pandas or polars Series, or a frame of one or two columns. The input is left as it
     was. "error" refuses None, NaN, pandas' NA and NaT, and polars' null; any other policy only
-    marks them in the mask. Raises TypeError for another container or an item that is no text,
-    ValueError for rows that are no pairs, another number of columns and missing texts.
+    marks them in the mask. Raises TypeError for another container or an item that is not text,
+    ValueError for rows that are not pairs, another number of columns and missing texts.
     """
     check_choice(missing, name="missing", owner=owner, allowed=MISSING_POLICIES)
     subject = f"The `{name}` parameter of `{owner}`"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from skembed._inputs import MISSING_POLICIES, check_texts
 
 __all__ = [
-    "Vectors",
+    "FloatArray",
     "check_pair_columns",
     "check_text_column",
     "check_vectorizer",
@@ -20,7 +20,7 @@ __all__ = [
     "is_transformer",
 ]
 
-Vectors = npt.NDArray[np.floating[Any]]
+FloatArray = npt.NDArray[np.floating[Any]]
 _Texts = Sequence[str | None]
 
 
@@ -32,7 +32,7 @@ def embed(
     owner: str,
     dim: int | None = None,
     sparse: bool = False,
-) -> Vectors:
+) -> FloatArray:
     """Return the vectors of texts, (n_texts, dim): finite float32, or CSR with `sparse`.
 
     Calls ``encode_{side}``, else ``transform``, else ``encode``, else the encoder itself; without a
@@ -74,7 +74,7 @@ def embed(
 
 def embed_pairs(
     vectorizer: Any, pairs: Sequence[_Texts], *, owner: str, dim: int | None = None
-) -> tuple[Vectors, Vectors]:
+) -> tuple[FloatArray, FloatArray]:
     """Return the vectors of the first texts of pairs as queries, of the second as documents."""
     queries = embed(vectorizer, pairs[0], "query", owner=owner, dim=dim)
     documents = embed(vectorizer, pairs[1], "document", owner=owner, dim=dim)

@@ -205,7 +205,7 @@ def is_task_name(value: str | None) -> bool:
 
 
 def _unknown_name_message(text: str, *, name: str, owner: str) -> str:
-    """Return the error for a single word that is no task, with the nearest task."""
+    """Return the error for a single word that is not a task, with the nearest task."""
     near = difflib.get_close_matches(text.casefold(), _NAMES, n=1, cutoff=0.5)
     shown = repr(text) if len(text) <= 60 else f"a word of {len(text)} characters"
     suggestion = f"Did you mean {_NAMES[near[0]]!r}? " if near else ""

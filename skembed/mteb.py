@@ -12,7 +12,7 @@ import joblib
 from sklearn.utils.validation import check_is_fitted
 
 from skembed._validation import check_choice, check_string, import_optional
-from skembed.embedding import Vectors, embed
+from skembed.embedding import FloatArray, embed
 from skembed.instructions import INSTRUCTIONS, resolve_instruction
 from skembed.vectorizer import NVEmbedVectorizer
 
@@ -37,7 +37,7 @@ def find_task(name: str) -> str | None:
 
 
 class MTEBEncoder:
-    """Run a vectorizer inside ``mteb.evaluate``, with the instruction of each task.
+    """Wrapper of a vectorizer for ``mteb.evaluate``, with the instruction of each task.
 
     Needs mteb 2.26 or newer of version 2 (``pip install skembed[mteb]``).
 
@@ -108,21 +108,21 @@ class MTEBEncoder:
         hf_subset: str,
         prompt_type: Any = None,
         **kwargs: Any,
-    ) -> Vectors:
+    ) -> FloatArray:
         """Embed the texts of a task; called by mteb.
 
         Parameters
         ----------
         inputs : iterable of mapping
-            Batches, whose texts stand under "text".
+            Batches, whose texts are under "text".
         task_metadata : mteb.TaskMetadata
-            Whose name, type and prompt decide on the instruction.
+            Task, whose name, type and prompt decide on the instruction.
         hf_split, hf_subset : str
-            Split and subset of the task; without influence.
+            Split and subset of the task; ignored.
         prompt_type : mteb.types.PromptType, optional
             Query or document; None for tasks with one kind of text.
         **kwargs
-            `batch_size` and `show_progress_bar`, without influence: batches are sized by tokens.
+            `batch_size` and `show_progress_bar`, ignored: batches are sized by tokens.
 
         Returns
         -------
@@ -132,7 +132,7 @@ class MTEBEncoder:
         Raises
         ------
         TypeError
-            If mteb was told to pass on another option, which would go unheeded.
+            If mteb was told to pass on another option, which would be ignored.
         ValueError
             If the vectorizer returns NaN, or an array of another shape.
         """

@@ -1,15 +1,16 @@
-"""Similarity of rows: unit length, cosine and dot product, and the result of a search."""
+"""Similarity of rows: types of arrays, unit length, cosine, dot product, results of a search."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = [
     "Floats",
+    "Ids",
     "Indices",
     "Ints",
     "PairIndices",
@@ -27,10 +28,11 @@ __all__ = [
 
 _BLOCK_BYTES = 4 * 2**20
 
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Indices = Ints  # positions of rows
+Ids = npt.NDArray[Any]  # of object (str) or int64
 PairIndices = tuple[npt.ArrayLike, npt.ArrayLike]
 
 
@@ -52,19 +54,19 @@ class Ranking(NamedTuple):
         Descending, beside `indices`.
     """
 
-    indices: list[Ints]
-    scores: list[Floats]
+    indices: list[Indices]
+    scores: list[Vectors]
 
 
 class TopK(NamedTuple):
-    """The best k documents of each query.
+    """The best k documents of each query, in an order that each search states.
 
     Attributes
     ----------
     scores : ndarray of float32, shape (n_queries, k)
         Descending; NaN where fewer than k documents may be found.
     indices : ndarray of int64, shape (n_queries, k)
-        Rows of the corpus, the lower one first where scores are equal; -1 beside a NaN.
+        Rows of the corpus; -1 beside a NaN.
     """
 
     scores: Vectors

@@ -44,7 +44,7 @@ class EmbeddingCache:
         Limit in bytes. The least recently used rows are dropped first. None means 1 GiB
         in memory, and no limit for a file.
     dtype : {"float32", "float16"} or None, default=None
-        How vectors are stored; ``lookup`` gives float32 either way. "float16" halves the
+        Storage type of the vectors; ``lookup`` gives float32 either way. "float16" halves the
         space and rounds each component: see Notes. None means the type of the file, and
         "float32" for a new file or memory.
 
@@ -154,7 +154,7 @@ class EmbeddingCache:
 
     @property
     def dtype(self) -> str | None:
-        """Type asked for, or None; ``stats()["dtype"]`` is the one in force."""
+        """Requested type, or None; ``stats()["dtype"]`` is the one in force."""
         return self._dtype
 
     @property
@@ -230,7 +230,7 @@ class EmbeddingCache:
         return mask
 
     def store(self, namespace: str, texts: Sequence[str], vectors: npt.ArrayLike) -> None:
-        """Store the vectors of texts, in place of those stored before.
+        """Store the vectors of texts, instead of those stored before.
 
         Rows that are not finite are left out (for float16: not finite once rounded), and
         so are rows for which the limit has no room. In a file, the call is one

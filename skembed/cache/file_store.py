@@ -116,7 +116,7 @@ class FileStore:
     def _shrink(self, limit_bytes: int) -> None:
         """Cut free pages off the end of a file longer than `limit_bytes`.
 
-        Later rows use the space that stays, so a failure is no error.
+        Later rows use the space that stays, so a failure is not an error.
         """
         if self._connection is None:
             return

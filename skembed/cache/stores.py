@@ -1,4 +1,4 @@
-"""Where a cache keeps its rows: the protocol of a store, and the store in memory.
+"""Storage of the rows of a cache: the protocol of a store, and the store in memory.
 
 The store in memory drops the least recently used rows first. The cache holds the lock.
 """
@@ -21,7 +21,7 @@ __all__ = [
     "find_storable",
 ]
 
-# How vectors are stored; a fixed byte order, so that a file can move between machines.
+# Storage types of vectors; a fixed byte order, so that a file can move between machines.
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 KEY_BYTES = 16
 COPY_ROWS = 1024  # rows copied at once

@@ -1,4 +1,4 @@
-"""What the task estimators share: texts through a vectorizer of their own, or embeddings."""
+"""Base of the task estimators: texts through a vectorizer of their own, or embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sklearn.base import ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from skembed._inputs import refuse_foreign_labels
-from skembed.embedding import Vectors, check_text_column, check_vectorizer, embed, is_transformer
+from skembed.embedding import FloatArray, check_text_column, check_vectorizer, embed, is_transformer
 from skembed.vectorizer import NVEmbedVectorizer
 
 __all__ = [
@@ -37,7 +37,7 @@ class TextEstimatorMixin:
     embedding_dim_: int
     _fitted_mark: str  # name of the attribute that `fit` sets last
 
-    def _fit_vectors(self, X: Any, y: Any = None, *, side: str = "query") -> Vectors:
+    def _fit_vectors(self, X: Any, y: Any = None, *, side: str = "query") -> FloatArray:
         """Fit a clone of the vectorizer and return the vectors of X, (n, dim)."""
         owner = type(self).__name__
         vectorizer = make_vectorizer(self.vectorizer, owner=owner)
@@ -52,7 +52,7 @@ class TextEstimatorMixin:
 
     def _embed_vectors(
         self, X: Any, *, side: str = "query", name: str = "X", min_rows: int = 1
-    ) -> Vectors:
+    ) -> FloatArray:
         """Return the vectors of X as the fitted vectorizer sees it, (n, dim)."""
         check_is_fitted(self)
         owner = type(self).__name__
@@ -83,7 +83,7 @@ class TextEstimatorMixin:
         return clone(bare).set_params(vectorizer=vectorizer)
 
     def __sklearn_is_fitted__(self) -> bool:
-        """Tell whether `fit` has come to its end."""
+        """Return whether `fit` has come to its end."""
         return hasattr(self, self._fitted_mark)
 
     def __sklearn_tags__(self) -> Any:
@@ -119,7 +119,7 @@ class TextClassifierMixin(TextEstimatorMixin, ClassifierMixin):
         Raises
         ------
         ValueError
-            When `fit` saw none of the labels.
+            If `fit` saw none of the labels.
         """
         check_is_fitted(self)
         refuse_foreign_labels(y, self.classes_, owner=type(self).__name__)
@@ -142,7 +142,7 @@ def make_vectorizer(vectorizer: Any, *, owner: str) -> Any:
 
 
 def trains_on_labels(vectorizer: Any) -> bool:
-    """Tell whether `fit` of a vectorizer may learn from labels, pairs or scores."""
+    """Return whether `fit` of a vectorizer may learn from labels, pairs or scores."""
     return is_transformer(vectorizer) and getattr(vectorizer, "trainer", None) is not None
 
 
@@ -154,7 +154,7 @@ def fit_vectorizer(vectorizer: Any, texts: Sequence[str | None], y: Any = None) 
 
 def check_embeddings(
     estimator: Any, X: Any, *, reset: bool = False, name: str = "X", min_rows: int = 1
-) -> Vectors:
+) -> FloatArray:
     """Return embeddings checked by scikit-learn's rules, float32 or float64, (n, dim).
 
     `reset` stores the width and the column names on the estimator; without it they are compared.
@@ -166,11 +166,11 @@ def check_embeddings(
             "vectorizer='skembed-mini', or embed the texts first."
         )
     options = {"dtype": [np.float64, np.float32], "ensure_min_samples": min_rows}
-    return cast("Vectors", validate_data(estimator, X, reset=reset, **options))
+    return cast("FloatArray", validate_data(estimator, X, reset=reset, **options))
 
 
 def _holds_text(X: Any) -> bool:
-    """Tell whether X looks like texts: a str, an array of str, or a first item that is one."""
+    """Return whether X looks like texts: a str, an array of str, or a first item that is one."""
     kind = getattr(getattr(X, "dtype", None), "kind", None)
     if isinstance(X, (str, bytes)) or kind in ("U", "T"):
         return True
@@ -183,7 +183,7 @@ def _holds_text(X: Any) -> bool:
 
 
 def _is_number(text: str) -> bool:
-    """Tell whether scikit-learn would read a str as a number."""
+    """Return whether scikit-learn would read a str as a number."""
     try:
         float(text)
     except ValueError:

@@ -34,14 +34,14 @@ def _head_has(method: str) -> Callable[[Any], bool]:
 
 
 class EmbeddingClassifier(TextClassifierMixin, BaseEstimator):
-    """Classify texts with a scikit-learn classifier on their embeddings.
+    """Classifier of texts: a scikit-learn classifier on their embeddings.
 
     Fitting costs one embedding of each text and the fit of the head.
 
     Parameters
     ----------
     vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
-        What embeds the texts; `fit` uses a clone. A name or path is a frozen model of
+        Encoder of the texts; `fit` uses a clone. A name or path is a frozen model of
         `NVEmbedVectorizer`; an instance trains if its `trainer` says so. An encoder (an object with
         ``encode``, such as a SentenceTransformer, or a callable) is used as it is. None: X holds
         embeddings, as in the last step of a Pipeline.
@@ -117,9 +117,9 @@ class EmbeddingClassifier(TextClassifierMixin, BaseEstimator):
         Raises
         ------
         TypeError
-            When X is not texts (or embeddings), the head is no classifier, or takes no weights.
+            If X is not texts (or embeddings), the head is not a classifier, or takes no weights.
         ValueError
-            When labels are missing, of one class only, or not as many as texts; or embeddings
+            If labels are missing, of one class only, or not as many as texts; or embeddings
             are not finite.
         """
         head = _make_head(self.head)

@@ -10,9 +10,10 @@ from scipy import sparse
 from sklearn.base import clone
 from sklearn.feature_extraction.text import CountVectorizer
 
-__all__ = ["Ints", "compute_class_tfidf", "find_terms", "name_clusters", "pick_representatives"]
+from skembed.similarity import Ints
 
-Ints = npt.NDArray[np.int64]
+__all__ = ["compute_class_tfidf", "find_terms", "name_clusters", "pick_representatives"]
+
 _N_NAME_TERMS = 3
 
 

@@ -14,15 +14,15 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 
 from skembed._validation import check_choice, check_int, check_real, import_optional
-from skembed.embedding import Vectors, check_text_column
+from skembed.embedding import FloatArray, check_text_column
 from skembed.estimators.base import TextEstimatorMixin
 from skembed.estimators.cluster_names import (
-    Ints,
     find_terms,
     name_clusters,
     pick_representatives,
 )
 from skembed.exceptions import SkembedWarning
+from skembed.similarity import Ints
 
 __all__ = ["EmbeddingClusterer", "MAX_SILHOUETTE_ROWS"]
 
@@ -33,7 +33,7 @@ _MAX_AUTO_CLUSTERS = 64
 
 
 class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
-    r"""Cluster texts by their embeddings, and say what each cluster is about.
+    r"""Clusterer of texts by their embeddings, which says what each cluster is about.
 
     One call embeds the texts, finds the clusters (and, if asked, their number) and names them by
     their terms. Texts that a density method leaves out have the label -1 and belong to no cluster.
@@ -41,7 +41,7 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
     Parameters
     ----------
     vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
-        What embeds the texts; `fit` uses a clone. A name or path is a frozen model of
+        Encoder of the texts; `fit` uses a clone. A name or path is a frozen model of
         `NVEmbedVectorizer`. An encoder (an object with ``encode``, such as a SentenceTransformer,
         or a callable) is used as it is. None: X holds embeddings, as in the last step of a
         Pipeline.
@@ -50,11 +50,11 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         memory grows with the square of the texts), "hdbscan" (finds the number itself and leaves
         noise out; best with ``reducer="umap"``), or a scikit-learn clusterer.
     n_clusters : int, "auto" or sequence of int, optional
-        How many clusters; "auto" tries a range of up to 64 and takes the best silhouette, a
+        Number of clusters; "auto" tries a range of up to 64 and takes the best silhouette, a
         sequence tries these. None is "auto" for a name, and leaves an instance as it is. Density
         methods take None only.
     reducer : "umap", transformer or None, default=None
-        What reduces the embeddings before they are clustered. "umap" is UMAP to 5 dimensions by
+        Reduction of the embeddings before they are clustered. "umap" is UMAP to 5 dimensions by
         cosine, as the extra ``plot`` installs it.
     min_cluster_size : int, default=10
         Smallest cluster of "hdbscan", in texts.
@@ -66,7 +66,7 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
     n_representatives : int, default=3
         Length of `representative_texts_`.
     term_vectorizer : CountVectorizer, optional
-        What counts terms; `fit` uses a clone. None is ``CountVectorizer(stop_words="english")``.
+        Counter of terms; `fit` uses a clone. None is ``CountVectorizer(stop_words="english")``.
     random_state : int, RandomState instance or None, default=None
         Seed of clusterer, reducer, and the texts that silhouettes are taken of.
 
@@ -188,12 +188,12 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         Raises
         ------
         TypeError
-            When X is not texts (or embeddings), or a parameter is of the wrong type.
+            If X is not texts (or embeddings), or a parameter is of the wrong type.
         ValueError
-            When `n_clusters` exceeds the number of texts, a parameter is out of range, or
+            If `n_clusters` exceeds the number of texts, a parameter is out of range, or
             embeddings are not finite.
         ImportError
-            When `reducer` is "umap" and umap-learn is not installed.
+            If `reducer` is "umap" and umap-learn is not installed.
         """
         owner = type(self).__name__
         self._check_parameters(owner)
@@ -264,7 +264,7 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            When there are no labels, or not as many as texts.
+            If there are no labels, or not as many as texts.
         """
         check_is_fitted(self)
         if y is None:
@@ -280,7 +280,7 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         Parameters
         ----------
         ax : matplotlib Axes, optional
-            Where to draw; None makes a figure.
+            Axes to draw on; None makes a figure.
 
         Returns
         -------
@@ -290,9 +290,9 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            When `fit` was given the number of clusters, so that there is nothing to draw.
+            If `fit` was given the number of clusters, so that there is nothing to draw.
         ImportError
-            When matplotlib is not installed.
+            If matplotlib is not installed.
         """
         check_is_fitted(self)
         if not self.silhouettes_:
@@ -339,7 +339,7 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
             check_consistent_length(X, checked)
         return [text or "" for text in checked]
 
-    def _find_clusters(self, space: Vectors, *, seed: int) -> tuple[Any, Ints, dict[int, float]]:
+    def _find_clusters(self, space: FloatArray, *, seed: int) -> tuple[Any, Ints, dict[int, float]]:
         """Return the clusterer fitted with the best number, its labels and the silhouettes."""
         counts = self._list_counts(len(space))
         count, silhouettes = counts[0], {}
@@ -412,7 +412,7 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
             changes["random_state"] = seed
         return clusterer.set_params(**changes) if changes else clusterer
 
-    def _describe(self, vectors: Vectors, texts: list[str] | None) -> None:
+    def _describe(self, vectors: FloatArray, texts: list[str] | None) -> None:
         """Set noise radii, representatives and, with texts, terms and names."""
         k, labels = self.n_clusters_, self.labels_
         distances = np.linalg.norm(vectors - self.cluster_centers_[labels], axis=1) if k else None
@@ -433,7 +433,7 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
 
 
 def _has_param(estimator: Any, name: str) -> bool:
-    """Tell whether an estimator has a parameter."""
+    """Return whether an estimator has a parameter."""
     return hasattr(estimator, "get_params") and name in estimator.get_params(deep=False)
 
 
@@ -471,7 +471,7 @@ def _make_reducer(reducer: Any, n: int, *, seed: int, owner: str) -> Any:
     return clone(reducer)
 
 
-def _fit_labels(clusterer: Any, space: Vectors) -> Ints:
+def _fit_labels(clusterer: Any, space: FloatArray) -> Ints:
     """Fit a clusterer and return its labels, (n,)."""
     clusterer.fit(space)
     return np.asarray(clusterer.labels_, dtype=np.int64)
@@ -485,14 +485,14 @@ def _number_labels(labels: Ints) -> Ints:
     return numbers
 
 
-def _compute_silhouette(space: Vectors, labels: Ints) -> float:
+def _compute_silhouette(space: FloatArray, labels: Ints) -> float:
     """Return the mean silhouette; -1, the lowest value, where it is not defined."""
     if not 2 <= len(np.unique(labels)) < len(labels):
         return -1.0
     return float(silhouette_score(space, labels))
 
 
-def _compute_means(vectors: Vectors, labels: Ints, k: int) -> Vectors:
+def _compute_means(vectors: FloatArray, labels: Ints, k: int) -> FloatArray:
     """Return the mean of each cluster, (k, dim)."""
     clustered = labels >= 0
     sums = np.zeros((k, vectors.shape[1]), dtype=np.float64)

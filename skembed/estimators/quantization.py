@@ -44,9 +44,9 @@ class _Rows:
 
 
 class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
-    """Store embeddings as 8-bit integers or single bits, and search among them.
+    """Quantizer of embeddings to 8-bit integers or single bits, with a search among them.
 
-    `fit` learns what the codes of each dimension stand for, so that all later vectors get the same
+    `fit` learns what the codes of each dimension represent, so that all later vectors get the same
     codes, one at a time or a million; a pickle keeps it.
 
     Parameters
@@ -64,8 +64,8 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
     ranges_ : ndarray of float32, shape (2, n_features_in_)
         Lowest and highest value of each dimension; of "int8" and "uint8".
     levels_ : ndarray of float32, shape (3, n_features_in_)
-        Of each dimension the threshold (its mean), and the means of what lies below and above it;
-        of "binary".
+        Threshold of each dimension (its mean), and the means of the values below and above it;
+        only with "binary".
     n_features_in_ : int
         Width of an embedding.
     feature_names_in_ : ndarray of str, shape (n_features_in_,)
@@ -98,7 +98,7 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
     Examples
     --------
     >>> from skembed import NVEmbedVectorizer
-    >>> from skembed.estimators.quantization import EmbeddingQuantizer
+    >>> from skembed import EmbeddingQuantizer
     >>> texts = ["a llama", "a camel", "the Sun", "a star", "a theatre play"]
     >>> embeddings = NVEmbedVectorizer().transform(texts)
     >>> quantizer = EmbeddingQuantizer().fit(embeddings)
@@ -137,8 +137,8 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         Raises
         ------
         TypeError, ValueError
-            When a parameter is not as it must be, or X is not two-dimensional and finite, or has
-            fewer than two rows.
+            If a parameter has an invalid type or value, or X is not two-dimensional and finite,
+            or has fewer than two rows.
         """
         check_choice(self.precision, name="precision", owner=_OWNER, allowed=PRECISIONS)
         percentiles = _check_percentiles(self.quantile_range)
@@ -177,9 +177,9 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         Raises
         ------
         NotFittedError
-            Before `fit`.
+            If called before `fit`.
         TypeError, ValueError
-            When X is not two-dimensional and finite, or of another width than in `fit`.
+            If X is not two-dimensional and finite, or of another width than in `fit`.
         """
         check_is_fitted(self)
         vectors = self._check_embeddings(X, reset=False, ensure_min_samples=0)
@@ -190,7 +190,7 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         return codes.view(np.int8)
 
     def inverse_transform(self, X: Any) -> Vectors:
-        """Return the embeddings that codes stand for.
+        """Return the embeddings that codes represent.
 
         Parameters
         ----------
@@ -205,9 +205,9 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         Raises
         ------
         NotFittedError
-            Before `fit`.
+            If called before `fit`.
         TypeError, ValueError
-            When X is of another type or width than what `transform` returns.
+            If X is of another type or width than what `transform` returns.
         """
         check_is_fitted(self)
         codes = self._check_codes(X, name="X", owner=f"{_OWNER}.inverse_transform")
@@ -227,7 +227,7 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
     ) -> TopK:
         """Find the documents with the highest dot product with each query, among their codes.
 
-        Queries stay exact: each is compared with what the codes stand for. With `finer`, the best
+        Queries stay exact: each is compared with what the codes represent. With `finer`, the best
         ``rescore * top_k`` candidates are scored again from it, and only their rows are read.
         Memory is bounded: about 32 MiB, and a few times what is returned.
 
@@ -238,7 +238,7 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         codes : ndarray of int8 or uint8, shape (n_documents, n_features_out)
             The documents, from `transform`; may be mapped from a file.
         top_k : int, default=10
-            How many documents to find, at most as many as there are.
+            Number of documents to find, at most as many as there are.
         finer : ndarray of float, shape (n_documents, dim), or tuple, optional
             The same documents as embeddings, or as a pair of another fitted EmbeddingQuantizer and
             its codes; may be mapped from a file (``numpy.load(path, mmap_mode="r")``). None gives
@@ -256,9 +256,9 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         Raises
         ------
         NotFittedError
-            Before `fit`.
+            If called before `fit`.
         TypeError, ValueError
-            When an array is of another type, shape or width than it must be, or not finite.
+            If an array has an invalid type, shape or width, or is not finite.
         """
         check_is_fitted(self)
         owner = f"{_OWNER}.search"
@@ -291,9 +291,9 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
         Raises
         ------
         NotFittedError
-            Before `fit`.
+            If called before `fit`.
         ValueError
-            When `input_features` are not those of `fit`.
+            If `input_features` are not those of `fit`.
         """
         check_is_fitted(self)
         packed = hasattr(self, "levels_")

@@ -20,7 +20,7 @@ from skembed.estimators.base import (
     trains_on_labels,
 )
 from skembed.metrics.ranking import map_at_k
-from skembed.similarity import Floats, Ints, Ranking, check_vectors, paired_cosine, paired_dot
+from skembed.similarity import Indices, Ranking, Vectors, check_vectors, paired_cosine, paired_dot
 
 __all__ = ["Reranker"]
 
@@ -30,7 +30,7 @@ _MAP_CUT = 1000  # as mteb; no list of candidates is longer
 
 
 class Reranker(TextEstimatorMixin, BaseEstimator):
-    """Sort lists of candidates by their similarity to the query.
+    """Reranker of lists of candidates by their similarity to the query.
 
     Each query has candidates of its own, as many as you like: what a keyword search found, or a
     `Retriever` with a smaller model. Without training it is as good as its vectorizer; `fit` on
@@ -39,14 +39,14 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
     Parameters
     ----------
     vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
-        What embeds texts: the name of a model, which stays frozen, or an object with
+        Encoder of texts: the name of a model, which stays frozen, or an object with
         ``transform`` (and ``encode_query`` and ``encode_document``, if the sides differ), which
         `fit` clones. It is trained where it has a `trainer` that is not None, such as
         ``NVEmbedVectorizer()``. An encoder (an object with ``encode``, such as a
-        SentenceTransformer, or a callable) is used as it is. None takes embeddings in place of
+        SentenceTransformer, or a callable) is used as it is. None takes embeddings instead of
         texts.
     similarity : {"cosine", "dot"}, default="cosine"
-        What a score is.
+        Similarity measure.
 
     Attributes
     ----------
@@ -73,7 +73,7 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
 
     Examples
     --------
-    >>> from skembed.estimators.reranking import Reranker
+    >>> from skembed import Reranker
     >>> reranker = Reranker().fit()
     >>> candidates = [["The Sun is hot.", "Faust is a play by Goethe."], []]
     >>> indices, scores = reranker.rank(["Who wrote Faust?", "What is a llama?"], candidates)
@@ -108,10 +108,10 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         Raises
         ------
         TypeError, ValueError
-            When a parameter, a pair or `y` is not as it must be, or the vectorizer trains and no
-            document is relevant.
+            If a parameter, a pair or `y` has an invalid type or value, or the vectorizer trains
+            and no document is relevant.
         ImportError, SkembedError
-            As `NVEmbedVectorizer.fit`, where that trains.
+            If the vectorizer trains and its `fit` raises them.
         """
         check_choice(self.similarity, name="similarity", owner=_OWNER, allowed=("cosine", "dot"))
         vectorizer = make_vectorizer(self.vectorizer, owner=_OWNER)
@@ -143,7 +143,7 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         dim = embed(vectorizer, queries[:1], "query", owner=_OWNER).shape[1]
         return self._set_fitted(vectorizer, dim, trained=trained)
 
-    def predict(self, X: Any) -> Floats:
+    def predict(self, X: Any) -> Vectors:
         """Return a score for each pair.
 
         Parameters
@@ -159,9 +159,9 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         Raises
         ------
         NotFittedError
-            Before `fit`.
+            If called before `fit`.
         TypeError, ValueError
-            When a pair is not as it must be.
+            If a pair has an invalid type or value.
         """
         check_is_fitted(self)
         vectorizer = getattr(self, "vectorizer_", None)
@@ -181,7 +181,7 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         queries : list, tuple, ndarray, Series or one-column frame of str, n_queries rows
             The queries; embeddings of shape (n_queries, dim) where `vectorizer` is None.
         candidates : sequence of n_queries
-            Of each query a list of documents, of any length, or an array of embeddings
+            A list of documents for each query, of any length, or an array of embeddings
             (n_candidates, dim). An empty list gives an empty ranking.
 
         Returns
@@ -192,10 +192,10 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         Raises
         ------
         NotFittedError
-            Before `fit`.
+            If called before `fit`.
         TypeError, ValueError
-            When there is not one list for each query, or a text is not as it must be; the
-            position of the list is named.
+            If there is not one list for each query, or a text has an invalid type or value; the
+            error names the position of the list.
         """
         check_is_fitted(self)
         vectorizer = getattr(self, "vectorizer_", None)
@@ -245,9 +245,9 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         Raises
         ------
         NotFittedError
-            Before `fit`.
+            If called before `fit`.
         TypeError, ValueError
-            When a pair, `y` or `groups` is not as it must be.
+            If a pair, `y` or `groups` has an invalid type or value.
 
         Notes
         -----
@@ -283,7 +283,7 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         self.trained_ = trained
         return self
 
-    def _score(self, queries: Any, documents: Any) -> Floats:
+    def _score(self, queries: Any, documents: Any) -> Vectors:
         """Return the similarity of each document with the query of its row, (n,)."""
         compare = paired_cosine if self.similarity == "cosine" else paired_dot
         return compare(queries, documents)
@@ -324,7 +324,7 @@ def _check_relevance(y: Any, n: int, *, owner: str) -> npt.NDArray[np.float64]:
     return relevance
 
 
-def _number_groups(groups: Any, keys: Sequence[Any], *, owner: str, n: int) -> Ints:
+def _number_groups(groups: Any, keys: Sequence[Any], *, owner: str, n: int) -> Indices:
     """Return a number for the group of each row, (n,); without groups, of each distinct key."""
     if groups is not None:
         keys = groups.tolist() if hasattr(groups, "tolist") else list(groups)
@@ -369,7 +369,7 @@ def _make_rows(
     queries: Sequence[str | None],
     documents: Sequence[str | None],
     relevant: npt.NDArray[np.bool_],
-    groups: Ints,
+    groups: Indices,
     *,
     n_negatives: int,
     random_state: Any,
@@ -408,7 +408,7 @@ def _list_negatives(
     queries: Sequence[str | None],
     documents: Sequence[str | None],
     relevant: npt.NDArray[np.bool_],
-    groups: Ints,
+    groups: Indices,
 ) -> dict[int, tuple[list[str | None], set[str | None]]]:
     """Return for each group its distinct negatives, and the texts that are never one of them."""
     excluded: dict[int, set[str | None]] = {}

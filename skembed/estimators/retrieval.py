@@ -11,10 +11,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from skembed._validation import check_choice, check_int, check_string
 from skembed.estimators.base import TextEstimatorMixin, make_vectorizer
-from skembed.estimators.saved_index import check_mark, mark_model
+from skembed.estimators.saved_index import check_fingerprint, fingerprint_model
 from skembed.inference.devices import choose_search_device
 from skembed.metrics.qrels import (
-    Ids,
     check_ids,
     check_new_ids,
     find_positions,
@@ -26,17 +25,17 @@ from skembed.metrics.ranking import ndcg_at_k
 from skembed.search.index import DocumentIndex, prepare_vectors
 from skembed.search.index_file import read_index, write_index
 from skembed.search.stored_vectors import STORAGE_KINDS
-from skembed.similarity import TopK
+from skembed.similarity import Ids, TopK
 
 __all__ = ["Retriever"]
 
 _OWNER = "Retriever"
 _SAVED_PARAMETERS = ("similarity", "storage", "rescore_storage", "rescore", "algorithm")
-_SCORED = 10  # of nDCG@10
+_NDCG_CUTOFF = 10
 
 
 class Retriever(TextEstimatorMixin, BaseEstimator):
-    """Find the documents of a corpus that are most similar to each query.
+    """Retriever of the documents of a corpus that are most similar to each query.
 
     The search is exact: it compares each query with every document, block by block, in bounded
     memory. Documents can be stored in 2, 4 or 32 times less memory, and an approximate index can
@@ -45,27 +44,26 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
     Parameters
     ----------
     vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
-        What embeds texts: the name of a model, which stays frozen, or an object with
+        Encoder of texts: the name of a model, which stays frozen, or an object with
         ``transform`` (and ``encode_query`` and ``encode_document``, if queries and documents
         differ), which `fit` clones and fits. An encoder (an object with ``encode``, such as a
-        SentenceTransformer, or a callable) is used as it is. None takes embeddings in place of
+        SentenceTransformer, or a callable) is used as it is. None takes embeddings instead of
         texts.
     similarity : {"cosine", "dot"}, default="cosine"
-        What a score is.
+        Similarity measure.
     storage : {"float32", "float16", "int8", "binary"}, default="float32"
-        How the vectors are stored that every query is compared with: 4, 2, 1 or 1/8 bytes a
-        component.
+        Storage type of the vectors compared with every query: 4, 2, 1 or 1/8 bytes a component.
     rescore_storage : {"float32", "float16", "int8"}, optional
-        Keep a second, finer copy, from which the best candidates are scored again. In a loaded
-        index it stays on disk. None gives scores of the stored vectors.
+        Storage type of a second, finer copy, from which the best candidates are scored again. In
+        a loaded index it stays on disk. None gives scores of the stored vectors.
     rescore : int, default=4
         Candidates for each result, where there is a second copy or an approximate index.
     algorithm : {"exact", "hnsw"}, default="exact"
-        Compare with every document, or with those that a graph of near neighbours proposes
+        Comparison with every document, or with those that a graph of near neighbours proposes
         (needs usearch: ``pip install skembed[ann]``).
     device : str, default="auto"
-        Where to search: "cpu", "cuda", "cuda:1"; "auto" takes a CUDA device if there is one. The
-        vectors stay in the memory of the host and pass through the device block by block.
+        Device of the search: "cpu", "cuda", "cuda:1"; "auto" takes a CUDA device if there is one.
+        The vectors stay in the memory of the host and pass through the device block by block.
 
     Attributes
     ----------
@@ -98,13 +96,13 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
     float32 under ``similarity="dot"``) are stored without a copy: leave such an array as it is
     after `fit`.
 
-    Of "int8", each vector has 255 levels of its own. Of "binary", each component has two levels
-    of its own: the mean of what lies below, and above, its mean over the corpus of `fit`. Queries
-    are never quantised.
+    With "int8", each vector is quantised to 255 levels. With "binary", each component becomes one
+    of two values: the mean of the corpus values below its mean, or of those above; the corpus is
+    that of `fit`. Queries are never quantised.
 
     Examples
     --------
-    >>> from skembed.estimators.retrieval import Retriever
+    >>> from skembed import Retriever
     >>> corpus = ["The llama is a camelid.", "Faust is a play by Goethe.", "The Sun is hot."]
     >>> retriever = Retriever().fit(corpus, ids=["llama", "faust", "sun"])
     >>> scores, indices = retriever.search(["Who wrote Faust?"], top_k=2)
@@ -154,9 +152,10 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         Raises
         ------
         TypeError, ValueError
-            When a parameter, a document or an id is not as it must be, or there is no document.
+            If a parameter, a document or an id has an invalid type or value, or there is no
+            document.
         ImportError
-            When `algorithm` is "hnsw" and usearch is not installed.
+            If `algorithm` is "hnsw" and usearch is not installed.
         """
         self._check_parameters()
         choose_search_device(self.device, owner=_OWNER)  # an error now, not at the first search
@@ -179,7 +178,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             self.__dict__.pop(name, None)
             if hasattr(fresh, name):
                 setattr(self, name, getattr(fresh, name))
-        self._index, self.ids_, self._ids_counted = index, index.ids, ids is None
+        self._index, self.ids_, self._has_automatic_ids = index, index.ids, ids is None
         return self
 
     def search(self, queries: Any, top_k: int = 10) -> TopK:
@@ -190,20 +189,20 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         queries : list, tuple, ndarray, Series or one-column frame of str, n_queries rows
             The queries; embeddings of shape (n_queries, dim) where `vectorizer` is None.
         top_k : int, default=10
-            How many documents to find, at most as many as there are.
+            Number of documents to find, at most as many as there are.
 
         Returns
         -------
         TopK
             `scores`, float32, and `indices`, int64, each of shape (n_queries, top_k), the best
-            first; ``ids_[indices]`` are the documents' ids.
+            first, of equal scores the higher id; ``ids_[indices]`` are the documents' ids.
 
         Raises
         ------
         NotFittedError
-            Before `fit`.
+            If called before `fit`.
         TypeError, ValueError
-            When `top_k` or a query is not as it must be, or no document is left.
+            If `top_k` or a query has an invalid type or value, or no document is left.
         """
         check_is_fitted(self)
         n = len(self.ids_)
@@ -237,14 +236,14 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         Raises
         ------
         NotFittedError
-            Before `fit`.
+            If called before `fit`.
         TypeError, ValueError
-            When a document is not as it must be, or an id is already in the index.
+            If a document has an invalid type or value, or an id is already in the index.
         """
         check_is_fitted(self)
         owner = f"{_OWNER}.add"
         new_ids = check_ids(ids, owner=owner)
-        if new_ids is None and not self._ids_counted:
+        if new_ids is None and not self._has_automatic_ids:
             raise ValueError(
                 f"The `ids` parameter of `{owner}` must hold an id for each document, since `fit` "
                 "was given ids; got None."
@@ -256,11 +255,11 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         vectors = self._embed_vectors(documents, side="document", name="documents")
         vectors = prepare_vectors(vectors, self.similarity, owner=owner)
         if new_ids is None:
-            first = self._index.n_seen
+            first = self._index.next_label
             new_ids = np.arange(first, first + len(vectors), dtype=np.int64)
         _check_count(new_ids, len(vectors), owner=owner)
         self._index.add(new_ids, vectors)
-        self._ids_counted = self._ids_counted and ids is None
+        self._has_automatic_ids = self._has_automatic_ids and ids is None
         self.ids_ = self._index.ids
         return self
 
@@ -283,9 +282,9 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         Raises
         ------
         NotFittedError
-            Before `fit`.
+            If called before `fit`.
         TypeError, ValueError
-            When an id is not in the index, or is given twice.
+            If an id is not in the index, or is given twice.
         """
         check_is_fitted(self)
         owner = f"{_OWNER}.remove"
@@ -317,9 +316,9 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         Raises
         ------
         NotFittedError
-            Before `fit`.
+            If called before `fit`.
         TypeError, ValueError
-            When a query has no judged document, or no judged document at all is in the corpus.
+            If a query has no judged document, or no judged document at all is in the corpus.
 
         Notes
         -----
@@ -329,17 +328,17 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         """
         check_is_fitted(self)
         judged = read_judgments(y, query_ids, ids=self.ids_, owner=f"{_OWNER}.score")
-        top = self.search(X, min(_SCORED, max(1, len(self.ids_))))
+        top = self.search(X, min(_NDCG_CUTOFF, max(1, len(self.ids_))))
         if len(top.scores) != len(judged):
             raise ValueError(
                 f"The `y` parameter of `{_OWNER}.score` must judge each of {len(top.scores)} "
                 f"queries; got {len(judged)}."
             )
         run = search_to_run(*top, document_ids=self.ids_.tolist())
-        return ndcg_at_k(judged, run, k=_SCORED)
+        return ndcg_at_k(judged, run, k=_NDCG_CUTOFF)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index to a folder: arrays, and a manifest with the mark of the model.
+        """Write the index to a folder: arrays, and a manifest with the fingerprint of the model.
 
         The vectorizer itself is not written. The folder holds the old index or the new one,
         wherever writing stops.
@@ -352,21 +351,21 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         Raises
         ------
         NotFittedError
-            Before `fit`.
+            If called before `fit`.
         ValueError
-            When the folder holds other files.
+            If the folder holds other files.
         OSError
-            When the folder cannot be written; its earlier content is kept.
+            If the folder cannot be written; its earlier content is kept.
         """
         check_is_fitted(self)
-        named = isinstance(self.vectorizer, (str, os.PathLike))
-        mark, probe = mark_model(getattr(self, "vectorizer_", None), owner=_OWNER)
+        is_model_name = isinstance(self.vectorizer, (str, os.PathLike))
+        model, probe = fingerprint_model(getattr(self, "vectorizer_", None), owner=_OWNER)
         settings, arrays = self._index.pack()
         settings |= {
             "parameters": {key: getattr(self, key) for key in _SAVED_PARAMETERS},
-            "ids_counted": self._ids_counted,
-            "vectorizer": os.fspath(self.vectorizer) if named else None,
-            "model": mark,
+            "ids_counted": self._has_automatic_ids,
+            "vectorizer": os.fspath(self.vectorizer) if is_model_name else None,
+            "model": model,
         }
         write_index(path, settings, arrays if probe is None else {**arrays, "probe": probe})
 
@@ -386,13 +385,13 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         path : str or path
             The folder that `save` wrote.
         vectorizer : "saved", str, path, transformer, encoder or None, default="saved"
-            What embeds queries; used as it is, not cloned. It must be the model that embedded
+            Encoder of the queries; used as it is, not cloned. It must be the model that embedded
             the documents. "saved" takes the name that the retriever had as its `vectorizer`.
         mmap : bool, default=True
-            Map the vectors from disk, read-only, in place of reading them; `add` and `remove`
+            Map the vectors from disk, read-only, instead of reading them; `add` and `remove`
             then make copies in memory.
         device : str, default="auto"
-            Where to search.
+            Device of the search.
 
         Returns
         -------
@@ -402,9 +401,9 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         Raises
         ------
         FileNotFoundError
-            When there is no index.
+            If there is no index.
         ValueError
-            When the index is damaged, of another version or of another model, or `vectorizer`
+            If the index is damaged, of another version or of another model, or `vectorizer`
             is "saved" and the index was built with an object.
         """
         settings, arrays = read_index(path, mmap=mmap)
@@ -418,14 +417,14 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
                 )
         retriever = cls(vectorizer, device=device, **settings["parameters"])
         retriever._check_parameters()
-        named = isinstance(vectorizer, (str, os.PathLike))
-        model = make_vectorizer(vectorizer, owner=_OWNER) if named else vectorizer
-        check_mark(model, settings["model"], arrays.get("probe"), where=where, owner=_OWNER)
+        is_model_name = isinstance(vectorizer, (str, os.PathLike))
+        model = make_vectorizer(vectorizer, owner=_OWNER) if is_model_name else vectorizer
+        check_fingerprint(model, settings["model"], arrays.get("probe"), where=where, owner=_OWNER)
         retriever._set_vectorizer(model, settings["dim"])
         if model is None:
             retriever.n_features_in_ = settings["dim"]
         retriever._index = DocumentIndex.unpack(settings, arrays)
-        retriever._ids_counted = settings["ids_counted"]
+        retriever._has_automatic_ids = settings["ids_counted"]
         retriever.ids_ = retriever._index.ids
         return retriever
 

@@ -1,7 +1,7 @@
-"""The mark of the model that built a saved index, and the refusal of another model.
+"""The fingerprint of the model that built a saved index, and the refusal of another model.
 
-A vectorizer may be any encoder, so a mark has two parts: the fingerprint of the weights, if there
-is one, and the vectors of a few fixed texts, which change with weights, pooling and instruction.
+A vectorizer may be any encoder, so a fingerprint has two parts: that of the weights, if there is
+one, and the vectors of a few fixed texts, which change with weights, pooling and instruction.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from skembed.embedding import embed
 from skembed.similarity import Vectors
 
-__all__ = ["check_mark", "mark_model"]
+__all__ = ["check_fingerprint", "fingerprint_model"]
 
 _PROBES = [
     "A llama is a domesticated South American camelid.",
@@ -26,38 +26,40 @@ _PROBES = [
 _LARGEST_DISTANCE = 0.045
 
 
-def mark_model(vectorizer: Any, *, owner: str) -> tuple[dict[str, Any] | None, Vectors | None]:
+def fingerprint_model(
+    vectorizer: Any, *, owner: str
+) -> tuple[dict[str, Any] | None, Vectors | None]:
     """Return the name and fingerprint of a model, and the vectors of the probes, (4, dim)."""
     if vectorizer is None:
         return None, None
     model = getattr(vectorizer, "model_", None)
     model = model if isinstance(model, dict) else {}
-    mark = {"name": model.get("name"), "fingerprint": model.get("fingerprint")}
-    return mark, embed(vectorizer, _PROBES, "document", owner=owner)
+    described = {"name": model.get("name"), "fingerprint": model.get("fingerprint")}
+    return described, embed(vectorizer, _PROBES, "document", owner=owner)
 
 
-def check_mark(
+def check_fingerprint(
     vectorizer: Any,
-    mark: dict[str, Any] | None,
+    saved: dict[str, Any] | None,
     probe: Vectors | None,
     *,
     where: str,
     owner: str,
 ) -> None:
-    """Raise ValueError unless a vectorizer is the model of the mark; `where` begins the sentence.
+    """Raise ValueError unless a vectorizer is the `saved` model; `where` begins the sentence.
 
     Without a vectorizer there is nothing to check: the user gives embeddings.
     """
     if vectorizer is None:
         return
-    if mark is None or probe is None:
+    if saved is None or probe is None:
         raise ValueError(
             f"{where} was built from embeddings, and does not know their model. Load it with "
             "vectorizer=None, and search with embeddings of the same model."
         )
-    new_mark, vectors = mark_model(vectorizer, owner=owner)
-    marks = [mark, new_mark or {}]
-    fingerprints = {m["fingerprint"] for m in marks if m.get("fingerprint")}
+    loaded, vectors = fingerprint_model(vectorizer, owner=owner)
+    models = [saved, loaded or {}]
+    fingerprints = {m["fingerprint"] for m in models if m.get("fingerprint")}
     same = len(fingerprints) < 2 and vectors is not None and vectors.shape == probe.shape
     if same and vectors is not None:
         distances = np.linalg.norm(vectors - probe, axis=1)
@@ -66,7 +68,7 @@ def check_mark(
     if not same:
         built, given = (
             f" ({m['name']}, fingerprint {m['fingerprint']})" if m.get("fingerprint") else ""
-            for m in marks
+            for m in models
         )
         raise ValueError(
             f"{where} was built with another model{built} than the `vectorizer`{given}: they "

@@ -27,15 +27,15 @@ from skembed.estimators.base import (
     trains_on_labels,
 )
 from skembed.exceptions import SkembedWarning
+from skembed.similarity import Floats
 
 __all__ = ["SimilarityRegressor"]
 
-_Floats = npt.NDArray[np.float64]  # (n,)
 _Texts = list[str | None]
 
 
 class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
-    r"""Score pairs of texts by the cosine of their embeddings, calibrated to given scores.
+    r"""Similarity of pairs of texts: the cosine of their embeddings, calibrated to given scores.
 
     Fitted without scores it gives the cosine itself. Fitted with scores it maps the cosine to
     their scale by a curve that only rises.
@@ -43,7 +43,7 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
     Parameters
     ----------
     vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
-        What embeds the texts; `fit` uses a clone. A name or path is a frozen model of
+        Encoder of the texts; `fit` uses a clone. A name or path is a frozen model of
         `NVEmbedVectorizer`. An instance that trains (its `trainer` is "auto" or a
         ContrastiveTrainer) is tuned on pairs with scores, as in a Pipeline; pass
         ``trainer=None`` to keep it frozen. An encoder (an object with ``encode``, such as a
@@ -121,7 +121,7 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
         X : list of 2-tuples, ndarray of shape (n_pairs, 2), or two-column frame of str
             The pairs; embeddings of shape (n_pairs, 2 * dim) where ``vectorizer=None``.
         y : array-like of float, shape (n_pairs,), optional
-            How alike each pair is, on any scale; higher is more alike.
+            Similarity of each pair, on any scale; higher is more alike.
 
         Returns
         -------
@@ -131,17 +131,17 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
         Raises
         ------
         TypeError
-            When X is not pairs of texts (or embeddings), or a parameter is of the wrong type.
+            If X is not pairs of texts (or embeddings), or a parameter is of the wrong type.
         ValueError
-            When the columns of embeddings are not even in number, scores are missing or not as
+            If the columns of embeddings are not even in number, scores are missing or not as
             many as pairs, or a parameter is out of range.
         ImportError
-            When a vectorizer that trains needs peft and it is not installed.
+            If a vectorizer that trains needs peft and it is not installed.
 
         Warns
         -----
         SkembedWarning
-            When cosines do not rise with the scores, so that the curve is flat.
+            If cosines do not rise with the scores, so that the curve is flat.
         """
         owner = type(self).__name__
         allowed = ("logistic", "isotonic", None)
@@ -161,7 +161,7 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
         _warn_flat(self.calibration_, cosines, scores[rows])
         return self
 
-    def predict(self, X: Any) -> _Floats:
+    def predict(self, X: Any) -> Floats:
         """Score each pair.
 
         Parameters
@@ -200,7 +200,7 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            When there are weights, or scores are missing or not as many as pairs.
+            If there are weights, or scores are missing or not as many as pairs.
         """
         owner = type(self).__name__
         if sample_weight is not None:
@@ -211,7 +211,7 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
             return 0.0
         return float(spearmanr(predicted, scores).statistic)
 
-    def _fit_cosines(self, X: Any, scores: _Floats | None) -> tuple[_Floats, Any]:
+    def _fit_cosines(self, X: Any, scores: Floats | None) -> tuple[Floats, Any]:
         """Fit the vectorizer; return the cosines to calibrate on, (n,), and their rows."""
         owner = type(self).__name__
         vectorizer = make_vectorizer(self.vectorizer, owner=owner)
@@ -235,7 +235,7 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
         self._set_vectorizer(vectorizer, sides[0].shape[1])
         return _split_cosines(np.hstack(sides)), rows
 
-    def _train(self, vectorizer: Any, pairs: tuple[_Texts, _Texts], scores: _Floats) -> Any:
+    def _train(self, vectorizer: Any, pairs: tuple[_Texts, _Texts], scores: Floats) -> Any:
         """Train the vectorizer on some of the pairs and return the rows it did not see."""
         rows = unseen = np.arange(len(scores))
         if self.calibration is not None and len(rows) > 2:
@@ -244,7 +244,7 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
         vectorizer.fit([(pairs[0][i], pairs[1][i]) for i in rows], scores[rows])
         return np.sort(unseen)
 
-    def _compute_cosines(self, X: Any) -> _Floats:
+    def _compute_cosines(self, X: Any) -> Floats:
         """Return the cosine of each pair, (n,)."""
         owner = type(self).__name__
         if not self.__sklearn_is_fitted__() or not hasattr(self, "vectorizer_"):
@@ -270,7 +270,7 @@ class _LogisticCurve:
     slope: float = 0.0
     offset: float = 0.0
 
-    def fit(self, cosines: _Floats, scores: _Floats) -> _LogisticCurve:
+    def fit(self, cosines: Floats, scores: Floats) -> _LogisticCurve:
         """Fit slope (as its logarithm, so that it stays above 0) and offset by least squares."""
         self.low, self.high = float(scores.min()), float(scores.max())
         center, spread = float(cosines.mean()), float(cosines.std()) or 1.0
@@ -283,13 +283,13 @@ class _LogisticCurve:
         self.offset = float(fit.x[1]) - self.slope * center
         return self
 
-    def predict(self, cosines: _Floats) -> _Floats:
+    def predict(self, cosines: Floats) -> Floats:
         """Return the score of each cosine, (n,)."""
         share = expit(self.slope * cosines + self.offset)
         return np.asarray(self.low + (self.high - self.low) * share)
 
 
-def _split_cosines(vectors: npt.NDArray[Any]) -> _Floats:
+def _split_cosines(vectors: npt.NDArray[Any]) -> Floats:
     """Return the cosine of the halves of each row, float64, (n,); 0 beside a vector of zeros."""
     left, right = (normalize(half.astype(np.float64)) for half in np.hsplit(vectors, 2))
     return np.clip(np.einsum("nd,nd->n", left, right), -1.0, 1.0)
@@ -304,7 +304,7 @@ def _check_even(n_columns: int, *, owner: str) -> None:
         )
 
 
-def _check_scores(y: Any, *, owner: str) -> _Floats:
+def _check_scores(y: Any, *, owner: str) -> Floats:
     """Return the scores as float64, (n,); ValueError for missing ones."""
     if y is None:
         raise ValueError(f"{owner} requires y to be passed, but the target y is None.")
@@ -312,7 +312,7 @@ def _check_scores(y: Any, *, owner: str) -> _Floats:
     return np.asarray(check_array(scores, ensure_2d=False, dtype=np.float64, input_name="y"))
 
 
-def _warn_flat(curve: Any, cosines: _Floats, scores: _Floats) -> None:
+def _warn_flat(curve: Any, cosines: Floats, scores: Floats) -> None:
     """Warn where the scores differ but the curve cannot follow them upwards."""
     rises = np.ptp(curve.predict(cosines)) > 1e-3 * np.ptp(scores)
     if np.ptp(scores) and np.ptp(cosines) and not rises:

@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_consistent_length, column_or_1d
 
 from skembed._inputs import check_labels, check_texts, name_some, refuse_missing_labels
 from skembed._validation import check_real, check_string
-from skembed.embedding import Vectors, check_text_column, embed
+from skembed.embedding import FloatArray, check_text_column, embed
 from skembed.estimators.base import (
     TextClassifierMixin,
     check_embeddings,
@@ -28,7 +28,7 @@ _Labels = npt.NDArray[Any]  # (n,)
 
 
 class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
-    r"""Classify texts by the label whose description is most similar.
+    r"""Classifier that gives a text the label whose description is most similar.
 
     Each label becomes a prototype: the mean direction of its descriptions, moved towards its
     labelled examples, if any. A text gets the label of the nearest prototype.
@@ -36,7 +36,7 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
     Parameters
     ----------
     vectorizer : str, path, transformer, encoder or None, default="skembed-mini"
-        What embeds texts and descriptions; `fit` uses a clone. A name or path is a frozen model
+        Encoder of texts and descriptions; `fit` uses a clone. A name or path is a frozen model
         of `NVEmbedVectorizer`. An encoder (an object with ``encode``, such as a
         SentenceTransformer, or a callable) is used as it is. None: X and descriptions are
         embeddings.
@@ -48,10 +48,10 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
         Instruction for descriptions, as the vectorizer's `document_instruction`. None leaves
         that parameter unchanged. Texts get the vectorizer's `instruction`.
     description_weight : float, default=3.0
-        How many labelled examples the descriptions of a label weigh. ``float("inf")`` ignores
+        Weight of the descriptions of a label, in labelled examples. ``float("inf")`` ignores
         examples.
     temperature : float, default=0.05
-        Of the softmax in `predict_proba`. Does not change predictions.
+        Temperature of the softmax in `predict_proba`. Does not change predictions.
 
     Attributes
     ----------
@@ -133,9 +133,9 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
         Raises
         ------
         TypeError
-            When X is not as it must be, or a parameter is of the wrong type.
+            If X or a parameter has an invalid type.
         ValueError
-            When there are fewer than two labels, a label of an example has no description, or
+            If there are fewer than two labels, a label of an example has no description, or
             a parameter is out of range.
         """
         owner = type(self).__name__
@@ -216,7 +216,7 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
 
     def _fit_both(
         self, rows: Any, labels: _Labels, examples: Any, example_labels: _Labels | None
-    ) -> tuple[Vectors, Vectors]:
+    ) -> tuple[FloatArray, FloatArray]:
         """Fit the vectorizer and return the vectors of descriptions (n, dim) and examples (m, dim).
 
         Examples without labels are not looked at.
@@ -326,7 +326,7 @@ def _set_label_instruction(vectorizer: Any, instruction: str | None, *, owner: s
     vectorizer.set_params(document_instruction=instruction)
 
 
-def _sum_rows(vectors: Vectors, codes: _Labels, n_classes: int) -> npt.NDArray[np.float64]:
+def _sum_rows(vectors: FloatArray, codes: _Labels, n_classes: int) -> npt.NDArray[np.float64]:
     """Return the sum of the rows of each class, (n_classes, dim)."""
     sums = np.zeros((n_classes, vectors.shape[1]))
     np.add.at(sums, codes, vectors)

@@ -46,11 +46,11 @@ def evaluate(
         `ClassificationTask`, `ClusteringTask`, `STSTask`, `RetrievalTask`, `RerankingTask`; each
         with a name of its own.
     confidence : float, default=0.95
-        Of the intervals.
+        Confidence level of the intervals.
     n_bootstraps : int, default=1000
         Bootstrap samples of queries or pairs; 0 for no interval. Draws need none.
     on_error : {"raise", "warn"}, default="raise"
-        What to do when a vectorizer fails on a task, or does not return vectors: stop, with the
+        Response to a vectorizer that fails on a task, or does not return vectors: stop, with the
         finished rows in the `results` of the error; or warn, leave its row out and go on.
     verbose : bool, default=False
         Show a progress bar.
@@ -63,7 +63,7 @@ def evaluate(
     Raises
     ------
     TypeError, ValueError
-        If a task or a parameter is not as it must be, before anything is embedded.
+        If a task or a parameter has an invalid type or value, before anything is embedded.
     EvaluationError
         If a vectorizer fails on a task; with ``on_error="warn"`` only if all do on all. Its cause
         is the error of the vectorizer.
@@ -71,7 +71,7 @@ def evaluate(
     Warns
     -----
     SkembedWarning
-        With ``on_error="warn"``, for each row that is left out.
+        If a row is left out, with ``on_error="warn"``; one for each.
 
     Notes
     -----
@@ -188,7 +188,7 @@ def _name_vectorizers(vectorizers: Any) -> dict[str, Any]:
     if not named or not all(isinstance(name, str) for name in named):
         raise TypeError(
             "The `vectorizers` parameter of `evaluate` must be a vectorizer, a list of them, or a "
-            f"dict of str to vectorizer; got {'none' if not named else 'names that are no str'}."
+            f"dict of str to vectorizer; got {'none' if not named else 'names that are not str'}."
         )
     for name, vectorizer in named.items():
         check_vectorizer(vectorizer, subject=f"The vectorizer {name!r} of `evaluate`")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.base import clone
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
@@ -44,7 +43,7 @@ from skembed.evaluation.tasks import (
 from skembed.metrics.agreement import ami, pearson, spearman, v_measure
 from skembed.metrics.classification import classification_metrics
 from skembed.metrics.ranking import ranking_metrics, round_means
-from skembed.similarity import Vectors
+from skembed.similarity import Floats, Ints, Vectors
 
 __all__ = [
     "BLOCK_BYTES",
@@ -59,17 +58,14 @@ CHUNK_SIZE = 50_000  # documents at a time, as in mteb: the same products, to th
 BLOCK_BYTES = 256 * 2**20  # of the scores of one chunk
 KMEANS_BATCH_SIZE = 512
 
-_Floats = npt.NDArray[np.float64]
-_Ints = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """The scores of one vectorizer on one task; fields as in `TaskScore`."""
 
     metrics: dict[str, float]
-    values: _Floats  # (n,)
-    replicates: _Floats  # (n_replicates,); of one task, paired across vectorizers
+    values: Floats  # (n,)
+    replicates: Floats  # (n_replicates,); of one task, paired across vectorizers
     unit: str
 
 
@@ -224,8 +220,8 @@ def _run_ranking(
 
 
 def _search_corpus(
-    queries: Vectors, documents: Vectors, ranks: _Ints, top_k: int
-) -> list[tuple[_Ints, Vectors]]:
+    queries: Vectors, documents: Vectors, ranks: Ints, top_k: int
+) -> list[tuple[Ints, Vectors]]:
     """Return the rows and cosines of the best documents of each query, in chunks of the corpus."""
     best = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in queries]
     for start in range(0, len(documents), CHUNK_SIZE):
@@ -244,7 +240,7 @@ def _search_corpus(
 
 def _rank_candidates(
     queries: Vectors, documents: Vectors, data: RankingData, top_k: int
-) -> list[tuple[_Ints, Vectors]]:
+) -> list[tuple[Ints, Vectors]]:
     """Return the best candidates of each query, as positions in its list or rows of the corpus."""
     ranks, ranked = _rank_ids(data.document_ids), []
     by_position = data.candidate_ids is not None
@@ -266,14 +262,14 @@ def _cosines(queries: Vectors, documents: Vectors) -> Vectors:
     return (left @ right.transpose(0, 1)).numpy()
 
 
-def _rank_ids(ids: list[Any]) -> _Ints:
+def _rank_ids(ids: list[Any]) -> Ints:
     """Return the rank of each id in descending order, (N,)."""
     ranks = np.empty(len(ids), dtype=np.int64)
     ranks[sorted(range(len(ids)), key=ids.__getitem__, reverse=True)] = np.arange(len(ids))
     return ranks
 
 
-def _choose_best(scores: Vectors, ranks: _Ints, top_k: int) -> _Ints:
+def _choose_best(scores: Vectors, ranks: Ints, top_k: int) -> Ints:
     """Return the positions of the highest scores, best first, equal ones by rank, (<= top_k,)."""
     candidates = np.arange(len(scores))
     if len(scores) > top_k:
@@ -282,7 +278,7 @@ def _choose_best(scores: Vectors, ranks: _Ints, top_k: int) -> _Ints:
     return candidates[np.lexsort((ranks[candidates], -scores[candidates]))][:top_k]
 
 
-def _bootstrap(n: int, n_bootstraps: int, seed: int, score: Callable[[_Ints], float]) -> _Floats:
+def _bootstrap(n: int, n_bootstraps: int, seed: int, score: Callable[[Ints], float]) -> Floats:
     """Return the score of each bootstrap sample of n; the same samples for the same seed."""
     generator = np.random.default_rng(seed)
     return np.array([score(generator.integers(n, size=n)) for _ in range(n_bootstraps)])

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, overload
 
 import numpy as np
-import numpy.typing as npt
 
 from skembed._validation import check_bool, import_optional
 from skembed.exceptions import SkembedError
+from skembed.similarity import Floats
 
 __all__ = [
     "Comparison",
@@ -21,7 +21,6 @@ __all__ = [
     "percentile_interval",
 ]
 
-_Floats = npt.NDArray[np.float64]
 _Row = TypeVar("_Row")
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without the pale yellow.
@@ -45,7 +44,7 @@ class TaskScore:
     n : int
         Draws, queries or pairs that it rests on.
     unit : {"draws", "queries", "pairs"}
-        Which of them.
+        Unit that was counted or resampled.
     seconds : float
         Time spent in the vectorizer.
     texts_per_s : float
@@ -55,7 +54,8 @@ class TaskScore:
     values : ndarray of float64, shape (n,)
         The main score of each draw or query; the similarity of each pair.
     replicates : ndarray of float64, shape (n_replicates,)
-        What the interval comes from: the draws, or bootstrap samples of the queries or pairs.
+        Values that the interval is computed from: the draws, or bootstrap samples of the queries
+        or pairs.
     """
 
     task: str
@@ -69,8 +69,8 @@ class TaskScore:
     seconds: float
     texts_per_s: float
     metrics: dict[str, float] = field(repr=False)
-    values: _Floats = field(repr=False)
-    replicates: _Floats = field(repr=False)
+    values: Floats = field(repr=False)
+    replicates: Floats = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Comparison:
     n : int
         Draws, queries or pairs.
     unit : {"draws", "queries", "pairs"}
-        Which of them.
+        Unit that was counted or resampled.
     """
 
     task: str
@@ -192,7 +192,7 @@ class EvaluationResult(_Table[TaskScore]):
     rows : sequence of TaskScore
         The rows.
     confidence : float, default=0.95
-        Of the intervals.
+        Confidence level of the intervals.
 
     See Also
     --------
@@ -330,7 +330,7 @@ class EvaluationResult(_Table[TaskScore]):
         Parameters
         ----------
         ax : matplotlib axes, optional
-            Where to draw; None makes a figure.
+            Axes to draw on; None makes a figure.
 
         Returns
         -------
@@ -383,14 +383,14 @@ class EvaluationResult(_Table[TaskScore]):
 
 
 class EvaluationError(SkembedError, RuntimeError):
-    """A vectorizer failed on a task of `evaluate`; what was finished before is kept.
+    """Failure of a vectorizer on a task of `evaluate`; what was finished before is kept.
 
     The error of the vectorizer is the cause (`__cause__`).
 
     Parameters
     ----------
     message : str
-        Which vectorizer failed on which task, and why.
+        Names of the vectorizer and the task, and the reason.
     results : EvaluationResult, optional
         The finished rows; None for none.
 
@@ -422,7 +422,7 @@ class EvaluationError(SkembedError, RuntimeError):
         self.results = EvaluationResult([]) if results is None else results
 
 
-def percentile_interval(replicates: _Floats, level: float) -> tuple[float, float]:
+def percentile_interval(replicates: Floats, level: float) -> tuple[float, float]:
     """Return the bounds of the middle `level` of the replicates; NaN where there are none."""
     finite = replicates[np.isfinite(replicates)]
     if not len(finite):

@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from skembed._inputs import check_texts
+from skembed.embedding import FloatArray
 from skembed.metrics.agreement import spearman, v_measure
 from skembed.metrics.qrels import read_judged, search_to_run
 from skembed.metrics.ranking import map_at_k, ndcg_at_k
 from skembed.similarity import normalize_rows, paired_cosine
 
 __all__ = ["clustering_scorer", "reranking_scorer", "retrieval_scorer", "sts_scorer"]
-
-_Floats = npt.NDArray[np.floating[Any]]
 
 
 def sts_scorer(estimator: Any, X: Any, y: Any) -> float:
@@ -63,7 +61,7 @@ def clustering_scorer(estimator: Any, X: Any, y: Any) -> float:
     estimator : object with `predict`
         A fitted clusterer.
     X : texts or embeddings, n rows
-        What the clusterer takes.
+        Input of the clusterer.
     y : array-like of labels, shape (n,)
         True clusters.
 
@@ -114,7 +112,7 @@ def reranking_scorer(estimator: Any, X: Any, y: Any) -> float:
     Raises
     ------
     TypeError, ValueError
-        If the estimator has neither method, or a grade is no int.
+        If the estimator has neither method, or a grade is not an int.
 
     Notes
     -----
@@ -202,14 +200,14 @@ def _score_search(estimator: Any, queries: Any, y: Any) -> float:
     return ndcg_at_k(relevance, search_to_run(scores, indices))
 
 
-def _score_pairs(estimator: Any, X: Any, *, owner: str) -> _Floats:
+def _score_pairs(estimator: Any, X: Any, *, owner: str) -> FloatArray:
     """Return the prediction for each row, or the cosine of its texts, (n,)."""
     if hasattr(estimator, "predict"):
         return np.asarray(estimator.predict(X))
     return paired_cosine(*_embed_pairs(estimator, X, owner=owner))
 
 
-def _embed_pairs(estimator: Any, X: Any, *, owner: str) -> tuple[_Floats, _Floats]:
+def _embed_pairs(estimator: Any, X: Any, *, owner: str) -> tuple[FloatArray, FloatArray]:
     """Return the vectors of the first and of the second texts, (n, dim) each."""
     if not hasattr(estimator, "transform"):
         raise TypeError(

@@ -33,6 +33,7 @@ from skembed.evaluation.tasks import (
 )
 from skembed.metrics.qrels import read_grades, read_relevance
 from skembed.metrics.ranking import K_VALUES, RANKING_METRICS
+from skembed.similarity import Ints
 
 __all__ = [
     "ClassificationData",
@@ -43,7 +44,6 @@ __all__ = [
     "read_task",
 ]
 
-_Ints = npt.NDArray[np.int64]
 _Labels = npt.NDArray[Any]
 
 
@@ -54,14 +54,14 @@ class ClassificationData(NamedTuple):
     labels: _Labels
     test_texts: list[str] | None  # None: what a draw left over of `texts`
     test_labels: _Labels | None
-    draws: list[_Ints]  # training rows, in the order drawn
+    draws: list[Ints]  # training rows, in the order drawn
 
 
 class ClusteringData(NamedTuple):
     """Texts to embed; per level the rows that reach it, their labels, and samples of them."""
 
     texts: list[str]
-    levels: list[tuple[_Ints, _Labels, list[_Ints]]]
+    levels: list[tuple[Ints, _Labels, list[Ints]]]
 
 
 class STSData(NamedTuple):
@@ -80,7 +80,7 @@ class RankingData(NamedTuple):
     documents: list[str]
     document_ids: list[Any]
     relevance: dict[Any, dict[Any, int]]
-    candidates: list[_Ints] | None
+    candidates: list[Ints] | None
     candidate_ids: list[list[Any]] | None = None  # where each list numbers its documents
 
 
@@ -132,7 +132,7 @@ def _read_classification(task: ClassificationTask, owner: str) -> Classification
     return ClassificationData(texts, labels, test_texts, test_labels, draws)
 
 
-def _draw_samples(labels: list[Any], size: int, n: int, *, seed: int) -> list[_Ints]:
+def _draw_samples(labels: list[Any], size: int, n: int, *, seed: int) -> list[Ints]:
     """Return the rows of each draw as mteb takes them: the same shuffle, over and over."""
     order, draws = list(range(len(labels))), []
     for _ in range(n):

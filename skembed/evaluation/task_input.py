@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from skembed._inputs import check_texts, read_labels
 from skembed.metrics.qrels import join_title, read_ids
+from skembed.similarity import Ints
 
 __all__ = ["check_distinct_classes", "read_column", "read_items", "read_levels"]
 
-_Ints = npt.NDArray[np.int64]
 _Labels = npt.NDArray[Any]
 
 
@@ -26,7 +26,7 @@ def read_column(texts: Any, *, name: str, owner: str) -> list[str]:
     return columns[0]
 
 
-def read_levels(labels: Any, n: int, *, owner: str) -> list[tuple[_Ints, _Labels]]:
+def read_levels(labels: Any, n: int, *, owner: str) -> list[tuple[Ints, _Labels]]:
     """Return, for each level of a hierarchy, the rows that reach it and their labels."""
     items = list(labels)
     if len(items) != n:

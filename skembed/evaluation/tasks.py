@@ -45,7 +45,7 @@ class Task:
 # eq=False: arrays and frames have no single truth value to compare by.
 @dataclass(frozen=True, eq=False, repr=False)
 class ClassificationTask(Task):
-    """Classify texts with a linear classifier on few labelled ones, drawn several times.
+    """Classification of texts from few labelled ones, drawn several times, by a linear classifier.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ class ClassificationTask(Task):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ClusteringTask(Task):
-    """Cluster samples of the texts with k-means, as many clusters as labels.
+    """Clustering of samples of the texts with k-means, as many clusters as labels.
 
     Parameters
     ----------
@@ -152,7 +152,7 @@ class ClusteringTask(Task):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class STSTask(Task):
-    """Correlate the similarity of pairs of texts with graded scores.
+    """Correlation of the similarity of pairs of texts with graded scores.
 
     Parameters
     ----------
@@ -188,7 +188,7 @@ class STSTask(Task):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RetrievalTask(Task):
-    """Find the relevant documents of a corpus for each query.
+    """Retrieval of the relevant documents of a corpus for each query.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ class RetrievalTask(Task):
         such values, one a query; or a matrix of grades (n_queries, n_documents), 0 for not judged;
         or a frame of three columns, query id, document id and grade.
     query_ids, document_ids : sequence of str or of int, optional
-        Ids of the texts, where those are no mapping. None takes their positions.
+        Ids of the texts, unless those are a mapping. None takes their positions.
     name : str, default="retrieval"
         Name of the task in the results.
     top_k : int, default=1000
@@ -215,7 +215,7 @@ class RetrievalTask(Task):
 
     Notes
     -----
-    Documents of equal score stand in descending order of their ids, ids of str as text. Judged
+    Documents of equal score come in descending order of their ids, ids of str as text. Judged
     documents that are not in the corpus count as not found.
 
     Examples
@@ -240,7 +240,7 @@ class RetrievalTask(Task):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RerankingTask(Task):
-    """Order the candidates of each query.
+    """Reranking of the candidates of each query.
 
     Parameters
     ----------
@@ -251,11 +251,11 @@ class RerankingTask(Task):
         ``{query_id: [document_id, ...]}`` or one list a query.
     relevance : sequence of sequence of int, or as `RetrievalTask`
         The grades of the candidates, list by list. With a `corpus`: by id, as for `RetrievalTask`;
-        average precision then counts all judged positives, also those that are no candidates.
+        average precision then counts all judged positives, even those that are not candidates.
     corpus : list, tuple, ndarray, Series of str, or mapping, optional
         As `RetrievalTask`, where candidates have ids.
     query_ids, document_ids : sequence of str or of int, optional
-        Ids of the texts, where those are no mapping. None takes their positions.
+        Ids of the texts, unless those are a mapping. None takes their positions.
     name : str, default="reranking"
         Name of the task in the results.
     top_k : int, default=1000

@@ -86,7 +86,7 @@ def spearman(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     Raises
     ------
     TypeError, ValueError
-        If there are fewer than two scores, one is no finite number, or the lengths differ.
+        If there are fewer than two scores, one is not a finite number, or the lengths differ.
 
     Examples
     --------
@@ -113,7 +113,7 @@ def pearson(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> float:
     Raises
     ------
     TypeError, ValueError
-        If there are fewer than two scores, one is no finite number, or the lengths differ.
+        If there are fewer than two scores, one is not a finite number, or the lengths differ.
 
     Examples
     --------

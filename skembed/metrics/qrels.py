@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from skembed._inputs import check_texts, count_columns, kind_of
+from skembed.similarity import Ids, Ints
 
 __all__ = [
-    "Ids",
-    "Ints",
     "check_grades",
     "check_ids",
     "check_new_ids",
@@ -26,9 +25,6 @@ __all__ = [
     "read_relevance",
     "search_to_run",
 ]
-
-Ints = npt.NDArray[np.int64]
-Ids = npt.NDArray[Any]  # of object (str) or int64
 
 
 def search_to_run(
@@ -108,8 +104,8 @@ def check_grades(grades: Any, *, owner: str) -> Ints:
 def join_titles(X: Any, *, owner: str, name: str = "X") -> Any:
     """Return one text for each document: the title, a space, the text; other input as it is.
 
-    Of a frame with a column "text", only that one and "title" count. A missing title is left out; a
-    document that lacks both is None.
+    From a frame with a column "text", only that one and "title" are read. A missing title is left
+    out; a document that lacks both is None.
     """
     names = list(getattr(X, "columns", ()))
     if len(names) > 1 and "text" in names:

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from skembed._validation import check_int
-from skembed.metrics.qrels import Ints, check_grades
+from skembed.metrics.qrels import check_grades
+from skembed.similarity import Floats, Ints
 
 __all__ = [
     "K_VALUES",
@@ -39,7 +40,6 @@ RANKING_METRICS = ("ndcg", "map", "recall", "precision", "mrr", "hit_rate")
 
 _DIGITS = 5  # mteb rounds means over queries to these, except the reciprocal rank
 
-_Floats = npt.NDArray[np.float64]
 _Grades = Mapping[Any, Mapping[Any, int]]  # {query id: {document id: grade}}
 _Run = Mapping[Any, Mapping[Any, float]]  # {query id: {document id: score}}
 _Relevance = _Grades | npt.ArrayLike
@@ -55,7 +55,7 @@ def ndcg_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> float:
         Grades, and scores that are higher for better documents, as `ranking_metrics` takes them.
         Gains are linear in the grade.
     k : int, default=10
-        How many documents of each ranking count.
+        Number of documents of each ranking that count.
 
     Returns
     -------
@@ -65,7 +65,7 @@ def ndcg_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> float:
     Raises
     ------
     TypeError, ValueError
-        As `ranking_metrics`.
+        If `ranking_metrics` would raise them.
 
     Examples
     --------
@@ -84,7 +84,7 @@ def map_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 1000) -> float:
     relevance, scores : mapping or array-like, shape (n_queries, n_documents)
         Grades, and scores that are higher for better documents, as `ranking_metrics` takes them.
     k : int, default=1000
-        How many documents of each ranking count.
+        Number of documents of each ranking that count.
 
     Returns
     -------
@@ -94,7 +94,7 @@ def map_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 1000) -> float:
     Raises
     ------
     TypeError, ValueError
-        As `ranking_metrics`.
+        If `ranking_metrics` would raise them.
 
     Examples
     --------
@@ -113,7 +113,7 @@ def mrr_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> float:
     relevance, scores : mapping or array-like, shape (n_queries, n_documents)
         Grades, and scores that are higher for better documents, as `ranking_metrics` takes them.
     k : int, default=10
-        How many documents of each ranking count.
+        Number of documents of each ranking that count.
 
     Returns
     -------
@@ -123,7 +123,7 @@ def mrr_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> float:
     Raises
     ------
     TypeError, ValueError
-        As `ranking_metrics`.
+        If `ranking_metrics` would raise them.
 
     Examples
     --------
@@ -142,7 +142,7 @@ def recall_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> float
     relevance, scores : mapping or array-like, shape (n_queries, n_documents)
         Grades, and scores that are higher for better documents, as `ranking_metrics` takes them.
     k : int, default=10
-        How many documents of each ranking count.
+        Number of documents of each ranking that count.
 
     Returns
     -------
@@ -152,7 +152,7 @@ def recall_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> float
     Raises
     ------
     TypeError, ValueError
-        As `ranking_metrics`.
+        If `ranking_metrics` would raise them.
 
     Examples
     --------
@@ -181,7 +181,7 @@ def precision_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> fl
     Raises
     ------
     TypeError, ValueError
-        As `ranking_metrics`.
+        If `ranking_metrics` would raise them.
 
     Examples
     --------
@@ -200,7 +200,7 @@ def hit_rate_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> flo
     relevance, scores : mapping or array-like, shape (n_queries, n_documents)
         Grades, and scores that are higher for better documents, as `ranking_metrics` takes them.
     k : int, default=10
-        How many documents of each ranking count.
+        Number of documents of each ranking that count.
 
     Returns
     -------
@@ -210,7 +210,7 @@ def hit_rate_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> flo
     Raises
     ------
     TypeError, ValueError
-        As `ranking_metrics`.
+        If `ranking_metrics` would raise them.
 
     Examples
     --------
@@ -223,7 +223,7 @@ def hit_rate_at_k(relevance: _Relevance, scores: _Scores, *, k: int = 10) -> flo
 
 def ranking_metrics(
     relevance: _Relevance, scores: _Scores, *, k_values: Iterable[int] = K_VALUES
-) -> dict[str, _Floats]:
+) -> dict[str, Floats]:
     """Return every ranking metric at every cut-off, one value a query.
 
     Parameters
@@ -305,7 +305,7 @@ def ranking_summary(
     Raises
     ------
     TypeError, ValueError
-        As `ranking_metrics`.
+        If `ranking_metrics` would raise them.
 
     Examples
     --------
@@ -316,13 +316,13 @@ def ranking_summary(
     return round_means(ranking_metrics(relevance, scores, k_values=k_values))
 
 
-def round_means(metrics: Mapping[str, _Floats]) -> dict[str, float]:
+def round_means(metrics: Mapping[str, Floats]) -> dict[str, float]:
     """Return the means of what `ranking_metrics` returns, rounded as mteb rounds."""
     means = {name: _mean(values) for name, values in metrics.items()}
     return {k: mean if k.startswith("mrr") else round(mean, _DIGITS) for k, mean in means.items()}
 
 
-def _mean(values: _Floats) -> float:
+def _mean(values: Floats) -> float:
     """Return the mean as mteb computes it: a plain sum, divided."""
     return float(sum(values.tolist()) / len(values))
 
@@ -342,7 +342,7 @@ def _mean_at_k(name: str, relevance: _Relevance, scores: _Scores, k: int) -> flo
     return _mean(values[:, RANKING_METRICS.index(name), 0])
 
 
-def _compute_rankings(relevance: _Relevance, scores: _Scores, cuts: Ints, *, owner: str) -> _Floats:
+def _compute_rankings(relevance: _Relevance, scores: _Scores, cuts: Ints, *, owner: str) -> Floats:
     """Return all metrics of all queries at all cut-offs, (Q, M, K)."""
     if isinstance(relevance, Mapping) and isinstance(scores, Mapping):
         rankings = _rank_mappings(relevance, scores, owner=owner)
@@ -358,7 +358,7 @@ def _compute_rankings(relevance: _Relevance, scores: _Scores, cuts: Ints, *, own
     return np.array([_score_ranking(ranking, cuts, discounts) for ranking in rankings])
 
 
-def _score_ranking(ranking: _Ranking, cuts: Ints, discounts: _Floats) -> list[_Floats]:
+def _score_ranking(ranking: _Ranking, cuts: Ints, discounts: Floats) -> list[Floats]:
     """Return the metrics of one query in the order of `RANKING_METRICS`, each (K,)."""
     gains, positives = ranking.gains[: cuts.max()], ranking.positives
     is_positive = gains > 0
@@ -379,7 +379,7 @@ def _score_ranking(ranking: _Ranking, cuts: Ints, discounts: _Floats) -> list[_F
     ]
 
 
-def _at(curve: npt.NDArray[Any], cuts: Ints) -> _Floats:
+def _at(curve: npt.NDArray[Any], cuts: Ints) -> Floats:
     """Return a running sum (R,) at each cut-off, its last value beyond the end, (K,)."""
     if not len(curve):
         return np.zeros(len(cuts))
@@ -421,7 +421,7 @@ def _rank_arrays(
         yield _Ranking(line[order], _sort_positives(line))
 
 
-def _descending(values: _Floats, *, owner: str, where: str) -> Ints:
+def _descending(values: Floats, *, owner: str, where: str) -> Ints:
     """Return the stable order of descending scores, in float32 as in trec_eval."""
     if np.isnan(values).any():
         raise ValueError(

@@ -47,12 +47,12 @@ class EmbeddingMapDisplay:
     Parameters
     ----------
     coordinates : array-like of float, shape (n_texts, 2)
-        Where each text lies.
+        Position of each text.
     y : array-like, shape (n_texts,), optional
-        What colours the points: labels of str, int or bool; or floats, which get a continuous
+        Colours of the points: labels of str, int or bool; or floats, which get a continuous
         scale. None: one colour.
     texts : list, tuple, ndarray, Series or one-column frame of str, n_texts rows, optional
-        What the interactive map shows on hover.
+        Texts that the interactive map shows on hover.
     names : mapping or sequence of str, optional
         Label -> name; or the names of the labels 0, 1, ... They also fix the order of the
         colours: two maps with the same names give each label the same colour.
@@ -64,7 +64,7 @@ class EmbeddingMapDisplay:
     reducer : transformer, optional
         The fitted reducer behind the coordinates, for `place`.
     vectorizer : transformer or encoder, optional
-        What embedded the texts, for `place`.
+        Encoder of the texts, for `place`.
 
     Attributes
     ----------
@@ -73,15 +73,15 @@ class EmbeddingMapDisplay:
     reducer_ : transformer or None
         The fitted reducer, such as ``umap.UMAP``.
     vectorizer_ : transformer or None
-        What embeds the texts that `place` gets; None where it gets embeddings.
+        Encoder of the texts that `place` gets; None where it gets embeddings.
     ax_ : matplotlib Axes
-        Where the map was drawn.
+        Axes of the map.
     embedding_dim_ : int or None
         Width of the embeddings; None where the display was made of coordinates alone.
     figure_ : matplotlib Figure
         The figure of the axes.
     points_ : list of matplotlib PathCollection
-        What was drawn: noise first, then the others in turns, so that no group covers another.
+        Points as drawn: noise first, then the others in turns, so that no group covers another.
     annotations_ : list of matplotlib Annotation
         The names on the map. Names that find no room, smallest groups first, are left out.
     legend_ : matplotlib Legend or None
@@ -168,7 +168,7 @@ class EmbeddingMapDisplay:
         y : array-like, shape (n_texts,), optional
             Labels, or floats for a continuous scale; as in the class.
         texts : list, tuple, ndarray, Series or one-column frame of str, n_texts rows, optional
-            What the interactive map shows on hover.
+            Texts that the interactive map shows on hover.
         names : mapping or sequence of str, optional
             Names of the labels, as in the class.
         noise_label : int, str or None, default=-1
@@ -184,9 +184,9 @@ class EmbeddingMapDisplay:
         random_state : int, RandomState instance or None, default=0
             Seed of "umap" and "pca".
         ax : matplotlib Axes, optional
-            Where to draw; None makes a figure.
+            Axes to draw on; None makes a figure.
         **plot_options : dict
-            Of `plot`.
+            Options of `plot`.
 
         Returns
         -------
@@ -196,17 +196,17 @@ class EmbeddingMapDisplay:
         Raises
         ------
         TypeError
-            When X is not numbers, or a parameter is of the wrong type.
+            If X is not numbers, or a parameter is of the wrong type.
         ValueError
-            When X is not finite or has fewer than 2 rows; when labels, texts or coordinates are
+            If X is not finite or has fewer than 2 rows; or if labels, texts or coordinates are
             not as many as embeddings, or labels are missing.
         ImportError
-            When umap-learn or matplotlib is not installed.
+            If umap-learn or matplotlib is not installed.
 
         Warns
         -----
         SkembedWarning
-            When there are fewer texts than UMAP needs (10): PCA takes its place.
+            If there are fewer texts than UMAP needs (10): PCA takes its place.
 
         Examples
         --------
@@ -268,7 +268,7 @@ class EmbeddingMapDisplay:
             The texts, which the interactive map shows on hover; or embeddings, where the estimator
             takes these.
         y : array-like, shape (n_texts,), optional
-            What to colour by. None: the estimator's predictions, if it makes some; the `labels_`
+            Values to colour by. None: the estimator's predictions, if it makes some; the `labels_`
             of a clusterer where X are the texts that it was fitted on.
         names : mapping or sequence of str, optional
             Names of the labels, as in the class. None: a clusterer's `cluster_names_` where it
@@ -284,9 +284,9 @@ class EmbeddingMapDisplay:
         random_state : int, RandomState instance or None, default=0
             Seed of "umap" and "pca".
         ax : matplotlib Axes, optional
-            Where to draw; None makes a figure.
+            Axes to draw on; None makes a figure.
         **plot_options : dict
-            Of `plot`.
+            Options of `plot`.
 
         Returns
         -------
@@ -296,19 +296,20 @@ class EmbeddingMapDisplay:
         Raises
         ------
         TypeError
-            When the estimator neither embeds nor predicts, X is not texts, or a parameter is of
+            If the estimator neither embeds nor predicts, X is not texts, or a parameter is of
             the wrong type.
         ValueError
-            As `from_embeddings`; also when a clusterer without `predict` was fitted on others.
+            If `from_embeddings` would raise it, or a clusterer without `predict` was fitted on
+            other texts.
         NotFittedError
-            When the estimator is not fitted.
+            If the estimator is not fitted.
         ImportError
-            When umap-learn or matplotlib is not installed.
+            If umap-learn or matplotlib is not installed.
 
         Warns
         -----
         SkembedWarning
-            When there are fewer texts than UMAP needs (10): PCA takes its place.
+            If there are fewer texts than UMAP needs (10): PCA takes its place.
 
         Examples
         --------
@@ -363,7 +364,7 @@ class EmbeddingMapDisplay:
         Parameters
         ----------
         ax : matplotlib Axes, optional
-            Where to draw; None makes a figure. Make figures of your own with
+            Axes to draw on; None makes a figure. Make figures of your own with
             ``layout="constrained"``, so that the legend finds room beside the axes; without, it
             lies on the map.
         annotate : bool, default=True
@@ -386,9 +387,9 @@ class EmbeddingMapDisplay:
         Raises
         ------
         TypeError, ValueError
-            When coordinates, labels, names or colours are not as they must be.
+            If coordinates, labels, names or colours have an invalid type or value.
         ImportError
-            When matplotlib is not installed.
+            If matplotlib is not installed.
         """
         for name, value in (("annotate", annotate), ("legend", legend)):
             check_bool(value, name=name, owner=_OWNER)
@@ -427,9 +428,9 @@ class EmbeddingMapDisplay:
         Raises
         ------
         TypeError
-            When X is neither texts nor numbers, or texts where the map was made of embeddings.
+            If X is neither texts nor numbers, or texts where the map was made of embeddings.
         ValueError
-            When the map has no reducer that can place new texts (see `coordinates` in
+            If the map has no reducer that can place new texts (see `coordinates` in
             `from_embeddings`), or X is not finite or of another width.
         """
         as_vectors = self.vectorizer_ is None or is_matrix(X)
@@ -454,7 +455,7 @@ class EmbeddingMapDisplay:
         text_length : int, default=300
             Characters of a text that hovering shows; longer ones are cut.
         title : str, optional
-            What stands above the map.
+            Title above the map.
 
         Returns
         -------
@@ -464,9 +465,9 @@ class EmbeddingMapDisplay:
         Raises
         ------
         TypeError, ValueError
-            When a parameter, coordinates, labels, names or colours are not as they must be.
+            If a parameter, coordinates, labels, names or colours have an invalid type or value.
         ImportError
-            When plotly is not installed.
+            If plotly is not installed.
         """
         check_bool(annotate, name="annotate", owner=_OWNER)
         check_int(text_length, name="text_length", owner=_OWNER, low=1)
@@ -499,7 +500,7 @@ class EmbeddingMapDisplay:
         text_length : int, default=300
             Characters of a text that hovering shows; longer ones are cut.
         title : str, optional
-            What stands above the map.
+            Title above the map.
         include_plotlyjs : bool or str, default=True
             True puts plotly's script (some 5 MB) into the page, which then needs no network; "cdn"
             links to it.
@@ -512,9 +513,9 @@ class EmbeddingMapDisplay:
         Raises
         ------
         TypeError, ValueError
-            As `to_plotly`.
+            If `to_plotly` would raise it.
         ImportError
-            When plotly is not installed.
+            If plotly is not installed.
         """
         figure = self.to_plotly(annotate=annotate, text_length=text_length, title=title)
         config = {"scrollZoom": True, "displaylogo": False}

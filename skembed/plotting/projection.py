@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skembed._inputs import check_texts
 from skembed._validation import check_choice, import_optional
-from skembed.embedding import Vectors, check_text_column, check_vectorizer, embed
+from skembed.embedding import FloatArray, check_text_column, check_vectorizer, embed
 from skembed.exceptions import SkembedWarning
 
 __all__ = [
@@ -77,7 +77,7 @@ def _split_pipeline(pipeline: Pipeline, *, owner: str) -> Responder:
     return Responder(Pipeline(steps) if steps else None, last.predictor)
 
 
-def embed_input(vectorizer: Any, X: Any, *, owner: str) -> Vectors:
+def embed_input(vectorizer: Any, X: Any, *, owner: str) -> FloatArray:
     """Return the vectors (n, dim) of texts through a vectorizer, or of embeddings without one."""
     if vectorizer is None:
         return check_vectors(X, owner=owner, name="X")
@@ -89,16 +89,16 @@ def embed_input(vectorizer: Any, X: Any, *, owner: str) -> Vectors:
 class _Precomputed:
     """A vectorizer that returns precomputed vectors, whatever the texts."""
 
-    def __init__(self, vectors: Vectors, missing: str) -> None:
+    def __init__(self, vectors: FloatArray, missing: str) -> None:
         self.vectors = vectors
         self.missing = missing
 
-    def transform(self, texts: Any) -> Vectors:
+    def transform(self, texts: Any) -> FloatArray:
         """Return the vectors, (n, dim)."""
         return self.vectors
 
 
-def predict_groups(predictor: Any, X: Any, vectors: Vectors, *, owner: str) -> Any:
+def predict_groups(predictor: Any, X: Any, vectors: FloatArray, *, owner: str) -> Any:
     """Return the predictions for X, (n,), from its vectors; None without a predictor."""
     if predictor is None:
         return None
@@ -117,7 +117,7 @@ def predict_groups(predictor: Any, X: Any, vectors: Vectors, *, owner: str) -> A
 
 
 def knows_rows(predictor: Any, X: Any) -> bool:
-    """Tell whether X holds the rows that a clusterer was fitted on, so that it has their labels.
+    """Return whether X holds the rows that a clusterer was fitted on, so that it has their labels.
 
     Its representative texts must be in the same rows; without them, and without `predict`, the
     number of rows must do.
@@ -145,7 +145,7 @@ def read_hover_texts(X: Any) -> list[str] | None:
 
 
 def is_matrix(X: Any) -> bool:
-    """Tell whether X is an array or frame of numbers."""
+    """Return whether X is an array or frame of numbers."""
     try:
         array = np.asarray(X)
     except ValueError:  # ragged
@@ -153,7 +153,7 @@ def is_matrix(X: Any) -> bool:
     return array.ndim == 2 and array.dtype.kind in "fiu"
 
 
-def check_vectors(X: Any, *, owner: str, name: str, dim: int | None = None) -> Vectors:
+def check_vectors(X: Any, *, owner: str, name: str, dim: int | None = None) -> FloatArray:
     """Return a matrix of finite numbers, float32 or float64, (n, dim), not empty."""
     subject = f"The `{name}` parameter of `{owner}`"
     if hasattr(X, "tocsr"):
@@ -193,7 +193,7 @@ def check_coordinates(coordinates: Any, n: int | None, *, owner: str) -> _Coordi
 
 
 def project(
-    vectors: Vectors, reducer: Any, *, random_state: Any, owner: str
+    vectors: FloatArray, reducer: Any, *, random_state: Any, owner: str
 ) -> tuple[_Coordinates, Any]:
     """Fit a reducer to vectors and return their coordinates (n, 2) and the fitted reducer."""
     model = _make_reducer(reducer, vectors.shape, random_state=random_state, owner=owner)
@@ -201,7 +201,7 @@ def project(
     return _check_plane(coordinates, len(vectors), model, owner=owner), model
 
 
-def place_vectors(reducer: Any, vectors: Vectors, *, owner: str) -> _Coordinates:
+def place_vectors(reducer: Any, vectors: FloatArray, *, owner: str) -> _Coordinates:
     """Return the coordinates of new vectors on a fitted map, (n, 2)."""
     if not callable(getattr(reducer, "transform", None)):
         kind = "there is none" if reducer is None else f"{type(reducer).__name__} has none"

@@ -21,13 +21,13 @@ Codes = npt.NDArray[np.uint8]
 
 
 class Codec(Protocol):
-    """What turns vectors into codes and back."""
+    """Converter of vectors to codes and back."""
 
     def encode(self, vectors: Vectors) -> Codes:
         """Return codes, (n, width), of finite vectors (n, dim)."""
 
     def decode(self, codes: Codes) -> Vectors:
-        """Return the vectors, (n, dim), that codes stand for."""
+        """Return the vectors, (n, dim), that codes represent."""
 
 
 @dataclass(frozen=True, eq=False)

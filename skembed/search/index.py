@@ -18,16 +18,14 @@ from skembed.search.hnsw import HnswGraph
 from skembed.search.index_file import Array, pack_strings, unpack_strings
 from skembed.search.stored_vectors import StoredVectors
 from skembed.search.top_k import N_SPARE, rescore_candidates, top_k_rows
-from skembed.similarity import Indices, TopK, Vectors, iterate_blocks, normalize_rows
+from skembed.similarity import Ids, Indices, TopK, Vectors, iterate_blocks, normalize_rows
 
-__all__ = ["Array", "DocumentIndex", "Ids", "prepare_vectors"]
+__all__ = ["Array", "DocumentIndex", "prepare_vectors"]
 
 _BLOCK_BYTES = 32 * 2**20
 _DEVICE_BLOCK_BYTES = 512 * 2**20
 # How far from 1 the length of float32 vectors may be after scaling.
 _UNIT_TOLERANCE = 1e-6
-
-Ids = npt.NDArray[Any]  # of object (str) or int64
 
 
 class DocumentIndex:
@@ -40,14 +38,14 @@ class DocumentIndex:
         fine: StoredVectors | None = None,
         graph: HnswGraph | None = None,
         labels: Indices | None = None,
-        n_seen: int | None = None,
+        next_label: int | None = None,
     ) -> None:
         self.stored = stored  # what every query is compared with
         self.fine = fine  # a finer copy, for scores
         self.graph = graph  # an approximate index over `labels`
         # Ascending numbers, never used again after a removal.
         self.labels = np.arange(len(ids), dtype=np.int64) if labels is None else labels
-        self.n_seen = len(ids) if n_seen is None else n_seen
+        self.next_label = len(ids) if next_label is None else next_label
         self._set_ids(ids)
 
     @classmethod
@@ -66,7 +64,10 @@ class DocumentIndex:
         return len(self.ids)
 
     def search(self, queries: Vectors, top_k: int, *, rescore: int, device: torch.device) -> TopK:
-        """Return the best documents of each query, each (n_queries, top_k), top_k <= n."""
+        """Return the best documents of each query, (n_queries, top_k); top_k <= n.
+
+        Of equal scores the higher id comes first.
+        """
         factor = rescore if self.fine is not None or self.graph is not None else 1
         n = min(len(self.ids), factor * top_k + N_SPARE)
         if self.graph is None:
@@ -80,8 +81,8 @@ class DocumentIndex:
         """Append documents; an error leaves the documents as they were."""
         stored = self.stored.append(vectors)
         fine = None if self.fine is None else self.fine.append(vectors)
-        labels = np.arange(self.n_seen, self.n_seen + len(ids), dtype=np.int64)
-        self.n_seen += len(ids)  # a graph that fails has used up these labels
+        labels = np.arange(self.next_label, self.next_label + len(ids), dtype=np.int64)
+        self.next_label += len(ids)  # a graph that fails has used up these labels
         if self.graph is not None:
             self.graph.add(labels, StoredVectors.encode(vectors, "float32"))
         self._set_ids(np.concatenate([self.ids, ids]))
@@ -111,7 +112,8 @@ class DocumentIndex:
             arrays |= {f"{part}.{name}": array for name, array in vectors.arrays.items()}
         if self.graph is not None:
             arrays["graph"] = self.graph.to_array()
-        return {"kinds": kinds, "dim": self.stored.dim, "n_seen": self.n_seen}, arrays
+        # "n_seen" is the name of `next_label` in the manifests of saved indexes.
+        return {"kinds": kinds, "dim": self.stored.dim, "n_seen": self.next_label}, arrays
 
     @classmethod
     def unpack(cls, settings: dict[str, Any], arrays: dict[str, Array]) -> DocumentIndex:

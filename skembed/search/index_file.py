@@ -31,7 +31,7 @@ Array = npt.NDArray[Any]
 def write_index(
     path: str | os.PathLike[str], settings: Mapping[str, Any], arrays: Mapping[str, Array]
 ) -> None:
-    """Write an index to a folder in one step, in place of an index that it may hold.
+    """Write an index to a folder in one step, instead of an index that it may hold.
 
     Raises ValueError if the folder holds other files, OSError if it cannot be written; an index
     that it held is then intact.
@@ -162,7 +162,7 @@ def _read_array(path: Path, size: int, *, mmap: bool) -> Array:
     try:
         array = np.load(path, allow_pickle=False)[...] if not mmap else _map_array(path)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{damaged} is no array ({error}). Rebuild the index.") from error
+        raise ValueError(f"{damaged} is not an array ({error}). Rebuild the index.") from error
     return np.asarray(array)
 
 

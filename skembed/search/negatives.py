@@ -49,7 +49,7 @@ def select_negatives(
 
     The vectors have unit length. Scores are dot products; the highest comes first, of equal ones
     the lower row. -1 and NaN stand where too few candidates are left. `known_positives` are pairs
-    (indptr, indices) that are no negatives, as in a CSR matrix; a positive that is a candidate
+    (indptr, indices) that are never negatives, as in a CSR matrix; a positive that is a candidate
     belongs there. An anchor gets no candidate of its own group; group -1 is of no class.
     ``sampling="random"`` draws without replacement from the best 2.5 times as many. Raises
     TypeError and ValueError for wrong arguments.

@@ -80,7 +80,7 @@ _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 @dataclass(frozen=True)
 class _Rules:
-    """Which scores of one block of queries count: the arguments of `top_k_blocks`, cut to it."""
+    """Limits on the scores of one block of queries: the arguments of `top_k_blocks`, cut to it."""
 
     max_scores: Vectors | None
     query_groups: Indices | None

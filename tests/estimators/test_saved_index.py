@@ -176,7 +176,7 @@ def climb(folder: Path) -> None:
     ("damage", "error", "message"),
     [
         (damage_size, ValueError, "is damaged.*bytes instead of"),
-        (damage_header, ValueError, "is damaged.*is no array"),
+        (damage_header, ValueError, "is damaged.*is not an array"),
         (damage_file, ValueError, "is damaged.*is missing"),
         (climb, ValueError, "is damaged.*bad entry"),
         (lambda f: (f / "manifest.json").write_text("{"), ValueError, "damaged.*is not JSON"),
