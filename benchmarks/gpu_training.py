@@ -88,7 +88,7 @@ def train(base: LoadedModel, plan: BatchPlan) -> TrainingHistory:
     settings = LoraSettings(16, 32.0, 0.1, "all-linear")
     weights = start_lora(base.config, settings, np.random.SeedSequence(0))
     start = Adapter(settings, weights, {}, base.key.fingerprint)
-    return run_training(base, plan, start, progress=False)[1]
+    return run_training(base, plan, start, show_progress=False)[1]
 
 
 def run(args: argparse.Namespace, device: torch.device) -> int:

@@ -36,7 +36,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes files and shows progress."""
+        """Whether this is the process that writes files and shows progress."""
         return self.rank == 0
 
     def share(self, costs: Sequence[int]) -> list[list[int]]:
@@ -88,13 +88,13 @@ class Processes:
             for gradient, summed in zip(bucket, parts, strict=True):
                 gradient.copy_(summed.view_as(gradient))
 
-    def copy_first(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors by those of the first process."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
-    def lowest(self, *values: int) -> list[int]:
+    def min_over_processes(self, *values: int) -> list[int]:
         """Return the least of each value over all processes."""
         return [min(column) for column in zip(*self._gather(values), strict=True)]
 
@@ -106,7 +106,7 @@ class Processes:
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def agree(self, value: _T) -> _T:
+    def broadcast(self, value: _T) -> _T:
         """Return the first process's value in every process."""
         return self.on_first(lambda: value)
 
@@ -184,11 +184,11 @@ def join_processes(*, timeout_s: float = 1_800.0) -> Iterator[Processes]:
     Raises
     ------
     RuntimeError
-        When this machine has fewer GPUs than processes, or the others do not come in time.
+        If this machine has fewer GPUs than processes, or the others do not join in time.
 
     See Also
     --------
-    skembed.ContrastiveTrainer : How `fit` trains.
+    skembed.ContrastiveTrainer : Parameters of training.
 
     Notes
     -----
@@ -228,7 +228,7 @@ def join_processes(*, timeout_s: float = 1_800.0) -> Iterator[Processes]:
 
 
 def _is_launched() -> bool:
-    """Tell whether a launcher has set this process's rank."""
+    """Return whether a launcher has set this process's rank."""
     return all(name in os.environ for name in LAUNCH_VARIABLES)
 
 

@@ -37,23 +37,23 @@ class SkembedError(Exception):
 
 
 class ModelNotFoundError(SkembedError, OSError):
-    """The model is neither a bundled one, nor a local folder, nor a reachable hub id."""
+    """Error for a model that is not bundled, a local folder or a reachable hub id."""
 
 
 class CheckpointError(SkembedError, ValueError):
-    """The weights or the config of a checkpoint cannot be used as they are."""
+    """Error for a checkpoint whose weights or configuration cannot be used."""
 
 
 class CacheError(SkembedError, OSError):
-    """The embedding cache cannot be opened, read or written."""
+    """Error for an embedding cache that cannot be opened, read or written."""
 
 
 class CausalLeakError(SkembedError, RuntimeError):
-    """An attention path that must be bidirectional behaves causally on this machine."""
+    """Error for a bidirectional attention path that is causal on this machine."""
 
 
 class TrainingError(SkembedError, RuntimeError):
-    """Training cannot go on: the loss is not finite, or no example has a negative left."""
+    """Error for training without a finite loss, or without any negative left."""
 
 
 class SkembedWarning(UserWarning):
@@ -61,8 +61,8 @@ class SkembedWarning(UserWarning):
 
 
 class TruncationWarning(SkembedWarning):
-    """Some texts were longer than ``max_length`` tokens and were cut."""
+    """Warning about texts that were cut at ``max_length`` tokens."""
 
 
 class FreshPoolingWarning(SkembedWarning):
-    """The checkpoint holds no weights for the pooling, so it starts from random ones."""
+    """Warning about a checkpoint without pooling weights, which starts from random ones."""

@@ -1,4 +1,4 @@
-"""`TrainingHistory`: what happened at each step of a contrastive `fit`."""
+"""`TrainingHistory`: the record of each step of a contrastive `fit`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class TrainingHistory:
     validation : list of dict
         One entry per evaluation: `step` (0 is the untrained model) and `score`.
     validation_metric : str
-        What `score` is; "" without validation.
+        Name of `score`; "" without validation.
     best_step : int or None
         The step whose adapter was kept, where early stopping restored one.
     stopped : {"finished", "early", "interrupted"}
-        How the run ended.
+        End of the run.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -49,7 +49,7 @@ class TrainingHistory:
         Raises
         ------
         KeyError
-            When there is no such column.
+            If there is no such column.
         """
         if name == "score":
             return np.array([entry["score"] for entry in self.validation])
@@ -63,7 +63,7 @@ class TrainingHistory:
         Parameters
         ----------
         ax : matplotlib axes, optional
-            Where to draw; None makes a figure.
+            Axes to draw on; None makes a figure.
 
         Returns
         -------
@@ -73,7 +73,7 @@ class TrainingHistory:
         Raises
         ------
         ImportError
-            When matplotlib is not installed.
+            If matplotlib is not installed.
         """
         if ax is None:
             pyplot: Any = import_optional(

@@ -19,7 +19,7 @@ METHODS = ("transform", "encode_query", "encode_document")
 
 
 class EmbeddingMapper:
-    """Embed a column of whatever batches a data engine hands out.
+    """Callable that embeds a column of the batches of a data engine.
 
     Hand it to Ray Data's ``map_batches``, Dask's ``map_partitions``, Spark's ``mapInPandas`` or, as
     `make_predict_fn`, to Spark's ``predict_batch_udf``. Its pickle is small: settings and a trained
@@ -29,18 +29,18 @@ class EmbeddingMapper:
     Parameters
     ----------
     vectorizer : NVEmbedVectorizer or text transformer, optional
-        What embeds; None takes the bundled model. Every machine must have its model.
+        Encoder of the texts; None takes the bundled model. Every machine must have its model.
     column : str, default="text"
         The column of texts.
     output_column : str, default="embedding"
         The new column, one float32 vector a row.
     method : {"transform", "encode_query", "encode_document"}, default="transform"
-        Which side the texts are.
+        Method of the vectorizer that embeds the texts.
 
     Raises
     ------
     TypeError, ValueError
-        When a parameter is not allowed.
+        If a parameter has an invalid type or value.
 
     See Also
     --------
@@ -107,9 +107,9 @@ class EmbeddingMapper:
         Raises
         ------
         ValueError
-            When the batch has no such column, or already has the output column.
+            If the batch has no such column, or already has the output column.
         TypeError
-            When the batch is of another kind, or holds anything but texts.
+            If the batch is of another kind, or holds anything but texts.
         """
         if isinstance(batch, Iterator):
             return map(self, batch)
@@ -144,7 +144,7 @@ class EmbeddingMapper:
         Raises
         ------
         TypeError, ValueError, SkembedError
-            As the vectorizer's method.
+            As for the vectorizer's method.
         """
         vectors = np.asarray(getattr(self.vectorizer, self.method)(texts), dtype=np.float32)
         lease = getattr(self.vectorizer, "__dict__", {}).get("_lease")

@@ -1,4 +1,4 @@
-"""`NVEmbedVectorizer`: texts -> embeddings as a scikit-learn transformer."""
+"""`NVEmbedVectorizer`: a scikit-learn transformer of texts into embeddings."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         The bundled model, a local folder, or a hub id such as ``"nvidia/NV-Embed-v2"``. A folder
         holds NV-Embed's layout, a plain Mistral model, or what `save_pretrained` wrote.
     instruction : str, optional
-        What the texts are compared for, put in front of each text and kept out of the pool;
+        Task that the texts are compared for, put in front of each and kept out of the pool;
         or the name of a known task ("STS", "Banking77", "NFCorpus"; see `skembed.instructions`).
     document_instruction : str, optional
         The same for `encode_document` and the second text of a pair. None leaves documents bare,
         except where `instruction` names a task that has an instruction on both sides.
     instruction_template : str, default="Instruct: {instruction}\\nQuery: "
-        How an instruction is written in front of a text.
+        Format of an instruction in front of a text.
     pooling : {"latent", "mean", "eos", "multilayer"}, optional
         From token vectors to one vector. None takes the checkpoint's.
     max_length : int, default=512
@@ -67,9 +67,9 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     normalize : bool, default=True
         Scale each vector to unit length.
     missing : {"error", "empty", "zero", "nan"}, default="error"
-        What None and NaN become: an error, the vector of the empty text, zeros, or NaN.
+        Result for None and NaN: an error, the vector of the empty text, zeros, or NaN.
     trainer : "auto", None or ContrastiveTrainer, default="auto"
-        How `fit` trains. "auto" trains LoRA adapters with default parameters, on pairs and rows
+        Training by `fit`. "auto" trains LoRA adapters with default parameters, on pairs and rows
         only; a ContrastiveTrainer trains on labelled texts, too; None never trains.
     device : str or list of str, default="auto"
         "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best one. A list such as ["cuda:0",
@@ -81,7 +81,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     batch_tokens : int or "auto", default="auto"
         Tokens of one forward pass. Halved when memory runs out, whatever it starts from.
     cache : None, "memory", path or EmbeddingCache, default="memory"
-        Where to keep vectors: nowhere, in bounded memory of the process, or in an SQLite file that
+        Store of vectors: none, in bounded memory of the process, or in an SQLite file that
         several processes may share.
     revision : str, optional
         Commit, tag or branch of a hub id. Known models are pinned to their published commit.
@@ -103,17 +103,17 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     embedding_dim_ : int
         Width of one embedding after truncation.
     model_ : dict
-        What runs: `name`, `revision`, `fingerprint` (the adapter's included), `architecture`,
+        Model in use: `name`, `revision`, `fingerprint` (the adapter's included), `architecture`,
         `pooling`, `hidden_size`, `dtype`, `device` and `attention_path`.
     adapter_ : Adapter
-        What a training `fit` learned.
+        Weights that a training `fit` learned.
     history_ : TrainingHistory
         Loss, learning rate, gradient norm and validation score of a training `fit`.
 
     See Also
     --------
-    ContrastiveTrainer : How `fit` trains.
-    EmbeddingCache : Where embeddings are kept.
+    ContrastiveTrainer : Parameters of training.
+    EmbeddingCache : Store of embeddings.
 
     Notes
     -----
@@ -201,14 +201,14 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         Raises
         ------
         TypeError, ValueError
-            When a parameter, a text or an example is not allowed; before training starts.
+            If a parameter, a text or an example is not allowed; before training starts.
         ImportError
-            When training is asked for and peft is not installed.
+            If training is asked for and peft is not installed.
         ModelNotFoundError, CheckpointError
-            When there is no such model, its files are damaged, or `checkpoint_dir` holds the
+            If there is no such model, its files are damaged, or `checkpoint_dir` holds the
             state of another run.
         TrainingError
-            When the loss is not finite, or nothing is left to compare.
+            If the loss is not finite, or nothing is left to compare.
         """
         trainer = self._check_parameters()
         # A trainer always trains, "auto" on pairs and rows.
@@ -272,9 +272,9 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     ) -> NVEmbedVectorizer:
         """Train an adapter and use it; nothing here changes if training fails."""
         check_run(examples, trainer)
-        start = getattr(self, "adapter_", None) if trainer.warm_start else None
+        initial = getattr(self, "adapter_", None) if trainer.warm_start else None
         lease = self._shared_lease()
-        settings = find_settings(self._parameters(), lease, start)
+        settings = find_settings(self._parameters(), lease, initial)
         if settings.warning:
             warnings.warn(settings.warning, SkembedWarning, stacklevel=3)
         resolved = settings.model
@@ -285,7 +285,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             examples,
             trainer,
             max_length=self.max_length,
-            start=resolved.adapter,
+            initial=resolved.adapter,
             progress=True if trainer.verbose or self.verbose else None,
         )
         self.adapter_, self.history_ = result.adapter, result.history
@@ -355,26 +355,26 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         Raises
         ------
         TypeError
-            When X or one of its items is not text; the position is named.
+            If X or one of its items is not text; the position is named.
         ValueError
-            When a parameter or a shape is not allowed, or a text is missing under
+            If a parameter or a shape is not allowed, or a text is missing under
             ``missing="error"``.
         ModelNotFoundError, CheckpointError
-            When there is no such model, or its files are damaged.
+            If there is no such model, or its files are damaged.
         CacheError
-            When the cache file cannot be used.
+            If the cache file cannot be used.
         MemoryError
-            When a single text does not fit into the device's memory.
+            If a single text does not fit into the device's memory.
 
         Warns
         -----
         TruncationWarning
-            When texts were longer than `max_length`, with their number.
+            If texts were longer than `max_length`, with their number.
         """
         self._check_trained()
         columns = check_texts(X, owner=OWNER, missing=self.missing)
         seen = getattr(self, "n_features_in_", len(columns.columns))
-        # What was trained on pairs embeds single texts, too, and the other way round.
+        # A model trained on pairs embeds single texts, too, and the other way round.
         if len(columns.columns) != seen and not hasattr(self, "adapter_"):
             raise ValueError(
                 f"X has {len(columns.columns)} text columns, but {OWNER} was fitted with {seen}."
@@ -438,10 +438,10 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     ) -> StreamReport:
         """Embed any number of texts into Parquet files or one .npy file, in bounded memory.
 
-        After a stop, call it again with the same source and parameters: it goes on behind the last
+        After a stop, call it again with the same source and parameters: it continues after the last
         complete shard and ends with the bytes of an undisturbed run. It reads the source from its
         start and compares it with a digest, but embeds no row twice.
-        `skembed.streaming.open_embeddings` opens the result.
+        `skembed.open_embeddings` opens the result.
 
         Parameters
         ----------
@@ -478,26 +478,25 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         Raises
         ------
         TypeError, ValueError
-            When a parameter or text is not allowed or the source has changed (the error names the
+            If a parameter or text is not allowed or the source has changed (the error names the
             row of the whole source), or the path holds anything but embeddings made the same way.
         OSError
-            When a shard cannot be written, as on a full disk; complete shards are kept.
+            If a shard cannot be written, as on a full disk; complete shards are kept.
             BlockingIOError while another run writes to the path.
         ImportError
-            When Parquet or Arrow is used and pyarrow is not installed.
+            If Parquet or Arrow is used and pyarrow is not installed.
         NotFittedError, SkembedError
             As `transform`.
 
         Warns
         -----
         SkembedWarning, TruncationWarning
-            When a complete shard is damaged and embedded again, or packages have other versions
+            If a complete shard is damaged and embedded again, or packages have other versions
             than when the run began; and as `transform`.
 
         Examples
         --------
-        >>> from skembed import NVEmbedVectorizer
-        >>> from skembed.streaming import open_embeddings
+        >>> from skembed import NVEmbedVectorizer, open_embeddings
         >>> texts = (f"a text about {thing}" for thing in ("cats", "dogs", "taxes"))
         >>> NVEmbedVectorizer().transform_to(texts, "texts.npy").n_rows
         3
@@ -579,9 +578,9 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         Raises
         ------
         ValueError
-            When the folder is the one the model is read from.
+            If the folder is the one the model is read from.
         OSError
-            When the folder cannot be written.
+            If the folder cannot be written.
         """
         check_bool(merge, name="merge", owner=f"{OWNER}.save_pretrained")
         save_vectorizer(self._make_encoder().settings, path, merge=merge)
@@ -605,9 +604,9 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         Raises
         ------
         ModelNotFoundError
-            When there is no such folder, or an adapter's base model cannot be found.
+            If there is no such folder, or an adapter's base model cannot be found.
         TypeError
-            When a parameter is not one of the class.
+            If a parameter is not one of the class.
         """
         saved = read_settings(path, parameters.get("revision"))
         return cls(path, **{**saved, **parameters})
@@ -639,7 +638,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             )
 
     def _make_encoder(self, *, stacklevel: int = 3) -> Encoder:
-        """Return what embeds under the parameters as they are now; loads no base weights."""
+        """Return the encoder for the current parameters; loads no base weights."""
         lease = self._shared_lease()
         settings = find_settings(self._parameters(), lease, getattr(self, "adapter_", None))
         if settings.warning:
@@ -647,7 +646,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         return Encoder(settings, lease, resolve_cache(self.cache))
 
     def _check_parameters(self) -> ContrastiveTrainer | None:
-        """Check all parameters, without files and devices; return what trains, None for nothing."""
+        """Check all parameters, without files and devices; return the trainer, or None."""
         resolve_cache(self.cache)
         check_parameters(self._parameters())
         if isinstance(self.trainer, ContrastiveTrainer):
@@ -661,6 +660,6 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         return Parameters(*(getattr(self, name) for name in Parameters._fields))
 
     def _shared_lease(self) -> Lease:
-        """Return what keeps the weights loaded while this estimator or a clone of it lives."""
+        """Return the lease that keeps weights loaded while this estimator or a clone lives."""
         lease: Lease | None = self.__dict__.get("_lease")
         return self.__dict__.setdefault("_lease", Lease()) if lease is None else lease

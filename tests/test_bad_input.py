@@ -187,7 +187,7 @@ def test_hub_id_offline_explains_itself(golden_dir: Path, works: Any) -> None:
     emb = make_vectorizer("skembed-tests/no-such-model")
     message = (
         "no folder 'skembed-tests/no-such-model' here, and the hub model .* at revision 'main' is "
-        "neither in the local hub cache nor could it be downloaded .offline.*hf download.*"
+        "not in the local hub cache and could not be downloaded .offline.*hf download.*"
         "skembed-mini"
     )
     with pytest.raises(ModelNotFoundError, match=message):

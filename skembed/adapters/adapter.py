@@ -1,4 +1,4 @@
-"""An adapter: what one estimator learned, bound to a backbone that several estimators share.
+"""Adapter: the weights that one estimator learned for a backbone that several share.
 
 `Adapter.bind` builds a *view* of the registered model: a second module tree on the same tensors,
 with `LoraLinear` in place of the adapted layers. So any number of adapters run on one copy of the
@@ -59,7 +59,7 @@ __all__ = ["Adapter", "merge_adapter"]
 
 @dataclass(eq=False)
 class Adapter:
-    """What one estimator learned; small, picklable, on the CPU.
+    """Weights that one estimator learned: small, picklable, on the CPU.
 
     Attributes
     ----------
@@ -126,7 +126,7 @@ class Adapter:
         Raises
         ------
         CheckpointError
-            When the adapter belongs to another model.
+            If the adapter belongs to another model.
         """
         return self.bind_all([base])[0]
 
@@ -136,7 +136,7 @@ class Adapter:
         Raises
         ------
         CheckpointError
-            As `bind`.
+            As for `bind`.
         """
         for base in bases:
             self.check_base(base.key.fingerprint)
@@ -234,8 +234,8 @@ class Adapter:
         Raises
         ------
         CheckpointError
-            When a key is missing, unexpected or of another shape, when the adapter was trained on
-            another model, or when it uses what skembed does not compute.
+            If a key is missing, unexpected or of another shape, if the adapter was trained on
+            another model, or if it uses settings that skembed does not compute.
         """
         settings = read_settings(read_json(folder / ADAPTER_CONFIG_FILE), folder)
         header = read_header(folder / ADAPTER_WEIGHTS_FILE)

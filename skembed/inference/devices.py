@@ -48,7 +48,9 @@ def resolve_device(device: str) -> torch.device:
     rule = f"{_OWNER} must be 'auto', 'cpu', 'cuda', 'cuda:<number>' or 'mps'"
     resolved = _find_device(device, ("cpu", "cuda", "mps"), rule)
     if resolved.type == "mps" and not has_mps:
-        raise ValueError(f"{_OWNER} is 'mps', which this machine has not. Pass device='auto'.")
+        raise ValueError(
+            f"{_OWNER} is 'mps', which is not available on this machine. Pass device='auto'."
+        )
     return resolved
 
 
@@ -104,7 +106,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
     bfloat16 where it is native (CUDA from compute capability 8.0, CPUs with AVX512-BF16, AMX or
     Arm's BF16 instructions), else float32. "int8" and "nf4", which serve to save memory, take
-    float16 on older CUDA devices. Raises ValueError where a device has no kernels for the type.
+    float16 on older CUDA devices. Raises ValueError if a device has no kernels for the type.
     """
     if dtype in COMPUTE_DTYPES:
         return getattr(torch, dtype)
@@ -130,7 +132,7 @@ def name_dtype(dtype: str, compute_dtype: torch.dtype) -> str:
 
 @lru_cache(maxsize=1)
 def cpu_has_bfloat16() -> bool:
-    """Tell whether the processor multiplies bfloat16 matrices natively."""
+    """Return whether the processor multiplies bfloat16 matrices natively."""
     instructions = {"avx512_bf16", "amx_bf16", "sve_bf16", "bf16"}
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)
     if get_capabilities is not None:

@@ -1,4 +1,4 @@
-"""Text columns -> vectors, under settings that have been resolved."""
+"""Encoder of text columns under resolved settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Encoder", "warn_truncated"]
 
 @dataclass(frozen=True)
 class Encoder:
-    """What embeds columns of texts; cheap to make: weights are loaded at first use."""
+    """Encoder of text columns; cheap to make: weights are loaded at first use."""
 
     settings: Settings
     lease: Lease  # keeps weights loaded and the cache open
@@ -37,12 +37,14 @@ class Encoder:
     ) -> tuple[np.ndarray, EmbedReport]:
         """Embed each column for its side: float32 (n_texts, n_columns * dim), and the counts.
 
-        `batch_tokens` and `progress` (see `embed_texts`) count where the parameters leave it open.
+        `batch_tokens` and `progress` (see `embed_texts`) apply if the parameters leave them open.
         """
+        # The lease outlives this encoder, and keeps the cache open for the next call.
         self.lease.cache = self.cache
         missing = self.settings.parameters.missing
         parts, total = [], EmbedReport()
-        for texts, absent, side in zip(columns.columns, columns.missing, sides, strict=False):
+        sides = sides[: len(columns.columns)]  # callers name two sides; single texts have one
+        for texts, absent, side in zip(columns.columns, columns.missing, sides, strict=True):
             vectors, report = self._embed_column(texts, side, batch_tokens, progress)
             if missing in ("zero", "nan"):
                 vectors[absent] = 0.0 if missing == "zero" else np.nan

@@ -1,4 +1,4 @@
-"""Texts -> raw embeddings: each distinct text once, cached, in batches of a token budget.
+"""Raw embeddings of texts: each distinct text once, cached, in batches of a token budget.
 
 A call hashes and deduplicates, sorts by length, and per chunk of some thousand texts: looks up the
 cache, tokenises what is missing (both while the model works on the chunk before), packs by true
@@ -85,7 +85,7 @@ MIN_BATCH_TOKENS = 64
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """Everything but the texts and the weights that decides the vectors."""
+    """All that decides the vectors besides the texts and the weights."""
 
     prefix: str  # the instruction inside its template; "" for none
     max_length: int  # tokens
@@ -95,7 +95,7 @@ class EmbedRequest:
 
 @dataclass
 class EmbedReport:
-    """What one call did, for warnings, attributes and tests."""
+    """Counts of one call, for warnings, attributes and tests."""
 
     n_texts: int = 0
     n_distinct: int = 0
@@ -273,7 +273,7 @@ def _embed_chunk(
 
 
 class _Runner:
-    """Runs chunks of texts through the model and remembers the budget that fits."""
+    """Runner of chunks of texts through the model, with the token budget that fits."""
 
     def __init__(
         self,
@@ -337,7 +337,7 @@ class _Runner:
             self._halve_budget(failure, int(encoded.lengths[left].max()))
 
     def _halve_budget(self, error: BaseException, longest: int) -> None:
-        """Halve the budget; raise MemoryError when a single text does not fit."""
+        """Halve the budget; raise MemoryError if a single text does not fit."""
         budget = self.report.batch_tokens
         if budget <= max(MIN_BATCH_TOKENS, longest // 2):
             raise MemoryError(
@@ -403,7 +403,8 @@ class _Runner:
         """
         on_cpu = loaded.device.type == "cpu"
         with torch.inference_mode():
-            # oneDNN does the products of the fused pass, and those in bfloat16.
+            # oneDNN does the products of the fused pass, and those in half precision, and pays for
+            # each new size: pad the batch to one of few sizes.
             on_grid = on_cpu and (loaded.key.dtype != "float32" or loaded.model.runs_fused)
             batch = pack_texts(
                 [encoded.ids[i] for i in rows], encoded.pool_start, on_grid=on_grid, coarse=coarse
@@ -439,7 +440,7 @@ def _copy_to_host(vectors: Tensor) -> Callable[[], np.ndarray]:
 
 
 class _ParallelRunner:
-    """Spreads chunks over joblib's workers, each of which loads the model once and keeps it."""
+    """Runner over joblib's workers, each of which loads the model once and keeps it."""
 
     def __init__(
         self,
@@ -495,7 +496,7 @@ def _embed_in_worker(
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error is one of those by which torch and Python say that memory is short."""
+    """Return whether an error means that torch or Python ran out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()

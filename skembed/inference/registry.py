@@ -32,7 +32,7 @@ StoredModel = tuple[str, str | None, Mapping[str, bytes]]  # `model`, `revision`
 
 
 class Lease:
-    """What an estimator and its clones share, left out of pickles: models, cache and settings.
+    """Models, cache and settings that an estimator and its clones share; left out of pickles.
 
     `from_pickle`: the estimator was unpickled, maybe on another machine; `stored` is the model
     that came with it.
@@ -60,7 +60,7 @@ class Lease:
             return self.adapter[1]
 
     def recall(self, key: tuple[Any, ...]) -> Any:
-        """Return the settings remembered under a key; None for none."""
+        """Return the settings cached under a key; None for none."""
         with self._guard:
             settings = self._settings.get(key)
             if settings is not None:
@@ -68,7 +68,7 @@ class Lease:
             return settings
 
     def remember(self, key: tuple[Any, ...], settings: Any) -> None:
-        """Remember settings under a key, beside those of the last few others."""
+        """Cache settings under a key, beside those of the last few others."""
         with self._guard:
             self._settings[key] = settings
             self._settings.move_to_end(key)

@@ -1,4 +1,4 @@
-"""What `NVEmbedVectorizer.save_pretrained` writes and `from_pretrained` reads."""
+"""Folders that `NVEmbedVectorizer.save_pretrained` writes and `from_pretrained` reads."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Parameters -> settings: which model, where, in which type, with which adapter and prefixes.
+"""Settings resolved from parameters: model, device, type, adapter and prefixes.
 
-Reads config.json and hashes files; loads no weights but an adapter's. A lease remembers the
+Reads config.json and hashes files; loads no weights but an adapter's. A lease caches the
 settings until a parameter, the adapter or a local file changes.
 """
 
@@ -103,7 +103,7 @@ class Parameters(NamedTuple):
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """What runs, and where."""
+    """Model to run, its devices and its adapter."""
 
     source: ModelSource
     config: NVEmbedConfig
@@ -122,7 +122,7 @@ class ResolvedModel:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything but the texts and the cache that embedding needs."""
+    """All that embedding needs besides the texts and the cache."""
 
     parameters: Parameters  # checked, as built-in values
     model: ResolvedModel
@@ -151,7 +151,7 @@ def find_settings(parameters: Parameters, lease: Lease, adapter: Adapter | None)
         adapter = _read_adapter(folder, settings.model, settings.files, lease)
     if adapter is None:
         return settings
-    # The lease remembers no adapter: that would keep its weights, and the base it is bound to.
+    # The lease caches no adapter: that would keep its weights, and the base it is bound to.
     return replace(settings, model=replace(settings.model, adapter=adapter))
 
 

@@ -60,7 +60,7 @@ def _packed_attention(
 def _grouped(
     q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float, dropout: float
 ) -> Tensor:
-    """(H, T, d_h) -> (T, H, d_h), one call for each run of texts of equal length."""
+    """Attend (H, T, d_h) -> (T, H, d_h), one call for each run of texts of equal length."""
     on_cpu = q.device.type == "cpu"
     if on_cpu and q.requires_grad and max(packed.lengths) <= LONGEST_PRODUCT:
         attended: Tensor = ProductAttention.apply(q, k, v, packed.lengths, scaling)
@@ -95,7 +95,7 @@ def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float, dropout: float
 ) -> Tensor:
-    """(H, T, d_h) -> (T, H, d_h) by torch's variable-length attention (CUDA, half precision)."""
+    """Attend (H, T, d_h) -> (T, H, d_h) with torch's variable-length kernel (CUDA, half)."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))  # (T, H, d_h)
@@ -111,7 +111,7 @@ def _varlen(
 def _padded(
     q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float, dropout: float
 ) -> Tensor:
-    """(H, T, d_h) -> (T, H, d_h) by padding to the longest text, with a key mask."""
+    """Attend (H, T, d_h) -> (T, H, d_h) by padding to the longest text, with a key mask."""
     groups = q.shape[0] // k.shape[0]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=0) for x in (k, v))

@@ -31,7 +31,7 @@ from skembed.model.sources import (
     WEIGHTS_FILE,
     ModelSource,
     find_weight_files,
-    shorten,
+    join_first,
 )
 
 if TYPE_CHECKING:
@@ -151,7 +151,9 @@ class WeightFiles:
         if any(faults.values()):
             raise CheckpointError(
                 f"The weights in {self.folder} do not fit its {CONFIG_FILE}; "
-                + "; ".join(f"{what}: {shorten(names)}" for what, names in faults.items() if names)
+                + "; ".join(
+                    f"{fault}: {join_first(names)}" for fault, names in faults.items() if names
+                )
                 + ". The two files belong to different models, or the copy is incomplete."
             )
 

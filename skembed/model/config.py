@@ -1,4 +1,4 @@
-"""`NVEmbedConfig`: what config.json says of a model, checked."""
+"""`NVEmbedConfig`: the checked configuration of a model, from its config.json."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LATENT_FIELDS = (*_LATENT_SIZES, "output_normalize")
 
 @dataclass(frozen=True)
 class NVEmbedConfig:
-    """What a checkpoint is: the Mistral backbone, the pooling and its sizes.
+    """Architecture of a checkpoint: the Mistral backbone, the pooling and its sizes.
 
     Field names equal those of NV-Embed's config.json, which names no latent sizes: the defaults are
     the published ones.

@@ -1,4 +1,4 @@
-"""The backbone's forward pass on CPUs: what follows a matrix product is done inside it.
+"""The backbone's forward pass on CPUs, with the steps after each matrix product fused into it.
 
 On a CPU much of a transformer's time goes into writing and reading activations between matrix
 products. Here oneDNN applies the activation, the gate or the residual sum while the result of the
@@ -40,7 +40,7 @@ if torch.backends.mkldnn.is_available():
 
 @cache
 def _has_product(dtype: torch.dtype) -> bool:
-    """Try once whether oneDNN's product takes a type on this processor."""
+    """Return whether oneDNN's product takes a type on this processor."""
     if _POINTWISE is None or dtype not in _FUSED_DTYPES:
         return False
     try:  # bfloat16 is refused by processors without AVX512 or AMX
@@ -53,7 +53,7 @@ def _has_product(dtype: torch.dtype) -> bool:
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Tell whether products with this tensor run on a CPU and need no gradients."""
+    """Return whether products with this tensor run on a CPU and need no gradients."""
     return x.device.type == "cpu" and not torch.is_grad_enabled() and x.dtype in _FUSED_DTYPES
 
 

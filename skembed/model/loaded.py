@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelKey:
-    """What makes two loaded models the same one."""
+    """Identity of a loaded model: two models of equal keys are one."""
 
     fingerprint: str
     pooling: str
@@ -40,7 +40,7 @@ class ModelKey:
 
     @property
     def weight_format(self) -> str | None:
-        """How weights are stored, or None where it is the type of activations."""
+        """Storage format of the weights; None if it is the type of activations."""
         return self.dtype.rpartition("+")[0] or None
 
 

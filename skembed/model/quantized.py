@@ -42,7 +42,7 @@ _BLOCK = 64  # weights that share a scale in nf4
 
 
 class QuantizedLinear(nn.Module):
-    """``x W^T`` with a weight that is stored smaller than it is computed with.
+    """Linear layer ``x W^T`` with a weight that is stored smaller than it is computed with.
 
     It never changes, so that the views of several adapters share the layer itself.
     """

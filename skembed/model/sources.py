@@ -1,4 +1,4 @@
-"""A model's name -> its folder, configuration and fingerprint.
+"""Folder, configuration and fingerprint of a model, found by its name.
 
 A name is that of a bundled model, a local folder or a hub id. Only safetensors and JSON files are
 read or downloaded: no code, no pickles.
@@ -35,19 +35,19 @@ __all__ = [
     "CONTENT_DIGITS",
     "DOWNLOADED_FILES",
     "INDEX_FILE",
+    "MAX_FULL_HASH_BYTES",
     "ModelSource",
     "PINNED_REVISIONS",
     "POOLING_FILE",
     "TOKENIZER_FILES",
     "WEIGHTS_FILE",
-    "WHOLE_HASH_BYTES",
     "find_weight_files",
     "fingerprint_weights",
+    "join_first",
     "pack_folder",
     "read_config",
     "read_json",
     "resolve_source",
-    "shorten",
     "unpack_folder",
 ]
 
@@ -67,10 +67,10 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"  # peft's names for its two files
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 POOLING_FILE = "pooling.safetensors"  # beside an adapter that trained the pooling layer
 INDEX_FILE = "model.safetensors.index.json"
-WHOLE_HASH_BYTES = 256 * 1024**2
+MAX_FULL_HASH_BYTES = 256 * 1024**2
 CONTENT_DIGITS = 16  # of a fingerprint: equal for all copies of a model
 _unpacked: dict[str, tempfile.TemporaryDirectory[str]] = {}
-_unpacking = threading.Lock()
+_unpack_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _resolve_adapter(name: str, folder: Path) -> ModelSource:
         source = resolve_source(base, values.get("revision"))
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
-            f"The adapter in {folder} was trained on {base!r}, which is not to be found. Put that "
+            f"The adapter in {folder} was trained on {base!r}, which could not be found. Put that "
             f"model there, or write its path into base_model_name_or_path of "
             f"{ADAPTER_CONFIG_FILE}. {error}"
         ) from error
@@ -150,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _looks_like_hub_id(name: str) -> bool:
-    """Tell whether a name is ``owner/name`` and not written like a path."""
+    """Return whether a name is ``owner/name`` and not written like a path."""
     parts = name.split("/")
     return len(parts) == 2 and all(p and p[0] not in ".~" and "\\" not in p for p in parts)
 
@@ -174,8 +174,8 @@ def _download(name: str, revision: str | None) -> ModelSource:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED_FILES))
     except GatedRepoError as error:
         raise ModelNotFoundError(
-            f"The hub model {repository} asks for consent to its licence. Accept it on the model's "
-            "page, then log in with `hf auth login`."
+            f"The hub model {repository} is gated. Accept its licence on the model's page, "
+            "then log in with `hf auth login`."
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ModelNotFoundError(
@@ -184,8 +184,8 @@ def _download(name: str, revision: str | None) -> ModelSource:
         ) from error
     except transfer_errors as error:
         raise ModelNotFoundError(
-            f"There is no folder {name!r} here, and the hub model {repository} is neither in the "
-            "local hub cache nor could it be downloaded (offline?). Download it on a connected "
+            f"There is no folder {name!r} here, and the hub model {repository} is not in the "
+            "local hub cache and could not be downloaded (offline?). Download it on a connected "
             "machine with `hf download`, copy the folder, and pass its path as `model`; or use "
             "the bundled 'skembed-mini'."
         ) from error
@@ -209,7 +209,7 @@ def read_config(source: ModelSource, pooling: str | None = None) -> NVEmbedConfi
     return replace(config, pooling=pooling, pooling_is_fresh=pooling in ("latent", "multilayer"))
 
 
-def shorten(items: Sequence[str], limit: int = 5) -> str:
+def join_first(items: Sequence[str], limit: int = 5) -> str:
     """Return the first few of many names, joined."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
@@ -227,7 +227,7 @@ def find_weight_files(folder: Path) -> list[Path]:
         absent = [name for name in shards if not (folder / name).is_file()]
         if absent:
             raise CheckpointError(
-                f"The model folder {folder} lacks {shorten(absent)}, named in {INDEX_FILE}. "
+                f"The model folder {folder} lacks {join_first(absent)}, named in {INDEX_FILE}. "
                 "Copy or download the folder again."
             )
         return [folder / name for name in shards]
@@ -236,7 +236,7 @@ def find_weight_files(folder: Path) -> list[Path]:
     pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(s))
     if pickled:
         raise CheckpointError(
-            f"The model folder {folder} holds pickled weights only ({shorten(pickled)}), which "
+            f"The model folder {folder} holds pickled weights only ({join_first(pickled)}), which "
             "can run code when opened. Convert them to safetensors where you trust them "
             "(`save_pretrained(..., safe_serialization=True)` of transformers)."
         )
@@ -262,7 +262,7 @@ def fingerprint_weights(source: ModelSource) -> str:
             stat = path.stat()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}.") from error
-        if stat.st_size > WHOLE_HASH_BYTES:
+        if stat.st_size > MAX_FULL_HASH_BYTES:
             state.update(f"{stat.st_mtime_ns}:".encode())
     state.update(content.digest())
     return content.hexdigest() + state.hexdigest()
@@ -278,11 +278,11 @@ def _hash_file(path: Path, digest: hashlib.blake2b) -> None:
 
 @lru_cache(maxsize=256)
 def _content_hash(path: str, state: tuple[int, int, int, int]) -> bytes:
-    """Return the hash of a file in this state (size, change times, inode), remembered."""
+    """Return the hash of a file in this state (size, change times, inode), cached."""
     size = state[0]
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        if size <= WHOLE_HASH_BYTES:
+        if size <= MAX_FULL_HASH_BYTES:
             while block := file.read(1 << 20):
                 digest.update(block)
         else:
@@ -308,7 +308,7 @@ def unpack_folder(files: Mapping[str, bytes]) -> Path:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(files):
         digest.update(name.encode() + hashlib.blake2b(files[name]).digest())
-    with _unpacking:
+    with _unpack_lock:
         folder = _unpacked.get(digest.hexdigest())
         if folder is None:
             folder = tempfile.TemporaryDirectory(prefix="skembed-")

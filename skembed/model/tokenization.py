@@ -1,4 +1,4 @@
-"""Texts -> token ids -> packed batches, and which positions are pooled.
+"""Token ids and packed batches of texts, and the positions that are pooled.
 
 The rules are NV-Embed's (arXiv 2405.17428, and the released reference). The end-of-sequence string
 is appended before tokenisation, so that a text cut at `max_length` loses it. With an instruction,
@@ -117,7 +117,7 @@ class TextTokenizer:
     ) -> EncodedTexts:
         """Return the token ids of ``prefix + text + end``, cut at `max_length`.
 
-        Raises ValueError where the instruction alone fills `max_length`.
+        Raises ValueError if the instruction alone fills `max_length`.
         """
         pool_start = self.count_prefix(prefix)
         if pool_start >= max_length:

@@ -1,4 +1,4 @@
-"""The manifest of streamed embeddings: what made them, and which shards of which source are done.
+"""The manifest of streamed embeddings: their settings, origin and complete shards.
 
 It is replaced in one step after every shard. It holds neither times nor names of processes: after
 any number of interruptions its bytes are those of an undisturbed run.
@@ -39,7 +39,7 @@ _SHARD_KEYS = {"rows", "bytes", "sha256", "source", "truncated", "missing"}
 
 @dataclass
 class Manifest:
-    """What is known of a set of embeddings.
+    """Settings, origin and complete shards of a set of embeddings.
 
     Of each complete shard, in order: rows, bytes, sha256, the digest of the source up to its end,
     and its texts that were truncated or missing; the file's name where it has its own.
@@ -63,7 +63,7 @@ class Manifest:
         return self.complete or bool(self.shards and self.shards[-1]["rows"] < full)
 
     def count(self, name: str) -> int:
-        """Sum of one figure over the shards."""
+        """Return the sum of one figure over the shards."""
         return sum(int(shard[name]) for shard in self.shards)
 
     def to_json(self) -> str:
@@ -115,22 +115,22 @@ def read_manifest(path: Path) -> Manifest | None:
         return None
     except ValueError as error:
         raise ValueError(
-            f"The manifest {str(path)!r} is damaged: it is not JSON ({error}). Begin anew with "
+            f"The manifest {str(path)!r} is damaged: it is not JSON ({error}). Start over with "
             "overwrite=True, or write to another path."
         ) from error
     if not isinstance(values, dict) or values.get("format") != _FORMAT:
-        raise ValueError(f"The file {str(path)!r} is no manifest of embeddings of skembed.")
+        raise ValueError(f"The file {str(path)!r} is not a manifest of embeddings of skembed.")
     if values.get("version") != _VERSION:
         raise ValueError(
             f"The manifest {str(path)!r} is of version {values.get('version')}; this skembed reads "
-            f"version {_VERSION}. Install the skembed that wrote it, or begin anew."
+            f"version {_VERSION}. Install the skembed that wrote it, or start over."
         )
     try:
         return _to_manifest(values)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"The manifest {str(path)!r} is damaged: an entry is missing or of the wrong kind "
-            f"({error}). Begin anew with overwrite=True, or write to another path."
+            f"({error}). Start over with overwrite=True, or write to another path."
         ) from error
 
 

@@ -49,9 +49,9 @@ class TextSource:
 def open_source(
     X: Any, *, column: Any, keep_columns: Sequence[str], ids: Any, owner: str
 ) -> TextSource:
-    """Tell what `X` is and how to read it; reads no text yet.
+    """Return the source that reads `X`; reads no text yet.
 
-    Raises TypeError for what is no source of texts, ValueError for columns that `X` lacks.
+    Raises TypeError if `X` is not a source of texts, ValueError if it lacks a column.
     """
     if isinstance(X, (str, os.PathLike)):
         X = _open_parquet(X, owner=owner)
@@ -128,7 +128,7 @@ def _open_texts(X: Any, *, owner: str) -> TextSource:
 
 
 def _is_of_arrow(X: Any) -> bool:
-    """Tell whether `X` is an object of pyarrow, without importing that."""
+    """Return whether `X` is an object of pyarrow, without importing that."""
     return type(X).__module__.partition(".")[0] == "pyarrow"
 
 
@@ -151,12 +151,12 @@ def _read_items(X: Iterable[Any], size: int) -> Iterator[Block]:
 
 
 def _is_frame(X: Any) -> bool:
-    """Tell whether `X` is a pandas frame."""
+    """Return whether `X` is a pandas frame."""
     return hasattr(X, "iloc") and getattr(X, "ndim", 1) == 2
 
 
 def _is_arrow_table(X: Any) -> bool:
-    """Tell whether `X` is a data set, or gives record batches of named columns."""
+    """Return whether `X` is a data set, or gives record batches of named columns."""
     if _is_of_arrow(X):
         return hasattr(X, "schema")
     return hasattr(X, "__arrow_c_stream__") and not hasattr(X, "dtype")  # a Series has one

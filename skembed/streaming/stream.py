@@ -39,7 +39,7 @@ _PACKAGES = ("skembed", "torch", "transformers", "tokenizers", "numpy")
 
 @dataclass(frozen=True)
 class StreamReport:
-    """What one call of `transform_to` did.
+    """Result of one call of `transform_to`.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ class _Run:
         return self.manifest
 
     def _check_width(self, manifest: Manifest, start: int, n_columns: int) -> None:
-        """Refuse a source that turns from texts to pairs, or back, between two blocks."""
+        """Refuse a source that changes from texts to pairs, or back, between two blocks."""
         before = manifest.settings["text_columns"]
         if n_columns != before:
             raise ValueError(
@@ -242,13 +242,13 @@ class _Run:
             warnings.warn(
                 f"The embeddings in {str(self.target.path)!r} were begun with "
                 f"{', '.join(changed)}. The rest may differ in the last bits; overwrite=True "
-                "begins anew.",
+                "starts over.",
                 SkembedWarning,
                 stacklevel=6,
             )
 
     def _is_done(self, manifest: Manifest, index: int, start: int, columns: TextColumns) -> bool:
-        """Tell whether a shard is complete and undamaged; ValueError where the source changed."""
+        """Return whether a shard is complete and undamaged; raise if the source changed."""
         n_rows = len(columns.columns[0])
         if index >= len(manifest.shards):
             if manifest.is_closed:
@@ -285,7 +285,7 @@ class _Run:
         return ValueError(
             f"The source has changed since {str(self.target.path)!r} was begun: {how}. No row of "
             f"both was mixed.{again} Give the same rows in the same order, write to another path, "
-            "or begin anew with overwrite=True."
+            "or start over with overwrite=True."
         )
 
     def _embed(
@@ -383,17 +383,16 @@ def open_embeddings(path: str | os.PathLike[str], *, verify: bool = False) -> An
     Raises
     ------
     FileNotFoundError
-        When there is no manifest.
+        If there is no manifest.
     ValueError
-        When the run has not come to its end, or a file is missing, cut short or (with `verify`)
+        If the run has not finished, or a file is missing, cut short or (with `verify`)
         changed.
     ImportError
-        When Parquet is to be read and pyarrow is not installed.
+        If Parquet is to be read and pyarrow is not installed.
 
     Examples
     --------
-    >>> from skembed import NVEmbedVectorizer
-    >>> from skembed.streaming import open_embeddings
+    >>> from skembed import NVEmbedVectorizer, open_embeddings
     >>> done = NVEmbedVectorizer().transform_to(["a cat", "a dog"], "animals.npy")
     >>> open_embeddings("animals.npy", verify=True).shape
     (2, 384)

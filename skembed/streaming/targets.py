@@ -1,4 +1,4 @@
-"""Where streamed embeddings are written: numbered Parquet files, or one .npy file.
+"""Targets of streamed embeddings: numbered Parquet files, or one .npy file.
 
 A shard is complete before the manifest names it. The next run overwrites or removes what a killed
 process leaves beyond the manifest; nobody reads it.
@@ -58,7 +58,7 @@ class ParquetTarget:
         self.lock_path = folder / _LOCK_FILE
 
     def prepare(self, *, owner: str) -> None:
-        """Make the folder; ValueError where the path is a file."""
+        """Make the folder; raise ValueError if the path is a file."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(
                 f"The `path` parameter of `{owner}` must be a folder for format='parquet'; got "
@@ -89,7 +89,7 @@ class ParquetTarget:
             self.path.rmdir()
 
     def find_damage(self, offset: int, entry: Entry, *, verify: bool = True) -> str | None:
-        """Say what is wrong with a shard's file; None for nothing."""
+        """Return what is wrong with a shard's file; None for nothing."""
         path = self.path / str(entry["file"])
         if not path.is_file():
             return f"{path.name} is missing"
@@ -145,7 +145,7 @@ class ArrayTarget:
         self.lock_path = path.with_name(f"{path.name}.lock")
 
     def prepare(self, *, owner: str) -> None:
-        """Make the folder around the file; ValueError where the path is a folder."""
+        """Make the folder around the file; raise ValueError if the path is a folder."""
         if self.path.is_dir():
             raise ValueError(
                 f"The `path` parameter of `{owner}` must be a file for format='npy'; got the "
@@ -172,7 +172,7 @@ class ArrayTarget:
         """Do nothing: the file has no folder of its own."""
 
     def find_damage(self, offset: int, entry: Entry, *, verify: bool = True) -> str | None:
-        """Say what is wrong with a shard's rows, which begin at byte `offset` of all rows."""
+        """Return what is wrong with a shard's rows, which begin at byte `offset` of all rows."""
         path = self.partial if self.partial.exists() else self.path
         if not path.is_file():
             return f"{path.name} is missing"
@@ -213,7 +213,7 @@ Target = ParquetTarget | ArrayTarget
 
 
 def make_target(path: Any, layout: str | None, *, embedding_column: str, owner: str) -> Target:
-    """Return where to write; without `layout`, a path that ends in .npy is a file."""
+    """Return the target to write; without `layout`, a path that ends in .npy is a file."""
     absolute = _check_path(path, owner=owner)
     check_choice(layout, name="format", owner=owner, allowed=(None, *LAYOUTS))
     if layout == "npy" or (layout is None and absolute.suffix == ".npy"):
@@ -223,7 +223,7 @@ def make_target(path: Any, layout: str | None, *, embedding_column: str, owner: 
 
 
 def find_target(path: Any, *, owner: str) -> Target:
-    """Return where embeddings were written; FileNotFoundError where there is no manifest."""
+    """Return the target that was written; raise FileNotFoundError if there is no manifest."""
     absolute = _check_path(path, owner=owner)
     targets: tuple[Target, ...] = (ParquetTarget(absolute), ArrayTarget(absolute))
     for target in targets:
@@ -251,7 +251,7 @@ def explain_write_error(error: OSError, target: Target, index: int, n_rows: int)
 
 
 def _check_path(path: Any, *, owner: str) -> Path:
-    """Return the absolute path; TypeError for what is none."""
+    """Return the absolute path; raise TypeError for anything else."""
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise TypeError(
             f"The `path` parameter of `{owner}` must be a path; got a {type(path).__name__}."

@@ -1,4 +1,4 @@
-"""Training examples -> batches: which texts are embedded together, and what is compared with what.
+"""Training batches: the texts embedded together, and the comparisons among them.
 
 A plan knows every example of every task. The batches of an epoch depend on the seed, the epoch and
 the batch's number alone, so training resumes anywhere. Memory is linear in the number of examples:
@@ -306,24 +306,24 @@ class BatchPlan:
         return batches
 
     def starts_epoch(self, step: int) -> bool:
-        """Tell whether a step, counted from 0, is the first of its epoch."""
+        """Return whether a step, counted from 0, is the first of its epoch."""
         return step % self.n_batches == 0
 
     def iterate_steps(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield steps from `first` on, each with its batch as `list_epoch` gives it."""
-        epoch, listed = -1, []
+        epoch, batches = -1, []
         for step in range(first, self.n_steps):
             if step // self.n_batches != epoch:
                 epoch = step // self.n_batches
-                listed = self.list_epoch(epoch)
-            yield step, listed[step % self.n_batches]
+                batches = self.list_epoch(epoch)
+            yield step, batches[step % self.n_batches]
 
-    def build(self, step: int, listed: np.ndarray) -> Batch:
+    def build(self, step: int, batch_rows: np.ndarray) -> Batch:
         """Build the batch of a step."""
         rng = np.random.default_rng((self.seed, 1, step))
         drawn, graded = {}, []
         for number, task in enumerate(self.tasks):
-            _, rows, numbers = listed[listed[:, 0] == number].T
+            _, rows, numbers = batch_rows[batch_rows[:, 0] == number].T
             if not len(rows):
                 continue
             if task.examples.scores is not None:
@@ -338,7 +338,7 @@ class BatchPlan:
         )
         scores = [scores for _, _, scores in graded]
         graded = list(zip(sides[::2], sides[1::2], scores, strict=True))
-        return Batch(texts, anchors, candidates, positive, allowed, graded, len(listed))
+        return Batch(texts, anchors, candidates, positive, allowed, graded, len(batch_rows))
 
     def _contrast(
         self, drawn: Mapping[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -386,7 +386,7 @@ class BatchPlan:
 
 
 class _GroupIndex:
-    """Which classes each labelled text has, sorted by text; classes counted over all tasks."""
+    """Classes of each labelled text, sorted by text; classes counted over all tasks."""
 
     def __init__(self, tasks: Sequence[TaskSampler], table: TextTable) -> None:
         counts = [task.classes.n_classes if task.classes else 0 for task in tasks]

@@ -1,4 +1,4 @@
-"""Containers of training examples -> arrays of distinct texts, rows, labels and scores."""
+"""Arrays of distinct texts, rows, labels and scores, read from containers of examples."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def read_labels(targets: list[Any], owner: str) -> tuple[Ints, npt.NDArray[Any]]
 
 
 def _iterate_labels(targets: list[Any], owner: str) -> Iterator[str | bool | int | float]:
-    """Yield each label as a built-in value; refuse what is no label, and a mixture."""
+    """Yield each label as a built-in value; refuse anything else, and a mixture."""
     subject = f"The `y` parameter of `{owner}`"
     is_text = isinstance(targets[0], str)
     for position, item in enumerate(targets):

@@ -1,4 +1,4 @@
-"""Training examples: what `fit` is given, checked, with every error about them early.
+"""Training examples, checked before any model is loaded.
 
 Three kinds of examples, told apart by the number of columns and by `y`:
 
@@ -73,14 +73,13 @@ class TrainingTask:
     in_batch_negatives : bool, optional
         Use the other examples of a batch as negatives. None takes the trainer's setting.
     weight : float, default=1.0
-        How often the task's examples are drawn, relative to their number: 2 draws each
-        twice in an epoch.
+        Draws of the task's examples, relative to their number: 2 draws each twice in an epoch.
     name : str, optional
         Name to tell the task by, in errors too.
 
     Examples
     --------
-    >>> from skembed.training.examples import TrainingTask
+    >>> from skembed import TrainingTask
     >>> TrainingTask([("a cat", "a feline"), ("a dog", "a hound")], name="synonyms", weight=2)
     TrainingTask(name='synonyms', weight=2)
     """

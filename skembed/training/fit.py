@@ -1,4 +1,4 @@
-"""Examples and a `ContrastiveTrainer` -> a trained adapter: checks, seed, mining and resuming."""
+"""Training of an adapter from checked examples: seed, mining and resuming."""
 
 from __future__ import annotations
 
@@ -64,19 +64,19 @@ def fit_adapter(
     trainer: ContrastiveTrainer,
     *,
     max_length: int,
-    start: Adapter | None = None,
+    initial: Adapter | None = None,
     progress: bool | None = None,
 ) -> FitResult:
-    """Train an adapter on one or several tasks, from `start` if given; `base` does not change.
+    """Train an adapter on one or several tasks, from `initial` if given; `base` does not change.
 
     `source` has the pooling weights in their published form. `progress`: True shows a bar, False
     none, None one after three seconds. Raises ValueError, CheckpointError and OSError before
-    training starts, TrainingError when it cannot go on.
+    training starts, TrainingError if it cannot continue.
     """
     processes = active_processes()
     identity = {}
     if trainer.checkpoint_dir is not None or processes.size > 1:
-        identity = _identify(base, examples, trainer, max_length, start)
+        identity = _identify(base, examples, trainer, max_length, initial)
         processes.check_same(identity, owner="NVEmbedVectorizer")
     checkpoints, seed = _open_checkpoints(identity, trainer, processes)
     table = TextTable(
@@ -96,11 +96,11 @@ def fit_adapter(
     adapter, history = run_training(
         base,
         BatchPlan(tasks, table, trainer, seed),
-        _start_adapter(base, source, trainer, start, seed),
+        _start_adapter(base, source, trainer, initial, seed),
         validation=join_validations(validations) if validations else None,
         mine=partial(_mine_task, trainer=trainer) if trainer.mine_negatives else None,
         checkpoints=checkpoints,
-        progress=progress if processes.is_first else False,
+        show_progress=progress if processes.is_first else False,
         processes=processes,
     )
     return FitResult(adapter, history, table.n_truncated, len(table.ids))
@@ -110,10 +110,10 @@ def _start_adapter(
     base: LoadedModel,
     source: ModelSource,
     trainer: ContrastiveTrainer,
-    start: Adapter | None,
+    initial: Adapter | None,
     seed: int,
 ) -> Adapter:
-    """Return the LoRA and pooling weights to begin with: fresh ones, or those of `start`."""
+    """Return the LoRA and pooling weights to begin with: fresh ones, or those of `initial`."""
     targets = trainer.target_modules
     settings = LoraSettings(
         trainer.r,
@@ -123,30 +123,30 @@ def _start_adapter(
     )
     lora = start_lora(base.config, settings, np.random.SeedSequence((seed, 2)))
     pooling: dict[str, Tensor] = {}
-    if start is not None:
-        start.check_base(base.key.fingerprint)
-        _check_start(start, settings, lora, trainer)
-        lora, pooling = start.lora, start.pooling
+    if initial is not None:
+        initial.check_base(base.key.fingerprint)
+        _check_start(initial, settings, lora, trainer)
+        lora, pooling = initial.lora, initial.pooling
     if trainer.train_pooling and not pooling:
         pooling = read_pooling(source, base.config)
     return Adapter(settings, lora, pooling, base.key.fingerprint)
 
 
 def _check_start(
-    start: Adapter, settings: LoraSettings, fresh: dict[str, Tensor], trainer: ContrastiveTrainer
+    initial: Adapter, settings: LoraSettings, fresh: dict[str, Tensor], trainer: ContrastiveTrainer
 ) -> None:
-    """Refuse to go on from an adapter of other sizes, or with a pooling that would be lost."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in start.lora.items()}
+    """Refuse to continue from an adapter of other sizes, or with a pooling that would be lost."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in initial.lora.items()}
     fresh_shapes = {name: tuple(tensor.shape) for name, tensor in fresh.items()}
-    if shapes != fresh_shapes or start.settings.scaling != settings.scaling:
+    if shapes != fresh_shapes or initial.settings.scaling != settings.scaling:
         raise ValueError(
-            f"Training goes on from an adapter with r={start.settings.r}, "
-            f"lora_alpha={start.settings.lora_alpha:g} and {len(start.targets)} layers, but the "
-            f"`{OWNER}` asks for r={settings.r}, lora_alpha={settings.lora_alpha:g} and "
+            f"Training goes on from an adapter with r={initial.settings.r}, "
+            f"lora_alpha={initial.settings.lora_alpha:g} and {len(initial.targets)} layers, but "
+            f"the `{OWNER}` asks for r={settings.r}, lora_alpha={settings.lora_alpha:g} and "
             f"{len(fresh_shapes) // 2} layers. Use the same values, or merge the adapter first "
             "(`save_pretrained(path, merge=True)`) and train on the result."
         )
-    if start.pooling and not trainer.train_pooling:
+    if initial.pooling and not trainer.train_pooling:
         raise ValueError(
             "Training goes on from an adapter that trained the pooling layer; "
             f"`train_pooling=False` of `{OWNER}` would lose it. Pass True, or merge the adapter "
@@ -185,11 +185,11 @@ def _identify(
     examples: Sequence[Examples],
     trainer: ContrastiveTrainer,
     max_length: int,
-    start: Adapter | None,
+    initial: Adapter | None,
 ) -> dict[str, str]:
     """Return what tells a run from others."""
     return {
-        "model": base.key.fingerprint + (f"+{start.fingerprint}" if start else ""),
+        "model": base.key.fingerprint + (f"+{initial.fingerprint}" if initial else ""),
         "pooling": base.key.pooling,
         "data type or device": f"{base.key.dtype} on {base.key.device.split(':')[0]}",
         "max_length": str(max_length),

@@ -1,4 +1,4 @@
-"""Examples -> a LoRA adapter: one plain loop.
+"""The training loop of a LoRA adapter.
 
 `run_training` -> `BatchPlan` (which texts meet) -> `_Learner.accumulate` (gradient cache over
 chunks of packed texts) -> AdamW. All randomness is a function of the seed and the step, so a run
@@ -54,7 +54,7 @@ GATHERED_CHUNKS = 8  # of each process, whose vectors are exchanged at once
 
 @dataclass
 class _Progress:
-    """What changes during a run beside the weights."""
+    """State of a run beside the weights."""
 
     step: int = 0
     history: TrainingHistory = field(default_factory=TrainingHistory)
@@ -72,22 +72,22 @@ class _Learner:
         base: LoadedModel,
         table: TextTable,
         trainer: ContrastiveTrainer,
-        start: Adapter,
+        initial: Adapter,
         *,
         seed: int,
         processes: Processes | None = None,
     ) -> None:
-        self.base, self.table, self.trainer, self.start = base, table, trainer, start
+        self.base, self.table, self.trainer, self.initial = base, table, trainer, initial
         self.seed = seed
         self.processes = Processes() if processes is None else processes
-        self.masks = DropoutMasks(start.settings.lora_dropout)
+        self.masks = DropoutMasks(initial.settings.lora_dropout)
         self.model = share_weights(base.model)
         self.model.requires_grad_(False)
-        lora = {name: tensor.to(base.device, copy=True) for name, tensor in start.lora.items()}
-        self.lora = insert_lora(self.model, start.settings, lora, masks=self.masks)
+        lora = {name: tensor.to(base.device, copy=True) for name, tensor in initial.lora.items()}
+        self.lora = insert_lora(self.model, initial.settings, lora, masks=self.masks)
         self.pooling: dict[str, Tensor] = {}
-        if start.pooling:
-            weights = {n: t.to(base.device, copy=True) for n, t in start.pooling.items()}
+        if initial.pooling:
+            weights = {n: t.to(base.device, copy=True) for n, t in initial.pooling.items()}
             layer = load_pooling(base.config, weights).requires_grad_(True)
             self.pooling = dict(layer.named_parameters())
             self.model.latent_attention_model = TrainablePooling(layer)
@@ -107,6 +107,7 @@ class _Learner:
             fused=True,
         )
         self.parameters = {**self.lora, **{f"pooling.{n}": p for n, p in self.pooling.items()}}
+        # oneDNN pays for each new size of a product in half precision: pad batches to few sizes.
         self.on_grid = base.device.type == "cpu" and base.key.dtype != "float32"
 
     def embed(self, rows: np.ndarray) -> Tensor:
@@ -117,14 +118,15 @@ class _Learner:
     def embed_all(self, rows: np.ndarray) -> np.ndarray:
         """Return unit vectors of any rows, without gradients and dropout, (n, D) on the host."""
         out = np.empty((len(rows), self.base.config.hidden_size), dtype=np.float32)
-        chunks, _ = self._cut(rows)
+        chunks, _ = self._agree_on_chunks(rows)
         size = GATHERED_CHUNKS * self.processes.size
         active, self.masks.active = self.masks.active, False
         try:
             with torch.no_grad():
                 for block in (chunks[k : k + size] for k in range(0, len(chunks), size)):
-                    mine, positions = self._share(rows, block)
-                    vectors = [self.embed(rows[block[k]]) for k in mine] or [self._no_rows()]
+                    local_chunks, positions = self._share(rows, block)
+                    vectors = [self.embed(rows[block[k]]) for k in local_chunks]
+                    vectors = vectors or [self._no_rows()]
                     counts = [len(part) for part in positions]
                     pieces = self.processes.gather_rows(torch.cat(vectors), counts)
                     for part, piece in zip(positions, pieces, strict=True):
@@ -132,12 +134,12 @@ class _Learner:
         finally:
             self.masks.active = active
         if not np.isfinite(out).all():
-            raise _diverged("A vector of the model in training is not finite", self.trainer)
+            raise _divergence_error("A vector of the model in training is not finite", self.trainer)
         return out
 
-    def _cut(self, rows: np.ndarray) -> tuple[list[np.ndarray], int]:
+    def _agree_on_chunks(self, rows: np.ndarray) -> tuple[list[np.ndarray], int]:
         """Return chunks of rows of the table, and how many of them may keep their graph."""
-        chunk_tokens, kept_tokens = self.processes.lowest(*self.chunk_budget())
+        chunk_tokens, kept_tokens = self.processes.min_over_processes(*self.chunk_budget())
         n_kept = max(1, kept_tokens // chunk_tokens)
         if self.trainer.batch_tokens == "auto":
             total = int(self.table.lengths[rows].sum())
@@ -167,6 +169,9 @@ class _Learner:
             return int(self.trainer.batch_tokens), int(self.trainer.batch_tokens)
         if self.base.device.type != "cuda":
             return CPU_CHUNK_TOKENS, CPU_KEPT_TOKENS
+        # An estimate: for the backward pass a token keeps `width` values of 2 bytes: a layer about
+        # 4 vectors of the MLP's width and 14 of the model's. They get a third of the free memory:
+        # other parts of a step need some too. A chunk stays between 256 and 65,536 tokens.
         backbone = self.base.model.embedding_model.config
         width = 4 * backbone.intermediate_size + 14 * backbone.hidden_size
         if not self.trainer.gradient_checkpointing:
@@ -177,23 +182,23 @@ class _Learner:
 
     def accumulate(self, batch: Batch, step: int) -> Tensor:
         """Add the gradient of a batch's loss to the parameters; return the loss, detached."""
-        chunks, n_kept = self._cut(batch.texts)
-        mine, positions = self._share(batch.texts, chunks)
+        chunks, n_kept = self._agree_on_chunks(batch.texts)
+        local_chunks, positions = self._share(batch.texts, chunks)
         counts = [len(part) for part in positions]
         # Back to the order of batch.texts; chunks, and shares of them, are one after the other.
         order = torch.from_numpy(np.argsort(np.concatenate(positions))).to(self.base.device)
 
         def prepare(k: int) -> None:
-            self.masks.key = (self.seed, step, mine[k])
+            self.masks.key = (self.seed, step, local_chunks[k])
 
         def embed(k: int) -> Tensor:
-            return self.embed(batch.texts[chunks[mine[k]]])
+            return self.embed(batch.texts[chunks[local_chunks[k]]])
 
         def compute_loss(embeddings: Tensor) -> Tensor:
             rows = self.processes.join_rows(embeddings, counts)
             return batch_loss(rows[order], batch, self.trainer.temperature)
 
-        sizes = [len(chunks[k]) for k in mine]
+        sizes = [len(chunks[k]) for k in local_chunks]
         if sizes:
             loss = backward_in_chunks(embed, sizes, compute_loss, n_kept=n_kept, prepare=prepare)
         else:
@@ -241,97 +246,97 @@ class _Learner:
 def run_training(
     base: LoadedModel,
     plan: BatchPlan,
-    start: Adapter,
+    initial: Adapter,
     *,
     validation: Validation | None = None,
     mine: Callable[[TaskSampler, Embed], np.ndarray] | None = None,
     checkpoints: Checkpoints | None = None,
-    progress: bool | None = None,
+    show_progress: bool | None = None,
     processes: Processes | None = None,
 ) -> tuple[Adapter, TrainingHistory]:
     """Train an adapter: return the last one, or with `early_stopping` the best, and the history.
 
     `mine` gives the mined negatives of a task at the start of the run, and of each epoch if the
-    trainer says `remine`. `checkpoints` is None but in the first of several `processes`. Raises
-    TrainingError when the loss or its gradient is not finite, or a batch has nothing to compare.
+    trainer says `remine`. `checkpoints` is None except in the first of several `processes`. Raises
+    TrainingError if the loss or its gradient is not finite, or a batch has nothing to compare.
     """
     trainer, n_steps = plan.trainer, plan.n_steps
-    learner = _Learner(base, plan.table, trainer, start, seed=plan.seed, processes=processes)
+    learner = _Learner(base, plan.table, trainer, initial, seed=plan.seed, processes=processes)
     processes = learner.processes
     saved = processes.on_first(lambda: None if checkpoints is None else checkpoints.read())
-    state = _Progress() if saved is None else _resume(learner, saved, plan)
-    history = state.history
+    progress = _Progress() if saved is None else _resume(learner, saved, plan)
+    history = progress.history
     bar = tqdm(
         total=n_steps,
-        initial=state.step,
+        initial=progress.step,
         unit="step",
         desc="training",
-        delay=0.0 if progress else PROGRESS_DELAY_S,
-        disable=progress is False or state.done,
+        delay=0.0 if show_progress else PROGRESS_DELAY_S,
+        disable=show_progress is False or progress.done,
     )
     try:
-        if validation is not None and state.step == 0:
-            _validate(learner, validation, state)
-        for step, listed in plan.iterate_steps(n_steps if state.done else state.step):
+        if validation is not None and progress.step == 0:
+            _validate(learner, validation, progress)
+        for step, batch_rows in plan.iterate_steps(n_steps if progress.done else progress.step):
             if mine is not None and plan.starts_epoch(step) and (step == 0 or trainer.remine):
                 for task in plan.tasks:
                     if task.examples.loss == "infonce":
-                        task.mined = processes.agree(mine(task, learner.embed_all))
-            row = _take_step(learner, plan, step, listed)
+                        task.mined = processes.broadcast(mine(task, learner.embed_all))
+            row = _take_step(learner, plan, step, batch_rows)
             history.steps.append(row)
-            state.step = step + 1
+            progress.step = step + 1
             bar.update()
             loss, speed = f"{row['loss']:.3f}", f"{row['examples_per_s']:.0f}"
             bar.set_postfix(loss=loss, examples_per_s=speed, refresh=False)
-            if validation is not None and _is_due(state.step, n_steps):
-                _validate(learner, validation, state)
-                if trainer.early_stopping and state.n_worse >= trainer.patience:
+            if validation is not None and _is_due(progress.step, n_steps):
+                _validate(learner, validation, progress)
+                if trainer.early_stopping and progress.n_worse >= trainer.patience:
                     history.stopped = "early"
                     break
             if checkpoints is not None:
-                checkpoints.offer(state.step, lambda: _snapshot(learner, state, plan))
-        state.done = True
+                checkpoints.offer(progress.step, lambda: _snapshot(learner, progress, plan))
+        progress.done = True
     except KeyboardInterrupt:
         if processes.size > 1:  # the others may be at another step
             raise
         history.stopped = "interrupted"
-        logger.warning("training was interrupted after %d of %d steps", state.step, n_steps)
+        logger.warning("training was interrupted after %d of %d steps", progress.step, n_steps)
     finally:
         bar.close()
-    return _finish(learner, state, plan, checkpoints), history
+    return _finish(learner, progress, plan, checkpoints), history
 
 
 def _finish(
-    learner: _Learner, state: _Progress, plan: BatchPlan, checkpoints: Checkpoints | None
+    learner: _Learner, progress: _Progress, plan: BatchPlan, checkpoints: Checkpoints | None
 ) -> Adapter:
     """Return the last adapter or the best one, and write the last state."""
-    learner.processes.copy_first(list(learner.parameters.values()))
-    if plan.trainer.early_stopping and state.best:
-        weights = state.best
+    learner.processes.broadcast_tensors(list(learner.parameters.values()))
+    if plan.trainer.early_stopping and progress.best:
+        weights = progress.best
     else:
         weights = learner.weights()
         learner.embed_all(np.zeros(1, dtype=np.int64))  # raises if the last update diverged
-    if checkpoints is not None and state.done:
-        checkpoints.write(*_snapshot(learner, state, plan))
+    if checkpoints is not None and progress.done:
+        checkpoints.write(*_snapshot(learner, progress, plan))
     pooling = {n.removeprefix("pooling."): t for n, t in weights.items() if n not in learner.lora}
     lora = {name: weights[name] for name in learner.lora}
-    return Adapter(learner.start.settings, lora, pooling, learner.start.base_fingerprint)
+    return Adapter(learner.initial.settings, lora, pooling, learner.initial.base_fingerprint)
 
 
 def _take_step(
-    learner: _Learner, plan: BatchPlan, step: int, listed: np.ndarray
+    learner: _Learner, plan: BatchPlan, step: int, batch_rows: np.ndarray
 ) -> dict[str, float]:
     """Take one step of the optimiser; return its row of the history."""
     began = time.perf_counter()
-    batch = plan.build(step, listed)
+    batch = plan.build(step, batch_rows)
     loss = learner.accumulate(batch, step)
     rate = compute_learning_rate(plan.trainer, step, plan.n_steps)
     norm = learner.update(rate)
     if not (torch.isfinite(loss) and np.isfinite(norm)):
-        what = "gradient" if torch.isfinite(loss) else "loss"
-        raise _diverged(
-            f"The {what} is not finite at step {step + 1} of {plan.n_steps}: loss {float(loss)}, "
-            f"gradient norm {norm}",
+        quantity = "gradient" if torch.isfinite(loss) else "loss"
+        raise _divergence_error(
+            f"The {quantity} is not finite at step {step + 1} of {plan.n_steps}: loss "
+            f"{float(loss)}, gradient norm {norm}",
             plan.trainer,
         )
     speed = batch.n_examples / (time.perf_counter() - began)
@@ -349,48 +354,48 @@ def compute_learning_rate(trainer: ContrastiveTrainer, step: int, n_steps: int) 
 
 
 def _is_due(step: int, n_steps: int) -> bool:
-    """Tell whether a validation is due after so many steps."""
+    """Return whether a validation is due after so many steps."""
     done, before = (n * N_VALIDATIONS // n_steps for n in (step, step - 1))
     return step == n_steps or done > before
 
 
-def _validate(learner: _Learner, validation: Validation, state: _Progress) -> None:
+def _validate(learner: _Learner, validation: Validation, progress: _Progress) -> None:
     """Score the model, and keep its weights if it is the best so far."""
-    score = learner.processes.agree(validation.score(learner.embed_all))
-    state.history.validation_metric = validation.metric
-    state.history.validation.append({"step": state.step, "score": score})
-    if score > state.best_score:
-        state.best_score, state.n_worse = score, 0
+    score = learner.processes.broadcast(validation.score(learner.embed_all))
+    progress.history.validation_metric = validation.metric
+    progress.history.validation.append({"step": progress.step, "score": score})
+    if score > progress.best_score:
+        progress.best_score, progress.n_worse = score, 0
         if learner.trainer.early_stopping:
-            state.best, state.history.best_step = learner.weights(), state.step
+            progress.best, progress.history.best_step = learner.weights(), progress.step
     else:
-        state.n_worse += 1
+        progress.n_worse += 1
 
 
-def _diverged(what: str, trainer: ContrastiveTrainer) -> TrainingError:
+def _divergence_error(problem: str, trainer: ContrastiveTrainer) -> TrainingError:
     """Return the error of a run that cannot go on."""
     return TrainingError(
-        f"{what} (learning_rate={trainer.learning_rate}, temperature={trainer.temperature}). "
+        f"{problem} (learning_rate={trainer.learning_rate}, temperature={trainer.temperature}). "
         "Lower `learning_rate`, raise `temperature`, or use dtype='bfloat16' or 'float32' where "
         "it is float16. The model is as it was before `fit`."
     )
 
 
 def _snapshot(
-    learner: _Learner, state: _Progress, plan: BatchPlan
+    learner: _Learner, progress: _Progress, plan: BatchPlan
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return all that a resumed run needs: tensors, and plain values."""
     tensors = learner.state()
-    tensors.update({f"best/{name}": value for name, value in state.best.items()})
+    tensors.update({f"best/{name}": value for name, value in progress.best.items()})
     for number, task in enumerate(plan.tasks):
         if task.mined is not None:
             tensors[f"mined/{number}"] = torch.from_numpy(task.mined)
     values = {
-        "step": state.step,
-        "n_worse": state.n_worse,
-        "best_score": None if np.isinf(state.best_score) else state.best_score,
-        "done": state.done,
-        "history": asdict(state.history),
+        "step": progress.step,
+        "n_worse": progress.n_worse,
+        "best_score": None if np.isinf(progress.best_score) else progress.best_score,
+        "done": progress.done,
+        "history": asdict(progress.history),
     }
     return tensors, values
 

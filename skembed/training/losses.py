@@ -22,7 +22,7 @@ __all__ = ["backward_in_chunks", "batch_loss", "cosent", "info_nce"]
 def batch_loss(embeddings: Tensor, batch: Batch, temperature: float) -> Tensor:
     """Return the loss of a batch, its parts weighted by their examples; (m, D) -> scalar.
 
-    Raises TrainingError when no example of the batch has a negative.
+    Raises TrainingError if no example of the batch has a negative.
     """
     device = embeddings.device
     losses, weights = [], []

@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MinedNegatives:
-    """Hard negatives, as `mine_hard_negatives` found them.
+    """Hard negatives found by `mine_hard_negatives`.
 
     Parameters
     ----------
@@ -48,12 +48,12 @@ class MinedNegatives:
 
     See Also
     --------
-    mine_hard_negatives : Finds them.
+    mine_hard_negatives : Function that finds them.
 
     Examples
     --------
     >>> import numpy as np
-    >>> from skembed.training.mining import MinedNegatives
+    >>> from skembed import MinedNegatives
     >>> mined = MinedNegatives(
     ...     anchors=["lost card"],
     ...     positives=["my card is gone"],
@@ -163,7 +163,7 @@ def mine_hard_negatives(
     random_state: int | np.random.RandomState | None = None,
     verbose: bool = False,
 ) -> MinedNegatives:
-    """Find texts that a model takes for similar to an anchor although they are not its positives.
+    """Find texts that a model puts close to an anchor although they are not its positives.
 
     Rows with hard negatives teach more than rows without. The rules are positive-aware: a text as
     close as the positive is probably a positive that nobody has marked, so it is left out.
@@ -183,7 +183,7 @@ def mine_hard_negatives(
         queries, positives and corpus as documents. A scikit-learn transformer must return dense
         vectors. They may have any length.
     corpus : list, tuple, ndarray, Series or one-column frame of str, optional
-        Where to look for negatives. None looks in the distinct positives, or in the labelled
+        Texts to search for negatives. None searches the distinct positives, or the labelled
         texts. Not with `y`: the class of its texts would be unknown.
     n_negatives : int, default=7
         Number of negatives for each anchor.
@@ -220,7 +220,7 @@ def mine_hard_negatives(
 
     See Also
     --------
-    NVEmbedVectorizer : Takes the rows to train on.
+    NVEmbedVectorizer : Estimator that trains on the rows.
 
     Notes
     -----
@@ -245,8 +245,7 @@ def mine_hard_negatives(
 
     Examples
     --------
-    >>> from skembed import NVEmbedVectorizer
-    >>> from skembed.training.mining import mine_hard_negatives
+    >>> from skembed import NVEmbedVectorizer, mine_hard_negatives
     >>> pairs = [
     ...     ("my card was stolen", "report a stolen card"),
     ...     ("I want an account", "open an account"),

@@ -24,7 +24,7 @@ OWNER = "mine_hard_negatives"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MiningTask:
-    """What to mine, in ids of distinct texts."""
+    """Anchors, positives and candidates of a search, as ids of distinct texts."""
 
     texts: list[str]
     anchors: Indices  # (n_anchors,), ids
@@ -33,12 +33,12 @@ class MiningTask:
     candidates: Indices  # (n_candidates,), ids, distinct
     corpus: list[str]
     first: Indices  # (n_candidates,), position of each candidate in `corpus`
-    # Pairs: sparse matrix (n_texts, n_candidates), the candidates that are no negatives of a text.
+    # Pairs: sparse matrix (n_texts, n_candidates) of candidates that cannot be a text's negatives.
     known: Any | None
     groups: tuple[Indices, Indices] | None  # labels: class of each anchor, of each candidate
 
     def count_known(self) -> Indices:
-        """Return how many candidates are no negatives because of the pairs, (n_anchors,)."""
+        """Return how many candidates the pairs rule out as negatives, (n_anchors,)."""
         if self.known is None:
             return np.zeros(len(self.anchors), dtype=np.int64)
         return np.diff(self.known.indptr)[self.anchors].astype(np.int64)
@@ -55,7 +55,7 @@ class MiningTask:
 
 
 def read_task(X: Any, y: Any, corpus: Any) -> MiningTask:
-    """Tell pairs from labelled texts, and say what to mine for each."""
+    """Return the task for pairs or for labelled texts, whichever X and y hold."""
     examples = check_examples(X, y, owner=OWNER)
     if examples.labels is not None:
         if corpus is not None:
@@ -78,7 +78,7 @@ def read_task(X: Any, y: Any, corpus: Any) -> MiningTask:
 
 
 def _read_pairs(examples: Examples, corpus: Any) -> MiningTask:
-    """Say what to mine for pairs: in the corpus, or in the distinct positives."""
+    """Return the task for pairs: to search the corpus, or the distinct positives."""
     ids = {text: i for i, text in enumerate(examples.texts)}
     anchors, positives = examples.columns.T
     if corpus is None:
@@ -130,7 +130,7 @@ def _find_known(anchors: Indices, positives: Indices, candidates: Indices, *, n_
 
 
 def _read_labelled(examples: Examples, labels: Indices) -> MiningTask:
-    """Say what to mine for labelled texts: in the texts of other classes."""
+    """Return the task for labelled texts: to search the texts of other classes."""
     texts = examples.columns[:, 0]
     ids, first, counts = np.unique(texts, return_index=True, return_counts=True)
     classes = labels[first]  # of each distinct text, by id
@@ -168,7 +168,7 @@ def _follow(texts: Indices, classes: Indices) -> Indices:
 
 
 def _check_left(n_anchors: int, classes: Indices, *, n_texts: int) -> None:
-    """Say how many labelled texts are no anchors; raise if what is left cannot be mined."""
+    """Warn about labelled texts that cannot be anchors; raise if the others cannot be mined."""
     if not n_anchors or len(np.unique(classes)) < 2:
         raise ValueError(
             f"The `y` parameter of `{OWNER}` must leave two classes and two texts of one class "
@@ -177,7 +177,7 @@ def _check_left(n_anchors: int, classes: Indices, *, n_texts: int) -> None:
         )
     if n_anchors < n_texts:
         warnings.warn(
-            f"{n_texts - n_anchors} of {n_texts} texts are no anchors: they occur under several "
+            f"{n_texts - n_anchors} of {n_texts} texts cannot be anchors: they occur under several "
             "classes, or all other texts of their class do. Correct their labels, or silence this "
             "with warnings.filterwarnings('ignore', category=skembed.SkembedWarning).",
             SkembedWarning,

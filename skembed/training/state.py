@@ -30,7 +30,7 @@ State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and plain values
 
 
 class Checkpoints:
-    """Saves and reads the state of one run in one folder, every `every` steps or 30 seconds.
+    """Saved state of one run in one folder, written every `every` steps or 30 seconds.
 
     `identity` says part by part what the run is started with. Raises OSError and CheckpointError
     as `check_folder`.
@@ -57,12 +57,12 @@ class Checkpoints:
             self._saved = tensors, header["values"]
 
     def read(self) -> State | None:
-        """Return tensors and values of the saved run, once; None when there is none."""
+        """Return tensors and values of the saved run, once; None if there is none."""
         saved, self._saved = self._saved, None
         return saved
 
     def offer(self, step: int, snapshot: Callable[[], State]) -> None:
-        """Save a snapshot if it is time to."""
+        """Save a snapshot if one is due."""
         if self.every is not None:
             due = step % self.every == 0
         else:
@@ -71,7 +71,7 @@ class Checkpoints:
             self.write(*snapshot())
 
     def write(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Save, whole or not at all."""
+        """Save the state, whole or not at all."""
         header = {
             "version": STATE_VERSION,
             "identity": self.identity,
@@ -119,7 +119,7 @@ def check_folder(
 
 
 def _check_writable(folder: Path) -> None:
-    """Fail now, not at the first save."""
+    """Check that the folder can be written, before the first save."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -1,4 +1,4 @@
-"""`ContrastiveTrainer`: how `NVEmbedVectorizer.fit` fine-tunes."""
+"""`ContrastiveTrainer`: the parameters of fine-tuning."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class ContrastiveTrainer(BaseEstimator):
         Use the other candidates of a batch as negatives (the paper's stage 1). Texts of the same
         class, equal texts and known positives never are.
     n_negatives : int, default=7
-        Negatives of its own that an example brings at most: given in its row, mined, or (class
-        labels without in-batch negatives) drawn from other classes. 0 for none.
+        Upper bound on the negatives of one example: given in its row, mined, or (class labels
+        without in-batch negatives) drawn from other classes. 0 for none.
     mine_negatives : {None, "perc_pos", "margin_pos"}, default=None
         Mine hard negatives with the model at hand; see `mine_hard_negatives`.
     remine : bool, default=False
@@ -83,9 +83,9 @@ class ContrastiveTrainer(BaseEstimator):
     patience : int, default=3
         See `early_stopping`.
     warm_start : bool, default=False
-        Go on from the adapter of the last `fit`, with a new optimiser (the paper's second stage).
+        Continue from the adapter of the last `fit` with a new optimiser (the paper's stage 2).
     checkpoint_dir : str or path, optional
-        Where the state is written, atomically; a later `fit` of the same model, parameters and
+        Folder of the state, written atomically; a later `fit` of the same model, parameters and
         examples resumes there and ends in the same adapter. One folder for each run.
     checkpoint_steps : int, optional
         Steps between two saves; None saves every 30 seconds.
@@ -97,7 +97,7 @@ class ContrastiveTrainer(BaseEstimator):
 
     See Also
     --------
-    NVEmbedVectorizer : Takes it as `trainer`.
+    NVEmbedVectorizer : Estimator that takes it as `trainer`.
     mine_hard_negatives : The same mining as a function.
 
     Notes

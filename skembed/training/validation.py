@@ -95,7 +95,7 @@ Embed = Callable[[np.ndarray], np.ndarray]  # rows of the table -> unit vectors 
 
 @dataclass(frozen=True)
 class Validation:
-    """How a model is scored while it trains; higher is better."""
+    """Score of a model while it trains; higher is better."""
 
     metric: str
     score: Callable[[Embed], float]
@@ -114,7 +114,7 @@ def validation(
     documents: np.ndarray,
     seed: int,
 ) -> Validation:
-    """Return how to score one task's held-out part."""
+    """Return the score on one task's held-out part."""
     columns = examples.columns
     if examples.labels is not None:
         some = np.random.default_rng((seed, 3)).permutation(training)[:CENTROID_TEXTS]
@@ -183,7 +183,7 @@ def _validate_ranks(
             for row, anchor in enumerate(columns[held[block], 0]):
                 right = np.append(known[starts[anchor] : starts[anchor + 1]], anchor)
                 index = np.searchsorted(candidates, right) % len(candidates)
-                # Other right answers are no mistakes.
+                # Other right answers do not count as mistakes.
                 cosines[row, index[candidates[index] == right]] = -np.inf
             rank[block] = 1 + (cosines > best[:, None]).sum(axis=1)
         return float(np.where(rank <= MRR_DEPTH, 1.0 / rank, 0.0).mean())

@@ -364,7 +364,7 @@ def test_another_base_is_refused(saved: Path, other_base: Path, tmp_path: Path) 
             use()
     assert not (tmp_path / "merged" / "config.json").exists()
     path.write_text(json.dumps({**values, "base_model_name_or_path": str(tmp_path / "none")}))
-    with pytest.raises(ModelNotFoundError, match="not to be found"):
+    with pytest.raises(ModelNotFoundError, match="could not be found"):
         make_vectorizer(saved).transform(TEXTS)
 
 
@@ -384,7 +384,7 @@ def test_a_copy_of_a_large_base_is_the_same_base(
     fresh_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On another machine the files' times differ; of large files they are in the fingerprint."""
-    monkeypatch.setattr(checkpoint, "WHOLE_HASH_BYTES", 20_000)
+    monkeypatch.setattr(checkpoint, "MAX_FULL_HASH_BYTES", 20_000)
     checkpoint._content_hash.cache_clear()
     emb = train(fresh_dir)
     vectors = emb.transform(TEXTS)

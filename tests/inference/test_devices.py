@@ -60,7 +60,7 @@ def test_resolve_device_refuses_absent_devices(machine: Callable[..., None]) -> 
     machine()
     with pytest.raises(ValueError, match="'cuda', but torch sees 0 CUDA devices.*device='auto'"):
         resolve_device("cuda")
-    with pytest.raises(ValueError, match="'mps', which this machine has not"):
+    with pytest.raises(ValueError, match="'mps', which is not available on this machine"):
         resolve_device("mps")
     machine(n_cuda=2)
     with pytest.raises(ValueError, match="'cuda:2', but torch sees 2 CUDA devices"):

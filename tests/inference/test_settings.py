@@ -57,7 +57,7 @@ def change_model(folder: Path) -> None:
 
 @pytest.fixture
 def resolved(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The parameters of which settings were not remembered."""
+    """The parameters of which settings were not cached."""
     calls: list[Any] = []
     resolve = resolution._resolve
 
@@ -82,7 +82,7 @@ def test_settled_questions_are_not_asked_again(resolved: list[Any]) -> None:
     assert settings_of(emb) is settings_of(clone(emb))
 
 
-def test_the_last_eight_are_remembered(resolved: list[Any]) -> None:
+def test_the_last_eight_are_cached(resolved: list[Any]) -> None:
     emb = make_vectorizer()
     for dim in range(1, LEASE_SETTINGS + 1):
         settings_of(emb.set_params(truncate_dim=dim))

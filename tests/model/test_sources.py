@@ -122,7 +122,7 @@ def test_fingerprint_of_large_files_is_sampled(
     """A sparse file of 64 MB: samples every 16 KiB, and the time of the last change."""
     weights = folder / sources.WEIGHTS_FILE
     os.truncate(weights, 64 * 1024**2)
-    monkeypatch.setattr(sources, "WHOLE_HASH_BYTES", 1024**2)
+    monkeypatch.setattr(sources, "MAX_FULL_HASH_BYTES", 1024**2)
     reads = []
 
     class CountingHash:
@@ -284,7 +284,7 @@ class BrokenTransferError(hub_errors.HfHubHTTPError.__bases__[0]):  # type: igno
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (hub_error(hub_errors.GatedRepoError), "consent to its licence.*hf auth login"),
+        (hub_error(hub_errors.GatedRepoError), "is gated.*Accept its licence.*hf auth login"),
         (hub_error(hub_errors.RepositoryNotFoundError), "has no model .* or it is private"),
         (hub_error(hub_errors.RevisionNotFoundError), "has no model .* or it is private"),
         (hub_error(hub_errors.HfHubHTTPError), "offline"),

@@ -93,7 +93,7 @@ def test_open_reads_no_shard_that_the_manifest_does_not_name(
     ("content", "message"),
     [
         ("{", "is damaged: it is not JSON"),
-        ("{}", "is no manifest of embeddings"),
+        ("{}", "is not a manifest of embeddings"),
         ('{"format": "skembed-embeddings", "version": 9}', "is of version 9"),
         ('{"format": "skembed-embeddings", "version": 1}', "is damaged: an entry is missing"),
     ],

@@ -123,15 +123,15 @@ def forbidden(examples: Examples, anchor: str) -> set[str]:
 
 
 def iterate_batches(given: Given, epochs: int = 1) -> Any:
-    """(listed, batch) of each step."""
+    """(batch_rows, batch) of each step."""
     plan = given.plan
-    for step, listed in islice(plan.iterate_steps(0), epochs * plan.n_batches):
-        yield listed, plan.build(step, listed)
+    for step, batch_rows in islice(plan.iterate_steps(0), epochs * plan.n_batches):
+        yield batch_rows, plan.build(step, batch_rows)
 
 
-def listed_anchors(given: Given, listed: np.ndarray) -> list[tuple[int, int]]:
+def listed_anchors(given: Given, batch_rows: np.ndarray) -> list[tuple[int, int]]:
     """(task, example of its training part) in the order of a contrast's anchors."""
-    by_task = [listed[listed[:, 0] == t] for t in range(len(given.examples))]
+    by_task = [batch_rows[batch_rows[:, 0] == t] for t in range(len(given.examples))]
     return [
         (t, int(example))
         for t, part in enumerate(by_task)
@@ -140,12 +140,12 @@ def listed_anchors(given: Given, listed: np.ndarray) -> list[tuple[int, int]]:
     ]
 
 
-def check_contrast(given: Given, listed: np.ndarray, batch: Batch) -> int:
+def check_contrast(given: Given, batch_rows: np.ndarray, batch: Batch) -> int:
     """Compare a batch with the reference; the number of negatives it allows."""
     n_negatives = 0
     anchors = given.text_of[batch.texts[batch.anchors]]
     candidates = given.text_of[batch.texts[batch.candidates]]
-    order = listed_anchors(given, listed)
+    order = listed_anchors(given, batch_rows)
     assert len(order) == len(anchors)
     for i, (t, example) in enumerate(order):
         task, examples = given.plan.tasks[t], given.examples[t]
@@ -228,8 +228,8 @@ def test_negatives_drawn_from_other_classes(tokenizer: TextTokenizer) -> None:
     given = make_plan(tokenizer, [(texts, labels)], in_batch=[False], n_negatives=4)
     class_of = dict(zip(texts, labels, strict=True))
     met: dict[int, Counter[int]] = defaultdict(Counter)
-    for listed, batch in iterate_batches(given, epochs=4):
-        check_contrast(given, listed, batch)
+    for batch_rows, batch in iterate_batches(given, epochs=4):
+        check_contrast(given, batch_rows, batch)
         assert (batch.allowed.sum(1) <= 5).all()
         assert (batch.allowed.sum(1) >= 2).all()
         candidates = given.text_of[batch.texts[batch.candidates]]
@@ -277,10 +277,10 @@ def test_positives_differ_between_epochs_and_examples(tokenizer: TextTokenizer) 
     given = make_plan(tokenizer, [(texts, [i % 2 for i in range(60)])], batch_size=60)
     task, chosen = given.plan.tasks[0], []
     for epoch in range(2):
-        listed = np.concatenate(given.plan.list_epoch(epoch))
-        _, positive, _ = task.draw(listed[:, 1], listed[:, 2], 0, np.random.default_rng(0))
-        pairs = set(zip(listed[:, 1].tolist(), positive.tolist(), strict=True))
-        assert len(pairs) == len(listed) == 60 * POSITIVES_PER_EPOCH
+        epoch_rows = np.concatenate(given.plan.list_epoch(epoch))
+        _, positive, _ = task.draw(epoch_rows[:, 1], epoch_rows[:, 2], 0, np.random.default_rng(0))
+        pairs = set(zip(epoch_rows[:, 1].tolist(), positive.tolist(), strict=True))
+        assert len(pairs) == len(epoch_rows) == 60 * POSITIVES_PER_EPOCH
         chosen.append(pairs)
     # By chance 8 of 29 positives would be those of the epoch before, for each text.
     assert len(chosen[0] & chosen[1]) / len(chosen[0]) == pytest.approx(8 / 29, abs=0.1)
@@ -295,8 +295,8 @@ def test_draws_follow_the_weight(weight: float, n_drawn: int, tokenizer: TextTok
     rows = [(f"a {i}", f"b {i}", f"c {i}") for i in range(10)]
     given = make_plan(tokenizer, [(rows, None)], weights=[weight], batch_size=1)
     for epoch in range(3):
-        listed = np.concatenate(given.plan.list_epoch(epoch))
-        counts = np.bincount(listed[:, 1], minlength=10)
+        epoch_rows = np.concatenate(given.plan.list_epoch(epoch))
+        counts = np.bincount(epoch_rows[:, 1], minlength=10)
         assert counts.sum() == n_drawn == given.plan.n_batches
         assert counts.max() - counts.min() <= 1, "spread over the examples"
 
@@ -324,9 +324,9 @@ def test_no_example_is_alone_in_a_batch(
 ) -> None:
     rows = [(f"a {i}", f"b {i}") for i in range(n)]
     given = make_plan(tokenizer, [(rows, None)], batch_size=batch_size, blend=blend)
-    for listed, batch in iterate_batches(given, epochs=3):
-        assert check_contrast(given, listed, batch) >= 2
-        assert len(listed) <= max(3, 1.5 * batch_size)
+    for batch_rows, batch in iterate_batches(given, epochs=3):
+        assert check_contrast(given, batch_rows, batch) >= 2
+        assert len(batch_rows) <= max(3, 1.5 * batch_size)
 
 
 @pytest.mark.parametrize("blend", [True, False])
@@ -335,15 +335,15 @@ def test_blended_or_of_one_task(blend: bool, tokenizer: TextTokenizer) -> None:
     tasks = [(pairs[0], None), (pairs[1], list(range(48)))]
     given = make_plan(tokenizer, tasks, batch_size=8, blend=blend)
     kinds = []
-    for listed, batch in iterate_batches(given):
-        kinds.append(len(np.unique(listed[:, 0])))
-        assert bool(len(batch.anchors)) == (0 in listed[:, 0])
-        assert bool(batch.graded) == (1 in listed[:, 0])
-        assert batch.n_examples == len(listed)
+    for batch_rows, batch in iterate_batches(given):
+        kinds.append(len(np.unique(batch_rows[:, 0])))
+        assert bool(len(batch.anchors)) == (0 in batch_rows[:, 0])
+        assert bool(batch.graded) == (1 in batch_rows[:, 0])
+        assert batch.n_examples == len(batch_rows)
     assert len(kinds) == 12
     assert set(kinds) == {1} if not blend else sum(k == 2 for k in kinds) >= 10
     if not blend:  # not one task after the other
-        first = [int(listed[0, 0]) for listed in given.plan.list_epoch(0)]
+        first = [int(batch_rows[0, 0]) for batch_rows in given.plan.list_epoch(0)]
         assert sorted(first) != first
 
 
@@ -373,8 +373,8 @@ def test_each_batch_of_labels_has_something_to_compare(seed: int, tokenizer: Tex
     given = make_plan(
         tokenizer, [(texts, [0] * 58 + [1] * 2)], batch_size=4, n_negatives=0, seed=seed
     )
-    for listed, batch in iterate_batches(given):
-        check_contrast(given, listed, batch)
+    for batch_rows, batch in iterate_batches(given):
+        check_contrast(given, batch_rows, batch)
         assert (batch.allowed.sum(1) > 1).all()
 
 
@@ -516,8 +516,8 @@ def test_mined_negatives_obey_the_rules(
             limit = limit - 0.05 if strategy == "margin_pos" else limit - 0.05 * abs(limit)
             assert (table[task.documents[mined]] @ anchor <= limit + 1e-6).all()
     assert n_mined > len(examples) / 2
-    for listed, batch in iterate_batches(given):
-        order = listed_anchors(given, listed)
+    for batch_rows, batch in iterate_batches(given):
+        order = listed_anchors(given, batch_rows)
         candidates = given.text_of[batch.texts[batch.candidates]]
         for i, (_, example) in enumerate(order):
             allowed = batch.allowed[i].copy()

@@ -164,9 +164,9 @@ def test_tasks_are_trained_together(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     build = BatchPlan.build
 
-    def counting(self: Any, step: int, listed: np.ndarray) -> Any:
-        drawn.append(np.bincount(listed[:, 0], minlength=3))
-        return build(self, step, listed)
+    def counting(self: Any, step: int, batch_rows: np.ndarray) -> Any:
+        drawn.append(np.bincount(batch_rows[:, 0], minlength=3))
+        return build(self, step, batch_rows)
 
     monkeypatch.setattr(TextTokenizer, "encode", spying)
     monkeypatch.setattr(BatchPlan, "build", counting)
@@ -195,9 +195,9 @@ def test_tasks_can_keep_to_their_own_batches(monkeypatch: pytest.MonkeyPatch) ->
     drawn = []
     build = BatchPlan.build
 
-    def counting(self: Any, step: int, listed: np.ndarray) -> Any:
-        drawn.append(set(listed[:, 0].tolist()))
-        return build(self, step, listed)
+    def counting(self: Any, step: int, batch_rows: np.ndarray) -> Any:
+        drawn.append(set(batch_rows[:, 0].tolist()))
+        return build(self, step, batch_rows)
 
     monkeypatch.setattr(BatchPlan, "build", counting)
     trainer = make_trainer(blend_tasks=False, max_steps=None, batch_size=9, train_pooling=False)

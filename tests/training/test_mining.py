@@ -249,7 +249,7 @@ def test_texts_of_several_classes_are_left_out() -> None:
     texts = ["a", "a2", "x", "b", "b2", "x", "c", "x2", "c2", "x2"]
     labels = ["A", "A", "A", "B", "B", "B", "C", "C", "C", "A"]
     vectors = {text: angle(i) for i, text in enumerate(dict.fromkeys(texts))}
-    with pytest.warns(SkembedWarning, match="4 of 10 texts are no anchors") as caught:
+    with pytest.warns(SkembedWarning, match="4 of 10 texts cannot be anchors") as caught:
         mined = mine_hard_negatives(
             texts, labels, vectorizer=Table(vectors), strategy="margin_pos", threshold=0
         )
@@ -262,7 +262,7 @@ def test_texts_of_several_classes_are_left_out() -> None:
 def test_a_class_with_one_clear_text_has_no_anchor() -> None:
     texts, labels = ["a", "a2", "b", "x", "x"], [0, 0, 1, 1, 0]
     vectors = {"a": angle(0), "a2": angle(5), "b": angle(30), "x": angle(1)}
-    with pytest.warns(SkembedWarning, match="3 of 5 texts are no anchors"):
+    with pytest.warns(SkembedWarning, match="3 of 5 texts cannot be anchors"):
         mined = mine_hard_negatives(texts, labels, vectorizer=Table(vectors))
     assert mined.anchors == ["a", "a2"]
     assert negatives_of(mined) == [["b"], ["b"]], "it is a negative all the same"

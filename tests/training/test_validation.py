@@ -132,8 +132,8 @@ def test_the_held_out_part_is_never_trained_on(kind: str, monkeypatch: pytest.Mo
     seen: set[int] = set()
     build = loop.BatchPlan.build
 
-    def recording(self: Any, step: int, listed: Any) -> Any:
-        batch = build(self, step, listed)
+    def recording(self: Any, step: int, batch_rows: Any) -> Any:
+        batch = build(self, step, batch_rows)
         for task in self.tasks:
             for row, text in zip(task.queries, task.examples.texts, strict=True):
                 if row in batch.texts:
