@@ -13,10 +13,9 @@ import numpy.typing as npt
 
 from skembed._inputs import clean_column, extract_columns, is_instance_of, is_missing
 from skembed._validation import describe_type
+from skembed.similarity import Floats, Ints
 
 __all__ = [
-    "Floats",
-    "Ints",
     "check_rows",
     "clean_texts",
     "extract_rows",
@@ -25,9 +24,6 @@ __all__ = [
     "read_labels",
     "read_scores",
 ]
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 
 def extract_rows(X: Any, *, subject: str, name: str) -> list[list[Any]]:

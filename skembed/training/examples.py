@@ -34,9 +34,8 @@ from skembed._validation import (
     describe_value,
 )
 from skembed.instructions import build_prefix
+from skembed.similarity import Floats, Ints
 from skembed.training.example_input import (
-    Floats,
-    Ints,
     check_rows,
     clean_texts,
     extract_rows,

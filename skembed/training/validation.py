@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from skembed._validation import check_int, check_real
-from skembed.training.example_input import Ints
+from skembed.similarity import Ints
 from skembed.training.examples import Examples
 from skembed.training.trainer import OWNER
 
