@@ -1,6 +1,7 @@
 """What all tests share: no network, the tiny checkpoint, the folder of evaluation data."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ def blocked_network() -> Iterator[None]:
     """Refuse every connection that leaves this machine."""
     with block_network():
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_open_figures() -> Iterator[None]:
+    """Close the figures of a test: matplotlib warns of more than twenty."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(scope="session")
