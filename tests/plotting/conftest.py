@@ -1,16 +1,13 @@
 """Fixtures of the map tests."""
 
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def closed_figures() -> Iterator[None]:
-    pyplot = pytest.importorskip("matplotlib.pyplot", reason="needs matplotlib: skembed[plot]")
-    yield
-    pyplot.close("all")
+def needs_matplotlib() -> None:
+    pytest.importorskip("matplotlib.pyplot", reason="needs matplotlib: skembed[plot]")
 
 
 @pytest.fixture
