@@ -324,7 +324,7 @@ def test_unknown_policy():
         (np.array([b"abc"]), r"got an array of dtype \|S3\. Decode it: np\.char\.decode"),
         (np.array(["2024-01-01"], dtype="M8[D]"), r"dtype datetime64\[D\]"),
     ],
-    ids=repr,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_wrong_containers(X, message):
     with pytest.raises(TypeError, match=message) as info:

@@ -1,6 +1,5 @@
 """Fixtures of the map tests."""
 
-
 import numpy as np
 import pytest
 
