@@ -12,7 +12,7 @@ from paths import ROOT
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples" / "train_mini")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "ablation")
     import teacher_vectors
 
     return teacher_vectors
