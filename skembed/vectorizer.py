@@ -628,7 +628,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         return vectors
 
     def _check_trained(self) -> None:
-        """Raise NotFittedError where a trainer has yet to train."""
+        """Check `trainer`; raise NotFittedError where one has yet to train."""
         if not isinstance(self.trainer, ContrastiveTrainer):
             check_choice(self.trainer, name="trainer", allowed=("auto", None), owner=OWNER)
         if not self.__sklearn_is_fitted__():

@@ -419,10 +419,11 @@ def test_bad_parameters(
     works(emb.set_params(**{name: good}))
 
 
-def test_a_bad_trainer_is_found_by_fit(emb: NVEmbedVectorizer, works: Any) -> None:
+@pytest.mark.parametrize("method", ["fit", "transform"])
+def test_a_bad_trainer_is_refused(method: str, emb: NVEmbedVectorizer, works: Any) -> None:
     emb.set_params(trainer="always")
     with pytest.raises(ValueError, match="`trainer` parameter.*'auto', None; got 'always'"):
-        emb.fit(TEXTS)
+        getattr(emb, method)(TEXTS)
     works(emb.set_params(trainer="auto"))
 
 
