@@ -6,11 +6,9 @@ import gc
 import os
 import pickle
 import shutil
-import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,39 +105,6 @@ def test_threads_find_the_same_settings() -> None:
         for found in pool.map(embed, range(4)):
             for mine, theirs in zip(found, expected, strict=True):
                 np.testing.assert_allclose(mine, theirs, atol=1e-6)
-
-
-@pytest.fixture
-def count(tmp_path: Path) -> Iterator[Callable[[Callable[[], Any]], int]]:
-    """Count the own functions that a call runs through."""
-    package = f"{os.sep}skembed{os.sep}"
-
-    def count_functions(call: Callable[[], Any]) -> int:
-        seen = set()
-
-        def watch(frame: Any, event: str, arg: Any) -> None:
-            code = frame.f_code
-            if event == "call" and package in code.co_filename and "<" not in code.co_name:
-                seen.add((code.co_filename, code.co_firstlineno))
-
-        threading.setprofile(watch)
-        sys.setprofile(watch)
-        try:
-            call()
-        finally:
-            sys.setprofile(None)
-            threading.setprofile(None)
-        return len(seen)
-
-    yield count_functions
-
-
-def test_ways_are_short(count: Callable[[Callable[[], Any]], int], tmp_path: Path) -> None:
-    emb = NVEmbedVectorizer(cache=EmbeddingCache()).fit(TEXTS)
-    emb.transform(["warm up"])
-    assert count(lambda: emb.transform(["a new text", "another"])) <= 85
-    assert count(lambda: emb.transform(["a new text"])) <= 38
-    assert count(lambda: emb.transform_to(["more of it", "the last"], tmp_path / "a.npy")) <= 120
 
 
 # Never stale
