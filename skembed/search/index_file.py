@@ -49,8 +49,7 @@ def write_index(
             "settings": dict(settings),
             "files": {name: {"file": files[name], "bytes": sizes[name]} for name in arrays},
         }
-        partial = folder / f".{MANIFEST_FILE}.{token}.partial"
-        write_json(folder / MANIFEST_FILE, manifest, partial=partial)
+        write_json(folder / MANIFEST_FILE, manifest)
     except BaseException as error:
         _delete(folder, files.values())
         if isinstance(error, OSError):

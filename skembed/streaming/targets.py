@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from skembed._files import replace_file, sync_folder
+from skembed._files import name_of_partial, remove_leftovers, replace_file, sync_folder
 from skembed._validation import check_choice, import_optional
 
 __all__ = [
@@ -37,7 +37,7 @@ LAYOUTS = ("parquet", "npy")
 _MANIFEST_FILE = "_manifest.json"  # readers of Parquet folders skip names that begin with "_"
 _LOCK_FILE = ".lock"
 _SHARD = re.compile(r"part-(\d{6,})\.parquet")
-_PARTIAL = re.compile(r"\.(part-\d{6,}\.parquet|_manifest\.json)\.partial")
+_WRITTEN = re.compile(r"part-\d{6,}\.parquet|_manifest\.json")
 _HEADER_BYTES = 128
 _ITEM_BYTES = 4
 _READ_BYTES = 1 << 20
@@ -69,7 +69,7 @@ class ParquetTarget:
     def find_foreign(self) -> list[str]:
         """Return names that no run without a manifest leaves."""
         names = (path.name for path in self.path.iterdir())
-        return sorted(n for n in names if n != _LOCK_FILE and not _PARTIAL.fullmatch(n))
+        return sorted(n for n in names if n != _LOCK_FILE and not _is_partial(n))
 
     def clear(self) -> None:
         """Remove shards, and the manifest last: without it the shards would count as foreign."""
@@ -80,8 +80,9 @@ class ParquetTarget:
         """Remove what no manifest names: later shards and partial files."""
         for path in list(self.path.iterdir()):
             shard = _SHARD.fullmatch(path.name)
-            if _PARTIAL.fullmatch(path.name) or (shard and int(shard[1]) >= n_shards):
+            if shard and int(shard[1]) >= n_shards:
                 path.unlink(missing_ok=True)
+        remove_leftovers(self.path)
 
     def tidy(self) -> None:
         """Remove the folder if nothing was written to it."""
@@ -257,6 +258,12 @@ def _check_path(path: Any, *, owner: str) -> Path:
             f"The `path` parameter of `{owner}` must be a path; got a {type(path).__name__}."
         )
     return Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
+
+
+def _is_partial(name: str) -> bool:
+    """Return whether a name is that of an unfinished shard or manifest."""
+    written = name_of_partial(name)
+    return written is not None and _WRITTEN.fullmatch(written) is not None
 
 
 def _open_new(path: Path, *, keep: bool = False) -> BinaryIO:

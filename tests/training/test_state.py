@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from leftovers import leave_partial
 from paths import GOLDEN
 from safetensors.torch import load_file, save_file
 from tiny import weights
@@ -37,7 +38,6 @@ from skembed.model import checkpoint
 from skembed.training import loop
 from skembed.training.state import STATE_FILE
 
-PARTIAL = f".{STATE_FILE}.partial"
 
 
 # States on disk
@@ -197,7 +197,7 @@ def test_a_write_that_fails_leaves_the_state_before(
 @pytest.mark.parametrize("before", [True, False])
 def test_half_a_file_of_a_killed_write_is_passed_over(before: bool, run: Path) -> None:
     data = (run / STATE_FILE).read_bytes()
-    (run / PARTIAL).write_bytes(data[: len(data) // 3])
+    leave_partial(run / STATE_FILE, data[: len(data) // 3])
     if not before:  # killed in the first write of all
         (run / STATE_FILE).unlink()
     emb = make(checkpoint_dir=run).fit(TEXTS, LABELS)
