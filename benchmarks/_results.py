@@ -159,7 +159,7 @@ def command_line() -> str:
     for word in sys.argv[1:]:
         if hidden:
             hidden = False
-        elif word.split("=")[0] in ("--data", "--out", "--folder"):
+        elif word.split("=")[0] in ("--data", "--out", "--folder", "--peers"):
             hidden = "=" not in word
         else:
             words.append(word)
