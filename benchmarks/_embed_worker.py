@@ -1,7 +1,7 @@
 """Embeds texts in a process of its own, for packages that do not fit into one environment.
 
 A line of standard input names a JSON file with a list of texts; the vectors go into a .npy file of
-that name, and a line with the seconds that embedding took comes back. The first line that it writes holds the
+that name, and a line with the seconds that embedding took comes back. The first line holds the
 versions of the packages. Run by alternatives.py.
 """
 

@@ -120,9 +120,7 @@ def read_json(path: str | os.PathLike[str], *, limit: int = MAX_JSON_BYTES) -> d
     return values
 
 
-def read_manifest(
-    path: Path, *, kind: str, form: str, version: int, advice: str
-) -> dict[str, Any]:
+def read_manifest(path: Path, *, kind: str, form: str, version: int, advice: str) -> dict[str, Any]:
     """Return the manifest of a folder that skembed wrote, of this `form` and version.
 
     `kind` names what lies there, such as "index"; `advice` is the next step after damage. Raises
@@ -364,9 +362,8 @@ def _open_lock(path: Path) -> BinaryIO:
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EMLINK):
             raise
-        raise OSError(error.errno, "A link stands where the lock belongs; remove it", str(path)) from (
-            error
-        )
+        message = "A link stands where the lock belongs; remove it"
+        raise OSError(error.errno, message, str(path)) from error
     if stat.S_ISREG(os.fstat(handle).st_mode):
         file = os.fdopen(handle, "a+b")
         file.seek(0)
