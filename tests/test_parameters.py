@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from sklearn.base import clone
 from tiny import make_vectorizer
 
@@ -131,6 +133,14 @@ GARBAGE = {
     "array": np.array([1.5, 2.5]),
     "complex": 1j,
     "date": np.datetime64("2020-01-01"),
+    "set": {1},
+    "generator": iter(()),
+    "tensor": torch.ones(2),
+    "NA": pd.NA,
+    "series": pd.Series([1, 2]),
+    "generator of numbers": np.random.default_rng(0),
+    "large": 2**62,
+    "very negative": -(2**62),
     "minus one": -1,
     "zero": 0,
     "half": 0.5,
@@ -488,8 +498,6 @@ def test_signatures_are_whole(kind: type) -> None:
 
 
 def test_what_is_unambiguous_counts(tmp_path: Path) -> None:
-    import torch
-
     plain = make_vectorizer(cache="memory")._checked()
     for changes in (
         {"normalize": 1, "verbose": 0, "store_weights": np.int8(0)},

@@ -22,6 +22,8 @@ from skembed.progress import progress_bar
 
 __all__ = ["evaluate"]
 
+_MAX_BOOTSTRAPS = 1_000_000
+
 
 def evaluate(
     vectorizers: Any,
@@ -104,7 +106,9 @@ def evaluate(
     level = check_real(
         confidence, name="confidence", owner=owner, low=0, high=1, inclusive="neither"
     )
-    n_bootstraps = check_int(n_bootstraps, name="n_bootstraps", owner=owner, low=0)
+    n_bootstraps = check_int(
+        n_bootstraps, name="n_bootstraps", owner=owner, low=0, high=_MAX_BOOTSTRAPS
+    )
     verbose = check_bool(verbose, name="verbose", owner=owner)
     named = _name_vectorizers(vectorizers)
     steps = [

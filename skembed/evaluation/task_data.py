@@ -109,15 +109,16 @@ def _check_classifier(value: Any, *, name: str, owner: str) -> Any:
     raise parameter_error(value, name=name, owner=owner, expected=expected, kind=TypeError)
 
 
+_MAX_DRAWS, _MAX_SAMPLE = 100_000, 10_000_000  # all are drawn, and held, before the first is used
 _check_count = partial(check_int, low=1)
 _check_bound = partial(check_int, low=1, allow_none=True)
 # Of all tasks, by name; `metric` differs from one kind to the other.
 _RULES: dict[str, Rule] = {
     "name": check_string,
     "samples_per_label": _check_count,
-    "n_experiments": _check_count,
+    "n_experiments": partial(check_int, low=1, high=_MAX_DRAWS),
     "classifier": _check_classifier,
-    "sample_size": _check_count,
+    "sample_size": partial(check_int, low=1, high=_MAX_SAMPLE),
     "max_fraction": partial(check_real, low=0, high=1, inclusive="right", allow_none=True),
     "max_texts": _check_bound,
     "max_depth": _check_bound,

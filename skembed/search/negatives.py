@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.utils import check_random_state
 
-from skembed._validation import check_choice, check_int, check_real
+from skembed._validation import check_choice, check_int, check_real, check_seed
 from skembed.search.top_k import BLOCK_BYTES, top_k_blocks
 from skembed.similarity import (
     Indices,
@@ -146,7 +146,8 @@ def _draw(
 ) -> TopK:
     """Return `n_negatives` columns of each row, drawn without replacement, best first."""
     # Row by row from one stream: mining in several calls draws as mining in one.
-    order = check_random_state(random_state).random_sample(best.indices.shape)
+    seed = check_seed(random_state, name="random_state", owner="select_negatives")
+    order = check_random_state(seed).random_sample(best.indices.shape)
     order[best.indices < 0] = 2  # after every number that can be drawn
     columns = np.argsort(order, axis=1, kind="stable")[:, :n_negatives]
     columns.sort(axis=1)
