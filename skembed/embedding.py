@@ -99,7 +99,9 @@ def check_vectorizer(vectorizer: Any, *, subject: str, others: str = "") -> None
 
 def _find_call(vectorizer: Any, side: str | None) -> Callable[[_Texts], Any] | None:
     """Return what embeds the texts of a side, None if there is nothing."""
-    if isinstance(vectorizer, (type, str, bytes)):  # str has an `encode` of another kind
+    # A str has an `encode` of another kind, a table or a column a `transform`.
+    has_rows = isinstance(getattr(vectorizer, "ndim", None), int)
+    if has_rows or isinstance(vectorizer, (type, str, bytes)):
         return None
     names = [f"encode_{side}", "transform", "encode"]
     for name in names if side else ["transform", "encode", "encode_query"]:

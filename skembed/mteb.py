@@ -11,8 +11,8 @@ from typing import Any
 import joblib
 from sklearn.utils.validation import check_is_fitted
 
-from skembed._validation import check_choice, check_string, import_optional
-from skembed.embedding import FloatArray, embed
+from skembed._validation import check_choice, check_string, import_optional, name_our_words
+from skembed.embedding import FloatArray, check_vectorizer, embed
 from skembed.instructions import INSTRUCTIONS, resolve_instruction
 from skembed.vectorizer import NVEmbedVectorizer
 
@@ -77,6 +77,7 @@ class MTEBEncoder:
     ('Given a question, retrieve relevant documents that answer the question', None)
     """
 
+    @name_our_words
     def __init__(
         self,
         vectorizer: Any,
@@ -87,6 +88,7 @@ class MTEBEncoder:
     ) -> None:
         if instructions is not None and not isinstance(instructions, Mapping):
             check_choice(instructions, name="instructions", owner=_OWNER, allowed=("auto",))
+        check_vectorizer(vectorizer, subject=f"The `vectorizer` parameter of `{_OWNER}`")
         if isinstance(vectorizer, NVEmbedVectorizer):
             check_is_fitted(vectorizer)
         self.vectorizer = vectorizer

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from skembed._inputs import is_instance_of
-from skembed._validation import check_choice, check_string, import_optional
+from skembed._validation import check_choice, check_string, import_optional, name_our_words
 from skembed.inference.registry import registry
 from skembed.vectorizer import NVEmbedVectorizer
 
@@ -63,6 +63,7 @@ class EmbeddingMapper:
     (['embedding', 'id', 'title'], (2, 384), 'float32')
     """
 
+    @name_our_words
     def __init__(
         self,
         vectorizer: Any = None,

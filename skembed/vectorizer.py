@@ -14,7 +14,13 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
 from skembed._inputs import TextColumns, check_texts, count_columns
-from skembed._validation import check_bool, check_choice
+from skembed._validation import (
+    CheckedParameters,
+    check_bool,
+    check_choice,
+    check_path,
+    name_our_words,
+)
 from skembed.cache.embedding_cache import EmbeddingCache, resolve_cache
 from skembed.exceptions import SkembedWarning
 from skembed.inference.encoder import Encoder, warn_truncated
@@ -22,9 +28,10 @@ from skembed.inference.registry import Lease
 from skembed.inference.saving import read_settings, save_vectorizer
 from skembed.inference.settings import (
     OWNER,
+    RULES,
     Parameters,
     Settings,
-    check_parameters,
+    check_settings,
     describe_model,
     find_settings,
     load_resolved,
@@ -38,7 +45,16 @@ from skembed.training.trainer import ContrastiveTrainer, check_trainer
 __all__ = ["NVEmbedVectorizer"]
 
 
-class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+def _read_trainer(value: Any, *, name: str, owner: str) -> ContrastiveTrainer | str | None:
+    """Return a trainer with built-in values, "auto", or None."""
+    if isinstance(value, ContrastiveTrainer):
+        return check_trainer(value)
+    return check_choice(value, name=name, owner=owner, allowed=("auto", None))
+
+
+class NVEmbedVectorizer(
+    CheckedParameters, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+):
     r"""Embed texts with a bidirectional Mistral and latent-attention pooling (NV-Embed).
 
     Works like any scikit-learn transformer: in a Pipeline, under cross-validation and grid search.
@@ -92,7 +108,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         under ``joblib.parallel_config("dask")``), each process with one copy of the model and its
         part of the cores. None stays in this process, where torch uses all cores already.
     verbose : bool, default=False
-        Show the progress bar at once instead of after three seconds.
+        Show a progress bar. The environment variable ``TQDM_DISABLE=1`` hides all bars.
 
     Attributes
     ----------
@@ -137,6 +153,8 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     >>> pipe.fit(texts, ["card", "card", "account", "account"]).predict(["I lost my card"])
     array(['card'], dtype='<U7')
     """
+
+    _rules = {**RULES, "trainer": _read_trainer, "cache": resolve_cache}
 
     def __init__(
         self,
@@ -210,19 +228,21 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         TrainingError
             If the loss is not finite, or nothing is left to compare.
         """
-        trainer = self._check_parameters()
+        checked = self._checked()
+        trainer, missing = checked.trainer, checked.missing
         # A trainer always trains, "auto" on pairs and rows.
-        if trainer is not None and (trainer is self.trainer or count_columns(X) > 1):
-            query, document = self.instruction, self.document_instruction
+        if isinstance(trainer, ContrastiveTrainer) or (trainer and count_columns(X) > 1):
+            trainer = ContrastiveTrainer() if trainer == "auto" else trainer
+            query, document = checked.instruction, checked.document_instruction
             task = TrainingTask(X, y, instruction=query, document_instruction=document)
-            template, missing = self.instruction_template, self.missing
+            template = checked.instruction_template
             examples = read_task(task, trainer, template=template, owner=OWNER, missing=missing)
             n_columns = 1 if examples.kind == "labels" else 2
             return self._train([examples], trainer, X, n_columns=n_columns)
-        columns = check_texts(X, owner=OWNER, missing=self.missing)
+        columns = check_texts(X, owner=OWNER, missing=missing)
         if hasattr(self, "adapter_"):
             warnings.warn(
-                f"`fit` with trainer={self.trainer!r} leaves the model frozen on such texts, and "
+                f"`fit` with trainer={trainer!r} leaves the model frozen on such texts, and "
                 "drops the adapter that an earlier `fit` trained. To keep it, wrap the vectorizer "
                 "in sklearn.frozen.FrozenEstimator, or save it and pass the folder as `model`.",
                 SkembedWarning,
@@ -249,7 +269,9 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         TypeError, ValueError, ImportError, SkembedError
             As `fit`; a bad task is named by its position.
         """
-        trainer = self._check_parameters()
+        checked = self._checked()
+        trainer, template = checked.trainer, checked.instruction_template
+        trainer = ContrastiveTrainer() if trainer == "auto" else trainer
         if trainer is None:
             raise ValueError(
                 f"The `trainer` parameter of `{OWNER}` must be 'auto' or a ContrastiveTrainer for "
@@ -260,7 +282,6 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
                 f"The `tasks` parameter of `{OWNER}.fit_tasks` must be a list of TrainingTask; got "
                 f"{type(tasks).__name__ if not isinstance(tasks, Sequence) else 'an empty one'}."
             )
-        template = self.instruction_template
         examples = [
             read_task(task, trainer, template=template, owner=OWNER, index=index)
             for index, task in enumerate(tasks)
@@ -284,9 +305,9 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             resolved.source,
             examples,
             trainer,
-            max_length=self.max_length,
+            max_length=settings.parameters.max_length,
             initial=resolved.adapter,
-            progress=True if trainer.verbose or self.verbose else None,
+            progress=trainer.verbose or settings.parameters.verbose,
         )
         self.adapter_, self.history_ = result.adapter, result.history
         trained = replace(settings, model=replace(resolved, adapter=result.adapter))
@@ -381,6 +402,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             )
         return self._embed(columns, ("query", "document"))
 
+    @name_our_words
     def encode_query(self, X: Any) -> np.ndarray:
         """Embed queries, `instruction` in front; the same as `transform` of single texts.
 
@@ -401,6 +423,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         """
         return self._encode_one_side(X, "query")
 
+    @name_our_words
     def encode_document(self, X: Any) -> np.ndarray:
         """Embed documents, `document_instruction` in front if there is one.
 
@@ -548,8 +571,10 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         """Return parameters and fitted values; the model's files too where `store_weights`."""
         state = dict(super().__getstate__())
         state.pop("_lease", None)
-        if self.store_weights:
-            state["_stored_files"] = pack_model(self._parameters(), self._shared_lease())
+        if self.store_weights is not False:
+            parameters = check_settings(self._parameters())
+            if parameters.store_weights:
+                state["_stored_files"] = pack_model(parameters, self._shared_lease())
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -582,7 +607,9 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         OSError
             If the folder cannot be written.
         """
-        check_bool(merge, name="merge", owner=f"{OWNER}.save_pretrained")
+        owner = f"{OWNER}.save_pretrained"
+        merge = check_bool(merge, name="merge", owner=owner)
+        path = check_path(path, name="path", owner=owner)
         save_vectorizer(self._make_encoder().settings, path, merge=merge)
 
     @classmethod
@@ -608,6 +635,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         TypeError
             If a parameter is not one of the class.
         """
+        path = check_path(path, name="path", owner=f"{OWNER}.from_pretrained")
         saved = read_settings(path, parameters.get("revision"))
         return cls(path, **{**saved, **parameters})
 
@@ -619,12 +647,16 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             raise ValueError(
                 f"`{OWNER}.encode_{side}` takes one text a row; got pairs. Use `transform`."
             )
-        return self._embed(columns, (side,))
+        return self._embed(columns, (side,), stacklevel=6)
 
-    def _embed(self, columns: TextColumns, sides: tuple[str, ...]) -> np.ndarray:
+    def _embed(
+        self, columns: TextColumns, sides: tuple[str, ...], *, stacklevel: int = 5
+    ) -> np.ndarray:
         """Embed each column for its side and put the vectors side by side."""
-        vectors, report = self._make_encoder(stacklevel=5).embed(columns, sides)
-        warn_truncated(report.n_truncated, report.n_embedded, self.max_length, stacklevel=5)
+        encoder = self._make_encoder(stacklevel=stacklevel)
+        vectors, report = encoder.embed(columns, sides)
+        max_length = encoder.settings.parameters.max_length
+        warn_truncated(report.n_truncated, report.n_embedded, max_length, stacklevel=stacklevel)
         return vectors
 
     def _check_trained(self) -> None:
@@ -644,16 +676,6 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         if settings.warning:
             warnings.warn(settings.warning, SkembedWarning, stacklevel=stacklevel)
         return Encoder(settings, lease, resolve_cache(self.cache))
-
-    def _check_parameters(self) -> ContrastiveTrainer | None:
-        """Check all parameters, without files and devices; return the trainer, or None."""
-        resolve_cache(self.cache)
-        check_parameters(self._parameters())
-        if isinstance(self.trainer, ContrastiveTrainer):
-            check_trainer(self.trainer)
-            return self.trainer
-        check_choice(self.trainer, name="trainer", allowed=("auto", None), owner=OWNER)
-        return None if self.trainer is None else ContrastiveTrainer()
 
     def _parameters(self) -> Parameters:
         """Return the parameters that embedding depends on, unchecked."""

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "skembed"
 # A room is a folder of the package or a module at its root. A room imports rooms on lower floors
 # only, so that no two of them know each other. docs/architecture.md shows the same floors.
 FLOORS = {
-    1: {"exceptions", "_validation", "similarity", "distributed"},
+    1: {"exceptions", "_validation", "similarity", "distributed", "progress"},
     2: {"_inputs", "_files", "datasets", "history", "cache"},
     3: {"model", "search", "metrics", "embedding", "instructions"},
     4: {"adapters", "evaluation", "plotting"},

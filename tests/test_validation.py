@@ -11,9 +11,13 @@ from skembed._validation import (
     check_bool,
     check_choice,
     check_int,
+    check_path,
     check_real,
+    check_seed,
     check_string,
     import_optional,
+    list_items,
+    parameter_error,
 )
 
 # Parameters
@@ -44,7 +48,7 @@ def test_check_choice_of_another_type(value):
         check_choice(value, name="pooling", owner="Owner", allowed=["mean", "eos"])
 
 
-@pytest.mark.parametrize("value", [1, 42, np.int64(5), np.uint8(7)])
+@pytest.mark.parametrize("value", [1, 42, np.int64(5), np.uint8(7), np.array(3)])
 def test_check_int_accepts(value):
     result = check_int(value, name="top_k", owner="Retriever", low=1, high=42)
     assert result == value
@@ -59,11 +63,17 @@ def test_check_int_accepts(value):
         ({"low": 1}, np.int64(-1), r"must be an int in \[1, inf\); got -1\.$"),
         ({"high": 0}, 1, r"must be an int in \(-inf, 0\]; got 1\.$"),
         ({"low": 1, "allow_none": True}, 0, r"must be an int in \[1, inf\) or None; got 0\.$"),
+        ({"low": 1}, 2**70, r"must be an int in \[1, 9223372036854775807\]; got 1180591620717"),
     ],
 )
 def test_check_int_range(bounds, value, message):
     with pytest.raises(ValueError, match=r"^The `top_k` parameter of `Retriever` " + message):
         check_int(value, name="top_k", owner="Retriever", **bounds)
+
+
+def test_an_int_that_str_refuses_is_described():
+    with pytest.raises(ValueError, match=r"must be an int in \[1, 5\]; got an int of 16610 bits"):
+        check_int(10**5000, name="top_k", owner="Retriever", low=1, high=5)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +99,7 @@ def test_none_passes_only_where_allowed():
             check(None, **kwargs)
 
 
-@pytest.mark.parametrize("value", [0, 0.5, 1, np.float32(0.5), np.int8(1)])
+@pytest.mark.parametrize("value", [0, 0.5, 1, np.float32(0.5), np.int8(1), np.array(0.5)])
 def test_check_real_accepts(value):
     result = check_real(value, name="p", owner="O", low=0, high=1)
     assert result == value
@@ -116,7 +126,7 @@ def test_check_real_bounds(inclusive, accepted, interval):
                 check_real(value, **kwargs)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -np.inf, np.float32("nan")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -np.inf, np.float32("nan"), 10**400])
 def test_check_real_must_be_finite(value):
     with pytest.raises(ValueError, match="must be a finite number; got"):
         check_real(value, name="p", owner="O")
@@ -129,11 +139,11 @@ def test_check_real_type(value):
 
 
 def test_check_bool():
-    for value in (True, False, np.True_, np.False_):
+    for value in (True, False, np.True_, np.False_, 0, 1, np.int64(1), np.array(True)):
         result = check_bool(value, name="normalize", owner="O")
         assert type(result) is bool
         assert result == value
-    for value in (0, 1, "True", None, np.array([True, False])):
+    for value in (2, -1, 1.0, "True", None, np.array([True, False])):
         with pytest.raises(TypeError, match="`normalize` parameter of `O` must be True or False"):
             check_bool(value, name="normalize", owner="O")
 
@@ -148,6 +158,46 @@ def test_check_string():
         check_string(b"a", name="model", owner="O", allow_none=True)
     with pytest.raises(TypeError, match="must be a str; got 3"):
         check_string(3, name="model", owner="O", allow_empty=True)
+
+
+def test_check_path(tmp_path):
+    for value in (tmp_path, str(tmp_path), np.str_(tmp_path), np.array(str(tmp_path))):
+        found = check_path(value, name="path", owner="O")
+        assert type(found) is str
+        assert found == str(tmp_path)
+    assert check_path(None, name="path", owner="O", allow_none=True) is None
+    for value, error in (("", ValueError), ("a\0", ValueError), (b"a", TypeError), (3, TypeError)):
+        with pytest.raises(error, match="`path` parameter of `O` must be a path; got"):
+            check_path(value, name="path", owner="O")
+
+
+def test_check_seed():
+    generator = np.random.RandomState(0)
+    for value in (None, generator, np.random):
+        assert check_seed(value, name="random_state", owner="O") is value
+    assert type(check_seed(np.uint32(2**32 - 1), name="random_state", owner="O")) is int
+    for value, error in (
+        (2**32, ValueError),
+        (-1, ValueError),
+        (True, TypeError),
+        ("0", TypeError),
+    ):
+        with pytest.raises(error, match="`random_state` parameter of `O` must be an int in"):
+            check_seed(value, name="random_state", owner="O")
+
+
+def test_list_items():
+    for value in ([1, 2], (1, 2), range(1, 3), np.array([1, 2])):
+        assert list_items(value) == [1, 2]
+        assert type(list_items(value)[0]) is int
+    for value in ("ab", b"ab", 3, None, np.array(3), {1, 2}):
+        assert list_items(value) is None
+
+
+def test_parameter_error():
+    error = parameter_error(3, name="a", owner="O", expected="none", advice="Go.", kind=TypeError)
+    assert type(error) is TypeError
+    assert str(error) == "The `a` parameter of `O` must be none; got 3. Go."
 
 
 # Optional imports

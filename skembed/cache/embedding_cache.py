@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from skembed._validation import check_choice, check_int, check_string
+from skembed._validation import (
+    check_dtype,
+    check_int,
+    check_path,
+    check_string,
+    name_our_words,
+    parameter_error,
+    unwrap,
+)
 from skembed.cache.file_store import FileStore
 from skembed.cache.stores import DTYPES, KEY_BYTES, MemoryStore, Store, find_storable
 
@@ -26,6 +34,8 @@ _DEFAULT_MEMORY_BYTES = 1 << 30
 # Bounds what one step copies: at most this many rows, and about this many bytes.
 _CHUNK_ROWS = 8192
 _CHUNK_BYTES = 16 << 20
+# Words that are no paths: what they mean.
+_WORDS = {"memory": "'memory'", "true": "'memory'", "auto": "'memory'", "none": None, "false": None}
 
 
 class EmbeddingCache:
@@ -113,6 +123,7 @@ class EmbeddingCache:
     (1, 1, 1)
     """
 
+    @name_our_words
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -123,7 +134,7 @@ class EmbeddingCache:
         max_bytes = check_int(
             max_bytes, name="max_bytes", owner="EmbeddingCache", low=1, allow_none=True
         )
-        dtype = check_choice(dtype, name="dtype", owner="EmbeddingCache", allowed=[*DTYPES, None])
+        dtype = check_dtype(dtype, name="dtype", owner="EmbeddingCache", allowed=[*DTYPES, None])
         self._store: Store
         self._path: pathlib.Path | None = None
         if path is None:
@@ -324,32 +335,40 @@ class EmbeddingCache:
         return _restore_cache, (path, self._max_bytes, self._dtype)
 
 
-def resolve_cache(cache: Any) -> EmbeddingCache | None:
-    """Return the cache that the `cache` parameter of an estimator stands for, None for None.
+def resolve_cache(
+    cache: Any, *, name: str = "cache", owner: str = "NVEmbedVectorizer"
+) -> EmbeddingCache | None:
+    """Return the cache that the `cache` parameter of an estimator stands for, None for none.
 
-    "memory" is the one memory cache of this process. Equal paths give the same object for as long
-    as anyone refers to it. Raises TypeError for another type, ValueError for an empty path.
+    "memory" (True, or SQLite's ":memory:") is the one memory cache of this process, None and False
+    are none. Equal paths give the same object for as long as anyone refers to it. Raises TypeError
+    for another type, ValueError for an empty path and for a word that is none.
     """
     if cache is None or isinstance(cache, EmbeddingCache):
         return cache
-    if isinstance(cache, str) and cache == "memory":
+    cache = unwrap(cache)
+    if cache is False:
+        return None
+    if cache is True or (isinstance(cache, str) and cache in ("memory", ":memory:")):
         return _get_default_cache()
-    path = _resolve_path(cache, name="cache", owner="NVEmbedVectorizer")
-    return _get_file_cache(path, None, None)
+    return _get_file_cache(_resolve_path(cache, name=name, owner=owner), None, None)
 
 
 def _resolve_path(path: Any, *, name: str, owner: str) -> pathlib.Path:
     """Return the absolute path with ``~`` and links resolved; the file need not exist."""
-    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
-        allowed = "None, 'memory', a path or an EmbeddingCache" if name == "cache" else "a path"
-        raise TypeError(
-            f"The `{name}` parameter of `{owner}` must be {allowed}; got a {type(path).__name__}."
+    is_cache = name == "cache"
+    expected = "None, 'memory', a path or an EmbeddingCache" if is_cache else "a path"
+    text = check_path(path, name=name, owner=owner, expected=expected)
+    word = text.strip().strip(":").casefold()
+    advice = ""
+    if isinstance(path, str) and word in _WORDS:
+        advice = (
+            f"Pass {_WORDS[word] if is_cache else None}, or './{word}' for a file of that name."
         )
-    text = check_string(os.fspath(path), name=name, owner=owner)
-    if "\0" in text:
-        raise ValueError(
-            f"The `{name}` parameter of `{owner}` must be a path; got one with a null character."
-        )
+    elif text.startswith("file:") or "://" in text:
+        advice = "Pass a path, not a URI."
+    if advice:
+        raise parameter_error(path, name=name, owner=owner, expected=expected, advice=advice)
     return pathlib.Path(os.path.realpath(os.path.expanduser(text)))
 
 

@@ -12,6 +12,7 @@ from sklearn.base import ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from skembed._inputs import refuse_foreign_labels
+from skembed._validation import CheckedParameters, check_path, unwrap
 from skembed.embedding import FloatArray, check_text_column, check_vectorizer, embed, is_transformer
 from skembed.vectorizer import NVEmbedVectorizer
 
@@ -19,17 +20,19 @@ __all__ = [
     "TextClassifierMixin",
     "TextEstimatorMixin",
     "check_embeddings",
+    "check_encoder",
     "fit_vectorizer",
     "make_vectorizer",
     "trains_on_labels",
 ]
 
 
-class TextEstimatorMixin:
+class TextEstimatorMixin(CheckedParameters):
     """Mixin of estimators that take texts through `vectorizer`, or embeddings without one.
 
-    Put it first among the bases. Vectors come from `_fit_vectors` in ``fit``, which sets
-    ``embedding_dim_`` and, on texts, ``vectorizer_``; and from `_embed_vectors` afterwards.
+    Put it first among the bases, list the checks of all parameters in `_rules` and read them with
+    `_checked`. Vectors come from `_fit_vectors` in ``fit``, which sets ``embedding_dim_`` and, on
+    texts, ``vectorizer_``; and from `_embed_vectors` afterwards.
     """
 
     vectorizer: Any
@@ -126,18 +129,28 @@ class TextClassifierMixin(TextEstimatorMixin, ClassifierMixin):
         return float(super().score(X, y, sample_weight))
 
 
+def check_encoder(value: Any, *, name: str, owner: str) -> Any:
+    """Return what may be a `vectorizer` as it is: None, the name of a model, or an encoder."""
+    if isinstance(value, (str, os.PathLike)):
+        return check_path(value, name=name, owner=owner, expected="None, a model or an encoder")
+    if value is not None:
+        subject = f"The `{name}` parameter of `{owner}`"
+        check_vectorizer(value, subject=subject, others="None, the name of a model, ")
+    return value
+
+
 def make_vectorizer(vectorizer: Any, *, owner: str) -> Any:
     """Return a vectorizer that `fit` may change: a clone, a frozen named model, or None for None.
 
     What has no ``transform``, such as a SentenceTransformer, comes back as it is: its own ``fit``
     does something else.
     """
+    vectorizer = unwrap(vectorizer)
+    check_encoder(vectorizer, name="vectorizer", owner=owner)
     if vectorizer is None:
         return None
     if isinstance(vectorizer, (str, os.PathLike)):
         return NVEmbedVectorizer(vectorizer, trainer=None)
-    subject = f"The `vectorizer` parameter of `{owner}`"
-    check_vectorizer(vectorizer, subject=subject, others="None, the name of a model, ")
     return clone(vectorizer, safe=False) if is_transformer(vectorizer) else vectorizer
 
 

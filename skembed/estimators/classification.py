@@ -13,7 +13,8 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import has_fit_parameter
 
 from skembed._inputs import check_labels
-from skembed.estimators.base import TextClassifierMixin
+from skembed._validation import parameter_error
+from skembed.estimators.base import TextClassifierMixin, check_encoder
 
 __all__ = ["DEFAULT_C", "EmbeddingClassifier"]
 
@@ -31,6 +32,17 @@ def _head_has(method: str) -> Callable[[Any], bool]:
         return True
 
     return check
+
+
+def _make_head(value: Any, *, name: str, owner: str) -> Any:
+    """Return a fresh head; raise TypeError for what is not a classifier."""
+    if value is None:
+        return LogisticRegression(C=DEFAULT_C, max_iter=1000)
+    usable = all(callable(getattr(value, method, None)) for method in ("fit", "predict"))
+    if isinstance(value, type) or not usable or is_regressor(value) or is_clusterer(value):
+        expected = "a classifier of scikit-learn's kind, such as LogisticRegression(), or None"
+        raise parameter_error(value, name=name, owner=owner, expected=expected, kind=TypeError)
+    return clone(value)
 
 
 class EmbeddingClassifier(TextClassifierMixin, BaseEstimator):
@@ -91,6 +103,7 @@ class EmbeddingClassifier(TextClassifierMixin, BaseEstimator):
     """
 
     _fitted_mark = "classes_"
+    _rules = {"vectorizer": check_encoder, "head": _make_head}
 
     def __init__(self, vectorizer: Any = "skembed-mini", *, head: Any = None) -> None:
         self.vectorizer = vectorizer
@@ -122,7 +135,7 @@ class EmbeddingClassifier(TextClassifierMixin, BaseEstimator):
             If labels are missing, of one class only, or not as many as texts; or embeddings
             are not finite.
         """
-        head = _make_head(self.head)
+        head = self._checked().head
         labels = check_labels(X, y, owner=type(self).__name__)
         options = {}
         if sample_weight is not None:
@@ -186,17 +199,3 @@ class EmbeddingClassifier(TextClassifierMixin, BaseEstimator):
         """
         vectors = self._embed_vectors(X)
         return np.asarray(self.head_.decision_function(vectors))
-
-
-def _make_head(head: Any) -> Any:
-    """Return a fresh head; raise TypeError for what is not a classifier."""
-    if head is None:
-        return LogisticRegression(C=DEFAULT_C, max_iter=1000)
-    usable = all(callable(getattr(head, name, None)) for name in ("fit", "predict"))
-    if isinstance(head, type) or not usable or is_regressor(head) or is_clusterer(head):
-        got = f"the class {head.__name__}" if isinstance(head, type) else type(head).__name__
-        raise TypeError(
-            "The `head` parameter of `EmbeddingClassifier` must be a classifier of scikit-learn's "
-            f"kind, such as LogisticRegression(), or None; got {got}."
-        )
-    return clone(head)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,18 @@ from sklearn.metrics import pairwise_distances_argmin_min, silhouette_score, v_m
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 
-from skembed._validation import check_choice, check_int, check_real, import_optional
+from skembed._validation import (
+    check_choice,
+    check_int,
+    check_real,
+    check_seed,
+    import_optional,
+    list_items,
+    or_word,
+    parameter_error,
+)
 from skembed.embedding import FloatArray, check_text_column
-from skembed.estimators.base import TextEstimatorMixin
+from skembed.estimators.base import TextEstimatorMixin, check_encoder
 from skembed.estimators.cluster_names import (
     find_terms,
     name_clusters,
@@ -30,6 +40,53 @@ _CLUSTERERS = ("kmeans", "minibatch_kmeans", "agglomerative", "hdbscan")
 # Silhouettes are computed on at most this many texts: their cost grows with the square.
 MAX_SILHOUETTE_ROWS = 4000
 _MAX_AUTO_CLUSTERS = 64
+
+
+def _check_clusterer(value: Any, *, name: str, owner: str) -> Any:
+    """Return the name of a clusterer, or a clusterer as it is."""
+    if isinstance(value, str):
+        return check_choice(value, name=name, owner=owner, allowed=_CLUSTERERS)
+    if isinstance(value, type) or not hasattr(value, "fit"):
+        names = ", ".join(map(repr, _CLUSTERERS))
+        expected = f"one of {names}, or a scikit-learn clusterer"
+        raise parameter_error(value, name=name, owner=owner, expected=expected, kind=TypeError)
+    return value
+
+
+def _check_counts(value: Any, *, name: str, owner: str) -> Any:
+    """Return None, "auto", a number of clusters, or several to try, in order."""
+    items = list_items(value)
+    if items is not None:
+        if not items:
+            raise ValueError(
+                f"The `{name}` parameter of `{owner}` must hold at least one int; got none."
+            )
+        return sorted({check_int(k, name=name, owner=owner, low=2) for k in items})
+    return or_word("auto", partial(check_int, low=1, allow_none=True))(
+        value, name=name, owner=owner
+    )
+
+
+def _check_reducer(value: Any, *, name: str, owner: str) -> Any:
+    """Return "umap", a transformer as it is, or None."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return check_choice(value, name=name, owner=owner, allowed=("umap",))
+    if isinstance(value, type) or not callable(getattr(value, "fit_transform", None)):
+        expected = "'umap', a transformer with `fit_transform`, or None"
+        raise parameter_error(value, name=name, owner=owner, expected=expected, kind=TypeError)
+    return value
+
+
+def _check_counter(value: Any, *, name: str, owner: str) -> Any:
+    """Return a counter of terms as it is, or None."""
+    needed = ("build_analyzer", "fit_transform", "get_feature_names_out")
+    usable = all(callable(getattr(value, method, None)) for method in needed)
+    if value is None or (usable and not isinstance(value, type)):
+        return value
+    expected = "a CountVectorizer or None"
+    raise parameter_error(value, name=name, owner=owner, expected=expected, kind=TypeError)
 
 
 class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
@@ -142,6 +199,18 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
     """
 
     _fitted_mark = "noise_radii_"
+    _rules = {
+        "vectorizer": check_encoder,
+        "clusterer": _check_clusterer,
+        "n_clusters": _check_counts,
+        "reducer": _check_reducer,
+        "min_cluster_size": partial(check_int, low=2),
+        "noise_quantile": partial(check_real, low=0, high=1, inclusive="right"),
+        "n_terms": partial(check_int, low=1),
+        "n_representatives": partial(check_int, low=1),
+        "term_vectorizer": _check_counter,
+        "random_state": check_seed,
+    }
 
     def __init__(
         self,
@@ -196,14 +265,13 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
             If `reducer` is "umap" and umap-learn is not installed.
         """
         owner = type(self).__name__
-        self._check_parameters(owner)
+        checked = self._checked()
         words = self._read_texts(X, texts, owner=owner)
         vectors = self._fit_vectors(X)
-        rng = check_random_state(self.random_state)
-        seed = int(rng.randint(2**31 - 1))
-        reducer = _make_reducer(self.reducer, len(vectors), seed=seed, owner=owner)
+        seed = int(check_random_state(checked.random_state).randint(2**31 - 1))
+        reducer = _make_reducer(checked.reducer, len(vectors), seed=seed, owner=owner)
         space = vectors if reducer is None else np.asarray(reducer.fit_transform(vectors))
-        clusterer, labels, silhouettes = self._find_clusters(space, seed=seed)
+        clusterer, labels, silhouettes = self._find_clusters(space, checked, seed=seed)
         self.labels_ = _number_labels(labels)
         self.n_clusters_ = int(self.labels_.max(initial=-1)) + 1
         if not self.n_clusters_:
@@ -219,7 +287,7 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         if centers is None or np.shape(centers) != (self.n_clusters_, vectors.shape[1]):
             centers = _compute_means(vectors, self.labels_, self.n_clusters_)
         self.cluster_centers_ = np.asarray(centers)
-        self._describe(vectors, words)
+        self._describe(vectors, words, checked)
         return self
 
     def predict(self, X: Any) -> Ints:
@@ -309,22 +377,6 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         axes.set(xlabel="number of clusters", ylabel="mean silhouette")
         return axes
 
-    def _check_parameters(self, owner: str) -> None:
-        """Check what does not depend on X."""
-        check_int(self.min_cluster_size, name="min_cluster_size", owner=owner, low=2)
-        for name in ("n_terms", "n_representatives"):
-            check_int(getattr(self, name), name=name, owner=owner, low=1)
-        name = "noise_quantile"
-        check_real(self.noise_quantile, name=name, owner=owner, low=0, high=1, inclusive="right")
-        if isinstance(self.clusterer, str):
-            check_choice(self.clusterer, name="clusterer", owner=owner, allowed=_CLUSTERERS)
-        elif isinstance(self.clusterer, type) or not hasattr(self.clusterer, "fit"):
-            raise TypeError(
-                f"The `clusterer` parameter of `{owner}` must be one of "
-                f"{', '.join(map(repr, _CLUSTERERS))}, or a scikit-learn clusterer; got an object "
-                f"of type {type(self.clusterer).__name__}."
-            )
-
     def _read_texts(self, X: Any, texts: Any, *, owner: str) -> list[str] | None:
         """Return the texts that name the clusters; None where there are none."""
         if self.vectorizer is not None and texts is not None:
@@ -339,9 +391,11 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
             check_consistent_length(X, checked)
         return [text or "" for text in checked]
 
-    def _find_clusters(self, space: FloatArray, *, seed: int) -> tuple[Any, Ints, dict[int, float]]:
+    def _find_clusters(
+        self, space: FloatArray, checked: Any, *, seed: int
+    ) -> tuple[Any, Ints, dict[int, float]]:
         """Return the clusterer fitted with the best number, its labels and the silhouettes."""
-        counts = self._list_counts(len(space))
+        counts = self._list_counts(len(space), checked)
         count, silhouettes = counts[0], {}
         if len(counts) > 1:
             sample = space
@@ -349,26 +403,26 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
                 rng = np.random.default_rng(seed)
                 sample = space[rng.choice(len(space), MAX_SILHOUETTE_ROWS, replace=False)]
             for k in counts:
-                labels = _fit_labels(self._make_clusterer(k, seed), sample)
+                labels = _fit_labels(self._make_clusterer(k, seed, checked), sample)
                 silhouettes[int(k or 0)] = _compute_silhouette(sample, labels)
             count = max(silhouettes, key=lambda k: silhouettes[k])
-        clusterer = self._make_clusterer(count, seed)
+        clusterer = self._make_clusterer(count, seed, checked)
         return clusterer, _fit_labels(clusterer, space), silhouettes
 
-    def _list_counts(self, n: int) -> list[int | None]:
+    def _list_counts(self, n: int, checked: Any) -> list[int | None]:
         """Return the numbers of clusters to try; [None] leaves it to the clusterer."""
-        owner, asked = type(self).__name__, self.n_clusters
+        owner, asked, clusterer = type(self).__name__, checked.n_clusters, checked.clusterer
         subject = f"The `n_clusters` parameter of `{owner}`"
-        named = isinstance(self.clusterer, str)
-        takes = self.clusterer != "hdbscan" if named else _has_param(self.clusterer, "n_clusters")
+        named = isinstance(clusterer, str)
+        takes = clusterer != "hdbscan" if named else _has_param(clusterer, "n_clusters")
         if not takes:
-            if named and n < self.min_cluster_size:
+            if named and n < checked.min_cluster_size:
                 raise ValueError(
                     f"The `min_cluster_size` parameter of `{owner}` must be at most the number of "
-                    f"texts, {n}; got {self.min_cluster_size}."
+                    f"texts, {n}; got {checked.min_cluster_size}."
                 )
             if asked is not None:
-                name = self.clusterer if named else type(self.clusterer).__name__
+                name = clusterer if named else type(clusterer).__name__
                 raise ValueError(
                     f"{subject} must be None for {name}, which finds the number itself; "
                     f"got {asked!r}."
@@ -376,51 +430,45 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
             return [None]
         if asked is None and not named:
             return [None]
-        if asked is None or isinstance(asked, str):
-            check_choice(asked or "auto", name="n_clusters", owner=owner, allowed=("auto",))
+        if asked in (None, "auto"):
             return _auto_counts(n, owner=owner)
-        if isinstance(asked, (Sequence, np.ndarray)):
-            if not len(asked):
-                raise ValueError(f"{subject} must hold at least one int; got none.")
-            counts = sorted({check_int(k, name="n_clusters", owner=owner, low=2) for k in asked})
-        else:
-            counts = [check_int(asked, name="n_clusters", owner=owner, low=1)]
+        counts = asked if isinstance(asked, list) else [asked]
         if counts[-1] > n:
             raise ValueError(
                 f"{subject} must be at most the number of texts, {n}; got {counts[-1]}."
             )
         return list(counts)
 
-    def _make_clusterer(self, n_clusters: int | None, seed: int) -> Any:
+    def _make_clusterer(self, n_clusters: int | None, seed: int, checked: Any) -> Any:
         """Return a fresh clusterer, its number of clusters and seed set."""
-        if self.clusterer == "hdbscan":
+        named = isinstance(checked.clusterer, str)
+        if named and checked.clusterer == "hdbscan":
             # `copy` is named since its default changes in scikit-learn 1.10.
-            return HDBSCAN(min_cluster_size=self.min_cluster_size, copy=True)
-        if isinstance(self.clusterer, str):
+            return HDBSCAN(min_cluster_size=checked.min_cluster_size, copy=True)
+        if named:
             kinds: dict[str, Any] = {
                 "kmeans": KMeans(n_init="auto"),
                 "minibatch_kmeans": MiniBatchKMeans(n_init="auto"),
                 "agglomerative": AgglomerativeClustering(),
             }
-            clusterer = kinds[self.clusterer]
+            clusterer = kinds[checked.clusterer]
         else:
-            clusterer = clone(self.clusterer)
+            clusterer = clone(checked.clusterer)
         changes: dict[str, Any] = {} if n_clusters is None else {"n_clusters": n_clusters}
-        if _has_param(clusterer, "random_state") and (
-            isinstance(self.clusterer, str) or self.random_state is not None
-        ):
+        if _has_param(clusterer, "random_state") and (named or checked.random_state is not None):
             changes["random_state"] = seed
         return clusterer.set_params(**changes) if changes else clusterer
 
-    def _describe(self, vectors: FloatArray, texts: list[str] | None) -> None:
+    def _describe(self, vectors: FloatArray, texts: list[str] | None, checked: Any) -> None:
         """Set noise radii, representatives and, with texts, terms and names."""
         k, labels = self.n_clusters_, self.labels_
         distances = np.linalg.norm(vectors - self.cluster_centers_[labels], axis=1) if k else None
         self.noise_radii_ = np.full(k, np.inf)
         if k and (labels == -1).any():
             members = [distances[labels == c] for c in range(k)]  # type: ignore[index]
-            self.noise_radii_ = np.array([np.quantile(m, self.noise_quantile) for m in members])
-        representatives = pick_representatives(labels, k, distances, texts, self.n_representatives)
+            self.noise_radii_ = np.array([np.quantile(m, checked.noise_quantile) for m in members])
+        n_representatives = checked.n_representatives
+        representatives = pick_representatives(labels, k, distances, texts, n_representatives)
         self.representative_indices_ = representatives
         for name in ("top_terms_", "cluster_names_", "representative_texts_"):
             self.__dict__.pop(name, None)
@@ -428,7 +476,7 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
             self.representative_texts_ = {
                 c: [texts[row] for row in rows] for c, rows in representatives.items()
             }
-            self.top_terms_ = find_terms(texts, labels, k, self.term_vectorizer, self.n_terms)
+            self.top_terms_ = find_terms(texts, labels, k, checked.term_vectorizer, checked.n_terms)
             self.cluster_names_ = name_clusters(self.top_terms_)
 
 
@@ -453,7 +501,6 @@ def _make_reducer(reducer: Any, n: int, *, seed: int, owner: str) -> Any:
     if reducer is None:
         return None
     if isinstance(reducer, str):
-        check_choice(reducer, name="reducer", owner=owner, allowed=("umap",))
         umap = import_optional("umap", extra="plot", purpose=f"`{owner}` with reducer='umap'")
         if n < 8:
             raise ValueError(
@@ -463,11 +510,6 @@ def _make_reducer(reducer: Any, n: int, *, seed: int, owner: str) -> Any:
         # With a seed UMAP runs on one thread, and warns if it may use more.
         options = {"n_components": 5, "min_dist": 0.0, "metric": "cosine", "n_jobs": 1}
         return umap.UMAP(n_neighbors=min(15, n - 1), random_state=seed, **options)
-    if isinstance(reducer, type) or not callable(getattr(reducer, "fit_transform", None)):
-        raise TypeError(
-            f"The `reducer` parameter of `{owner}` must be 'umap', a transformer with "
-            f"`fit_transform`, or None; got an object of type {type(reducer).__name__}."
-        )
     return clone(reducer)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,14 @@ from sklearn.base import (
 )
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from skembed._validation import check_choice, check_int, check_real
+from skembed._validation import (
+    CheckedParameters,
+    check_dtype,
+    check_int,
+    check_real,
+    list_items,
+    parameter_error,
+)
 from skembed.search.codes import Codec, Levels, Ranges
 from skembed.search.top_k import N_SPARE, rescore_candidates, top_k_rows
 from skembed.similarity import Indices, TopK, Vectors, check_vectors, iterate_blocks
@@ -43,7 +51,22 @@ class _Rows:
         return self.decode(self.values[rows])
 
 
-class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
+def _check_percentiles(value: Any, *, name: str, owner: str) -> tuple[float, float]:
+    """Return the two percentiles."""
+    items = list_items(value)
+    if items is None or len(items) != 2:
+        expected = "a pair of numbers, such as (0.5, 99.5)"
+        raise parameter_error(value, name=name, owner=owner, expected=expected, kind=TypeError)
+    low, high = (check_real(each, name=name, owner=owner, low=0, high=100) for each in items)
+    if low >= high:
+        raise ValueError(
+            f"The `{name}` parameter of `{owner}` must rise, such as (0.5, 99.5); got "
+            f"({low:g}, {high:g})."
+        )
+    return low, high
+
+
+class EmbeddingQuantizer(CheckedParameters, TransformerMixin, BaseEstimator):
     """Quantizer of embeddings to 8-bit integers or single bits, with a search among them.
 
     `fit` learns what the codes of each dimension represent, so that all later vectors get the same
@@ -110,6 +133,11 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
     ['the Sun', 'a star']
     """
 
+    _rules = {
+        "precision": partial(check_dtype, allowed=PRECISIONS),
+        "quantile_range": _check_percentiles,
+    }
+
     def __init__(
         self,
         precision: str = "int8",
@@ -140,15 +168,14 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
             If a parameter has an invalid type or value, or X is not two-dimensional and finite,
             or has fewer than two rows.
         """
-        check_choice(self.precision, name="precision", owner=_OWNER, allowed=PRECISIONS)
-        percentiles = _check_percentiles(self.quantile_range)
+        checked = self._checked()
         vectors = self._check_embeddings(X, reset=True, ensure_min_samples=2)
         for name in ("ranges_", "levels_"):
             self.__dict__.pop(name, None)
-        if self.precision == "binary":
+        if checked.precision == "binary":
             self.levels_ = Levels.learn(vectors).table
             return self
-        low, high = Ranges.learn(vectors, percentiles)
+        low, high = Ranges.learn(vectors, checked.quantile_range)
         with np.errstate(over="ignore"):
             extent = high - low
         if not np.isfinite(extent).all():
@@ -315,7 +342,7 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
     @property
     def _code_dtype(self) -> np.dtype[Any]:
         """Dtype of the codes."""
-        signed = self.precision == "int8" and not hasattr(self, "levels_")
+        signed = self._checked().precision == "int8" and not hasattr(self, "levels_")
         return np.dtype(np.int8 if signed else np.uint8)
 
     @property
@@ -383,25 +410,6 @@ class EmbeddingQuantizer(TransformerMixin, BaseEstimator):
                 f"{self.n_features_in_}; got {len(rows.values)} of width {dim}."
             )
         return rows
-
-
-def _check_percentiles(quantile_range: Any) -> tuple[float, float]:
-    """Return the two percentiles."""
-    if not isinstance(quantile_range, (tuple, list)) or len(quantile_range) != 2:
-        raise TypeError(
-            f"The `quantile_range` parameter of `{_OWNER}` must be a pair of numbers, such as "
-            f"(0.5, 99.5); got {type(quantile_range).__name__}."
-        )
-    low, high = (
-        check_real(value, name="quantile_range", owner=_OWNER, low=0, high=100)
-        for value in quantile_range
-    )
-    if low >= high:
-        raise ValueError(
-            f"The `quantile_range` parameter of `{_OWNER}` must rise, such as (0.5, 99.5); got "
-            f"({low:g}, {high:g})."
-        )
-    return low, high
 
 
 def _check_queries(queries: Any, dim: int, *, owner: str) -> Vectors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ from skembed.embedding import check_pair_columns, check_text_column, embed, embe
 from skembed.estimators.base import (
     TextEstimatorMixin,
     check_embeddings,
+    check_encoder,
     fit_vectorizer,
     make_vectorizer,
     trains_on_labels,
 )
 from skembed.metrics.ranking import map_at_k
 from skembed.similarity import Indices, Ranking, Vectors, check_vectors, paired_cosine, paired_dot
+from skembed.training.trainer import ContrastiveTrainer, check_trainer
 
 __all__ = ["Reranker"]
 
@@ -82,6 +85,10 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
     """
 
     _fitted_mark = "trained_"
+    _rules = {
+        "vectorizer": check_encoder,
+        "similarity": partial(check_choice, allowed=("cosine", "dot")),
+    }
 
     def __init__(self, vectorizer: Any = "skembed-mini", *, similarity: str = "cosine") -> None:
         self.vectorizer = vectorizer
@@ -113,7 +120,7 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         ImportError, SkembedError
             If the vectorizer trains and its `fit` raises them.
         """
-        check_choice(self.similarity, name="similarity", owner=_OWNER, allowed=("cosine", "dot"))
+        self._checked()
         vectorizer = make_vectorizer(self.vectorizer, owner=_OWNER)
         if X is None:
             return self._set_fitted(vectorizer, None, trained=False)
@@ -129,6 +136,8 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         if relevance is not None and trained:
             numbers = _number_groups(groups, queries, owner=_OWNER, n=len(queries))
             trainer = vectorizer.trainer
+            if isinstance(trainer, ContrastiveTrainer):
+                trainer = check_trainer(trainer)
             rows = _make_rows(
                 queries,
                 documents,
@@ -285,7 +294,7 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
 
     def _score(self, queries: Any, documents: Any) -> Vectors:
         """Return the similarity of each document with the query of its row, (n,)."""
-        compare = paired_cosine if self.similarity == "cosine" else paired_dot
+        compare = paired_cosine if self._checked().similarity == "cosine" else paired_dot
         return compare(queries, documents)
 
 

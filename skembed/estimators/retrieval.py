@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 
-from skembed._validation import check_choice, check_int, check_string
-from skembed.estimators.base import TextEstimatorMixin, make_vectorizer
+from skembed._validation import (
+    check_bool,
+    check_choice,
+    check_dtype,
+    check_int,
+    check_path,
+    parameter_error,
+)
+from skembed.estimators.base import TextEstimatorMixin, check_encoder, make_vectorizer
 from skembed.estimators.saved_index import check_fingerprint, fingerprint_model
-from skembed.inference.devices import choose_search_device
+from skembed.inference.devices import check_device, choose_search_device
 from skembed.metrics.qrels import (
     check_ids,
     check_new_ids,
@@ -111,6 +119,15 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
     """
 
     _fitted_mark = "ids_"
+    _rules = {
+        "vectorizer": check_encoder,
+        "similarity": partial(check_choice, allowed=("cosine", "dot")),
+        "storage": partial(check_dtype, allowed=STORAGE_KINDS),
+        "rescore_storage": partial(check_dtype, allowed=(None, *STORAGE_KINDS[:-1])),
+        "rescore": partial(check_int, low=1),
+        "algorithm": partial(check_choice, allowed=("exact", "hnsw")),
+        "device": check_device,
+    }
 
     def __init__(
         self,
@@ -157,8 +174,8 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         ImportError
             If `algorithm` is "hnsw" and usearch is not installed.
         """
-        self._check_parameters()
-        choose_search_device(self.device, owner=_OWNER)  # an error now, not at the first search
+        checked = self._checked()
+        choose_search_device(checked.device, owner=_OWNER)  # an error now, not at the first search
         checked_ids = check_ids(ids, owner=_OWNER)
         documents = X if self.vectorizer is None else join_titles(X, owner=_OWNER)
         # On a copy, so that an error leaves an earlier index and its model as they were.
@@ -169,10 +186,10 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         _check_count(checked_ids, len(vectors), owner=_OWNER)
         index = DocumentIndex.build(
             checked_ids,
-            prepare_vectors(vectors, self.similarity, owner=_OWNER),
-            storage=self.storage,
-            rescore_storage=self.rescore_storage,
-            hnsw=self.algorithm == "hnsw",
+            prepare_vectors(vectors, checked.similarity, owner=_OWNER),
+            storage=checked.storage,
+            rescore_storage=checked.rescore_storage,
+            hnsw=checked.algorithm == "hnsw",
         )
         for name in ("vectorizer_", "n_features_in_", "feature_names_in_", "embedding_dim_"):
             self.__dict__.pop(name, None)
@@ -209,11 +226,11 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         if not n:
             raise ValueError(f"This {_OWNER} holds no documents. Call `add` or `fit` first.")
         top_k = check_int(top_k, name="top_k", owner=_OWNER, low=1, high=n)
-        rescore = check_int(self.rescore, name="rescore", owner=_OWNER, low=1)
-        device = choose_search_device(self.device, owner=_OWNER)
+        checked = self._checked()
+        device = choose_search_device(checked.device, owner=_OWNER)
         vectors = self._embed_vectors(queries, name="queries", min_rows=0)
-        vectors = prepare_vectors(vectors, self.similarity, owner=f"{_OWNER}.search")
-        return self._index.search(vectors, top_k, rescore=rescore, device=device)
+        vectors = prepare_vectors(vectors, checked.similarity, owner=f"{_OWNER}.search")
+        return self._index.search(vectors, top_k, rescore=checked.rescore, device=device)
 
     def add(self, documents: Any, *, ids: Any = None) -> Retriever:
         """Add documents at the end of the index.
@@ -253,7 +270,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         if getattr(self, "vectorizer_", None) is not None:
             documents = join_titles(documents, owner=owner, name="documents")
         vectors = self._embed_vectors(documents, side="document", name="documents")
-        vectors = prepare_vectors(vectors, self.similarity, owner=owner)
+        vectors = prepare_vectors(vectors, self._checked().similarity, owner=owner)
         if new_ids is None:
             first = self._index.next_label
             new_ids = np.arange(first, first + len(vectors), dtype=np.int64)
@@ -358,13 +375,15 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             If the folder cannot be written; its earlier content is kept.
         """
         check_is_fitted(self)
-        is_model_name = isinstance(self.vectorizer, (str, os.PathLike))
+        path = check_path(path, name="path", owner=f"{_OWNER}.save")
+        checked = self._checked()
+        is_model_name = isinstance(checked.vectorizer, str)
         model, probe = fingerprint_model(getattr(self, "vectorizer_", None), owner=_OWNER)
         settings, arrays = self._index.pack()
         settings |= {
-            "parameters": {key: getattr(self, key) for key in _SAVED_PARAMETERS},
+            "parameters": {key: getattr(checked, key) for key in _SAVED_PARAMETERS},
             "ids_counted": self._has_automatic_ids,
-            "vectorizer": os.fspath(self.vectorizer) if is_model_name else None,
+            "vectorizer": checked.vectorizer if is_model_name else None,
             "model": model,
         }
         write_index(path, settings, arrays if probe is None else {**arrays, "probe": probe})
@@ -406,8 +425,11 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             If the index is damaged, of another version or of another model, or `vectorizer`
             is "saved" and the index was built with an object.
         """
+        owner = f"{_OWNER}.load"
+        path = check_path(path, name="path", owner=owner)
+        mmap = check_bool(mmap, name="mmap", owner=owner)
         settings, arrays = read_index(path, mmap=mmap)
-        where = f"The index in {os.fspath(path)!r}"
+        where = f"The index in {path!r}"
         if isinstance(vectorizer, str) and vectorizer == "saved":
             vectorizer = settings["vectorizer"]
             if vectorizer is None and settings["model"] is not None:
@@ -416,7 +438,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
                     f"{_OWNER}.load(path, vectorizer=...)."
                 )
         retriever = cls(vectorizer, device=device, **settings["parameters"])
-        retriever._check_parameters()
+        retriever._checked()
         is_model_name = isinstance(vectorizer, (str, os.PathLike))
         model = make_vectorizer(vectorizer, owner=_OWNER) if is_model_name else vectorizer
         check_fingerprint(model, settings["model"], arrays.get("probe"), where=where, owner=_OWNER)
@@ -428,23 +450,14 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         retriever.ids_ = retriever._index.ids
         return retriever
 
-    def _check_parameters(self) -> None:
-        """Raise for a parameter of the wrong type or value."""
-        algorithms = ("exact", "hnsw")
-        check_choice(self.similarity, name="similarity", owner=_OWNER, allowed=("cosine", "dot"))
-        check_choice(self.storage, name="storage", owner=_OWNER, allowed=STORAGE_KINDS)
-        check_choice(self.algorithm, name="algorithm", owner=_OWNER, allowed=algorithms)
-        check_int(self.rescore, name="rescore", owner=_OWNER, low=1)
-        check_string(self.device, name="device", owner=_OWNER)
-        finer = self.rescore_storage
-        if finer is None:
-            return
-        check_choice(finer, name="rescore_storage", owner=_OWNER, allowed=STORAGE_KINDS[:-1])
-        if finer not in STORAGE_KINDS[: STORAGE_KINDS.index(self.storage)]:
-            raise ValueError(
-                f"The `rescore_storage` parameter of `{_OWNER}` must be finer than "
-                f"storage={self.storage!r}, or None; got {finer!r}."
-            )
+    def _checked(self) -> Any:
+        """Return the parameters as built-in values, also against each other."""
+        checked = super()._checked()
+        finer, storage = checked.rescore_storage, checked.storage
+        if finer is not None and finer not in STORAGE_KINDS[: STORAGE_KINDS.index(storage)]:
+            expected = f"finer than storage={storage!r}, or None"
+            raise parameter_error(finer, name="rescore_storage", owner=_OWNER, expected=expected)
+        return checked
 
 
 def _check_count(ids: Ids, n: int, *, owner: str) -> None:

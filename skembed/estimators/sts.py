@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import normalize
 from sklearn.utils.validation import check_array, check_consistent_length, column_or_1d
 
-from skembed._validation import check_choice, check_real
+from skembed._validation import check_choice, check_real, check_seed
 from skembed.embedding import check_pair_columns, embed_pairs
 from skembed.estimators.base import (
     TextEstimatorMixin,
     check_embeddings,
+    check_encoder,
     fit_vectorizer,
     make_vectorizer,
     trains_on_labels,
@@ -99,6 +101,12 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
     """
 
     _fitted_mark = "calibration_"
+    _rules = {
+        "vectorizer": check_encoder,
+        "calibration": partial(check_choice, allowed=("logistic", "isotonic", None)),
+        "calibration_fraction": partial(check_real, low=0, high=1, inclusive="neither"),
+        "random_state": check_seed,
+    }
 
     def __init__(
         self,
@@ -143,19 +151,14 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
         SkembedWarning
             If cosines do not rise with the scores, so that the curve is flat.
         """
-        owner = type(self).__name__
-        allowed = ("logistic", "isotonic", None)
-        check_choice(self.calibration, name="calibration", owner=owner, allowed=allowed)
-        fraction = self.calibration_fraction
-        limits: dict[str, Any] = {"low": 0, "high": 1, "inclusive": "neither"}
-        check_real(fraction, name="calibration_fraction", owner=owner, **limits)
-        scores = None if y is None else _check_scores(y, owner=owner)
+        calibration = self._checked().calibration
+        scores = None if y is None else _check_scores(y, owner=type(self).__name__)
         cosines, rows = self._fit_cosines(X, scores)
-        if scores is None or self.calibration is None:
+        if scores is None or calibration is None:
             self.calibration_ = None
             return self
         curve: Any = _LogisticCurve()
-        if self.calibration == "isotonic":  # flat beyond the cosines it saw
+        if calibration == "isotonic":  # flat beyond the cosines it saw
             curve = IsotonicRegression(increasing=True, out_of_bounds="clip")
         self.calibration_ = curve.fit(cosines, scores[rows])
         _warn_flat(self.calibration_, cosines, scores[rows])
@@ -238,8 +241,10 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
     def _train(self, vectorizer: Any, pairs: tuple[_Texts, _Texts], scores: Floats) -> Any:
         """Train the vectorizer on some of the pairs and return the rows it did not see."""
         rows = unseen = np.arange(len(scores))
-        if self.calibration is not None and len(rows) > 2:
-            split = {"test_size": self.calibration_fraction, "random_state": self.random_state}
+        checked = self._checked()
+        if checked.calibration is not None and len(rows) > 2:
+            seed = checked.random_state
+            split = {"test_size": checked.calibration_fraction, "random_state": seed}
             rows, unseen = train_test_split(rows, **split)
         vectorizer.fit([(pairs[0][i], pairs[1][i]) for i in rows], scores[rows])
         return np.sort(unseen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ from sklearn.preprocessing import normalize
 from sklearn.utils.validation import check_consistent_length, column_or_1d
 
 from skembed._inputs import check_labels, check_texts, name_some, refuse_missing_labels
-from skembed._validation import check_real, check_string
+from skembed._validation import check_real, check_string, parameter_error
 from skembed.embedding import FloatArray, check_text_column, embed
 from skembed.estimators.base import (
     TextClassifierMixin,
     check_embeddings,
+    check_encoder,
     fit_vectorizer,
     make_vectorizer,
 )
@@ -25,6 +27,23 @@ from skembed.estimators.base import (
 __all__ = ["ZeroShotClassifier"]
 
 _Labels = npt.NDArray[Any]  # (n,)
+
+
+def _check_descriptions(value: Any, *, name: str, owner: str) -> Any:
+    """Return a mapping of label to descriptions as it is, or None; `fit` reads what it holds."""
+    if isinstance(value, Mapping) and not value:
+        raise ValueError(f"The `{name}` parameter of `{owner}` must hold labels; got none.")
+    if value is None or isinstance(value, Mapping):
+        return value
+    expected = "a mapping of label to description, or None"
+    raise parameter_error(value, name=name, owner=owner, expected=expected, kind=TypeError)
+
+
+def _check_weight(value: Any, *, name: str, owner: str) -> float:
+    """Return the weight of descriptions, which may be infinite."""
+    if isinstance(value, (float, np.floating)) and value == math.inf:
+        return math.inf
+    return check_real(value, name=name, owner=owner, low=0, inclusive="neither")
 
 
 class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
@@ -96,6 +115,13 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
     """
 
     _fitted_mark = "prototypes_"
+    _rules = {
+        "vectorizer": check_encoder,
+        "descriptions": _check_descriptions,
+        "label_instruction": partial(check_string, allow_none=True),
+        "description_weight": _check_weight,
+        "temperature": partial(check_real, low=0, inclusive="neither"),
+    }
 
     def __init__(
         self,
@@ -139,8 +165,7 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
             a parameter is out of range.
         """
         owner = type(self).__name__
-        weight = _check_weight(self.description_weight, owner=owner)
-        check_real(self.temperature, name="temperature", owner=owner, low=0, inclusive="neither")
+        weight = self._checked().description_weight
         described = X if self.descriptions is None else self.descriptions
         names = y if self.descriptions is None else None
         if names is None and self.vectorizer is not None and not isinstance(described, Mapping):
@@ -189,7 +214,8 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
         ndarray of float64, shape (n_texts, n_classes)
             Columns in the order of `classes_`; rows sum to 1.
         """
-        logits = self._cosines(X) / self.temperature
+        temperature = self._checked().temperature
+        logits = self._cosines(X) / temperature
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
@@ -229,7 +255,7 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
             if example_labels is not None:
                 example_vectors = check_embeddings(self, examples)
         else:
-            _set_label_instruction(vectorizer, self.label_instruction, owner=owner)
+            _set_label_instruction(vectorizer, self._checked().label_instruction, owner=owner)
             texts = check_text_column(rows, vectorizer=vectorizer, owner=owner)
             example_texts: list[str | None] = []
             if example_labels is not None:
@@ -242,13 +268,6 @@ class ZeroShotClassifier(TextClassifierMixin, BaseEstimator):
             self._set_vectorizer(vectorizer, vectors.shape[1])
         example_vectors = vectors[:0] if example_vectors is None else example_vectors
         return vectors.astype(np.float64), example_vectors.astype(np.float64)
-
-
-def _check_weight(weight: Any, *, owner: str) -> float:
-    """Return the weight of descriptions, which may be infinite."""
-    if isinstance(weight, float) and weight == math.inf:
-        return weight
-    return check_real(weight, name="description_weight", owner=owner, low=0, inclusive="neither")
 
 
 def _read_descriptions(X: Any, y: Any, *, owner: str) -> tuple[Any, _Labels]:
@@ -315,7 +334,7 @@ def _check_example_labels(X: Any, y: Any, classes: _Labels, *, owner: str) -> _L
 
 def _set_label_instruction(vectorizer: Any, instruction: str | None, *, owner: str) -> None:
     """Give the vectorizer the instruction for descriptions."""
-    if check_string(instruction, name="label_instruction", owner=owner, allow_none=True) is None:
+    if instruction is None:
         return
     parameters = vectorizer.get_params() if hasattr(vectorizer, "get_params") else {}
     if "document_instruction" not in parameters:

@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from tqdm.auto import tqdm
-
 from skembed._validation import check_bool, check_choice, check_int, check_real
 from skembed.embedding import check_vectorizer
 from skembed.evaluation.protocols import Outcome, TimedVectorizer, run_protocol
@@ -17,11 +15,14 @@ from skembed.evaluation.results import (
     TaskScore,
     percentile_interval,
 )
-from skembed.evaluation.task_data import read_task
+from skembed.evaluation.task_data import check_task, read_task
 from skembed.evaluation.tasks import Task
 from skembed.exceptions import SkembedWarning
+from skembed.progress import progress_bar
 
 __all__ = ["evaluate"]
+
+_MAX_BOOTSTRAPS = 1_000_000
 
 
 def evaluate(
@@ -105,7 +106,9 @@ def evaluate(
     level = check_real(
         confidence, name="confidence", owner=owner, low=0, high=1, inclusive="neither"
     )
-    n_bootstraps = check_int(n_bootstraps, name="n_bootstraps", owner=owner, low=0)
+    n_bootstraps = check_int(
+        n_bootstraps, name="n_bootstraps", owner=owner, low=0, high=_MAX_BOOTSTRAPS
+    )
     verbose = check_bool(verbose, name="verbose", owner=owner)
     named = _name_vectorizers(vectorizers)
     steps = [
@@ -114,7 +117,7 @@ def evaluate(
         for name in named
     ]
     result, failure = EvaluationResult([], confidence=level), None
-    for task, data, name in tqdm(steps, desc="evaluate", disable=not verbose):
+    for task, data, name in progress_bar(verbose, iterable=steps, desc="evaluate"):
         vectorizer = TimedVectorizer(named[name])
         try:
             outcome = run_protocol(task, data, vectorizer, n_bootstraps=n_bootstraps)
@@ -197,12 +200,12 @@ def _name_vectorizers(vectorizers: Any) -> dict[str, Any]:
 
 def _list_tasks(tasks: Any) -> list[Any]:
     """Return the tasks as a list, no two of one name."""
-    listed = list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
+    listed = [check_task(each) for each in (tasks if isinstance(tasks, (list, tuple)) else [tasks])]
     if not listed:
         raise ValueError("The `tasks` parameter of `evaluate` must hold a task; got none.")
-    names = [getattr(task, "name", None) for task in listed]
-    repeated = sorted({str(name) for name in names if names.count(name) > 1})
-    if repeated and None not in names:
+    names = [task.name for task in listed]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
         raise ValueError(
             f"The `tasks` parameter of `evaluate` must hold tasks of different names; "
             f"{repeated[0]!r} occurs more than once. Pass `name=`."

@@ -7,13 +7,25 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from skembed._inputs import check_texts, read_labels
-from skembed._validation import check_bool, check_choice, check_int, check_real
+from skembed._validation import (
+    LARGEST_SEED,
+    Rule,
+    check_bool,
+    check_choice,
+    check_int,
+    check_parameters,
+    check_real,
+    check_string,
+    parameter_error,
+)
 from skembed.evaluation.task_input import (
     check_distinct_classes,
     read_column,
@@ -41,6 +53,7 @@ __all__ = [
     "RankingData",
     "STSData",
     "TaskData",
+    "check_task",
     "read_task",
 ]
 
@@ -87,19 +100,56 @@ class RankingData(NamedTuple):
 TaskData = ClassificationData | ClusteringData | STSData | RankingData
 
 
-def read_task(task: Task) -> TaskData:
-    """Check a task and make its draws; raise TypeError or ValueError for bad data."""
-    for kind, (read, metrics) in _READERS.items():
+def _check_classifier(value: Any, *, name: str, owner: str) -> Any:
+    """Return a classifier as it is, or None."""
+    usable = all(callable(getattr(value, method, None)) for method in ("fit", "predict"))
+    if value is None or (usable and not isinstance(value, type)):
+        return value
+    expected = "a classifier of scikit-learn's kind, or None"
+    raise parameter_error(value, name=name, owner=owner, expected=expected, kind=TypeError)
+
+
+_MAX_DRAWS, _MAX_SAMPLE = 100_000, 10_000_000  # all are drawn, and held, before the first is used
+_check_count = partial(check_int, low=1)
+_check_bound = partial(check_int, low=1, allow_none=True)
+# Of all tasks, by name; `metric` differs from one kind to the other.
+_RULES: dict[str, Rule] = {
+    "name": check_string,
+    "samples_per_label": _check_count,
+    "n_experiments": partial(check_int, low=1, high=_MAX_DRAWS),
+    "classifier": _check_classifier,
+    "sample_size": partial(check_int, low=1, high=_MAX_SAMPLE),
+    "max_fraction": partial(check_real, low=0, high=1, inclusive="right", allow_none=True),
+    "max_texts": _check_bound,
+    "max_depth": _check_bound,
+    "top_k": _check_count,
+    "ignore_identical_ids": check_bool,
+    # The range that the generators of numpy and Python share.
+    "random_state": partial(check_int, low=0, high=LARGEST_SEED),
+}
+
+
+def check_task(task: Any) -> Any:
+    """Return a task with built-in values; its texts and labels are not looked at."""
+    for kind, (_, metrics) in _READERS.items():
         if isinstance(task, kind):
-            owner = kind.__name__
-            check_choice(task.metric, name="metric", owner=owner, allowed=metrics)
-            # The range that the generators of numpy and Python share.
-            check_int(task.random_state, name="random_state", owner=owner, low=0, high=2**32 - 1)
-            return read(task, owner)
+            rules: dict[str, Rule] = {"metric": partial(check_choice, allowed=metrics), **_RULES}
+            given: Any = task
+            names = rules.keys() & {field.name for field in fields(given)}
+            values = {name: getattr(task, name) for name in names}
+            rules = {name: rule for name, rule in rules.items() if name in names}
+            return replace(given, **check_parameters(values, rules, owner=kind.__name__))
     raise TypeError(
         "The `tasks` parameter of `evaluate` must hold tasks, such as ClassificationTask; "
         f"got an object of type {type(task).__name__}."
     )
+
+
+def read_task(task: Task) -> TaskData:
+    """Check a task and make its draws; raise TypeError or ValueError for bad data."""
+    task = check_task(task)
+    kind, read = next((k, read) for k, (read, _) in _READERS.items() if isinstance(task, k))
+    return read(task, kind.__name__)
 
 
 def _read_classification(task: ClassificationTask, owner: str) -> ClassificationData:
@@ -107,8 +157,7 @@ def _read_classification(task: ClassificationTask, owner: str) -> Classification
     texts = read_column(task.texts, name="texts", owner=owner)
     labels = read_labels(task.labels, len(texts), name="labels", owner=owner)
     check_distinct_classes(labels, owner=owner)
-    size = check_int(task.samples_per_label, name="samples_per_label", owner=owner, low=1)
-    n = check_int(task.n_experiments, name="n_experiments", owner=owner, low=1)
+    size, n = task.samples_per_label, task.n_experiments
     draws = _draw_samples(labels.tolist(), size, n, seed=task.random_state)
     if (task.test_texts is None) != (task.test_labels is None):
         raise ValueError(
@@ -152,9 +201,7 @@ def _read_clustering(task: ClusteringTask, owner: str) -> ClusteringData:
     """Check texts and labels, draw the texts to embed and the samples of each level."""
     texts = read_column(task.texts, name="texts", owner=owner)
     levels = read_levels(task.labels, len(texts), owner=owner)
-    depth = check_int(task.max_depth, name="max_depth", owner=owner, low=1, allow_none=True)
-    n = check_int(task.n_experiments, name="n_experiments", owner=owner, low=1)
-    size = check_int(task.sample_size, name="sample_size", owner=owner, low=1)
+    depth, n, size = task.max_depth, task.n_experiments, task.sample_size
     generator = random.Random(task.random_state)  # one for all draws, in mteb's order
     drawn_rows = _draw_texts(task, len(texts), generator, owner=owner)
     drawn_levels = []
@@ -175,9 +222,7 @@ def _draw_texts(
     task: ClusteringTask, n: int, generator: random.Random, *, owner: str
 ) -> Sequence[int]:
     """Return the rows to embed, in the order drawn."""
-    limits: dict[str, Any] = {"low": 0, "high": 1, "inclusive": "right", "allow_none": True}
-    fraction = check_real(task.max_fraction, name="max_fraction", owner=owner, **limits)
-    most = check_int(task.max_texts, name="max_texts", owner=owner, low=1, allow_none=True)
+    fraction, most = task.max_fraction, task.max_texts
     if fraction is not None and most is not None:
         raise ValueError(
             f"The `max_fraction` parameter of `{owner}` must be None where `max_texts` is given."
@@ -215,8 +260,6 @@ def _read_sts(task: STSTask, owner: str) -> STSData:
 
 def _read_retrieval(task: RetrievalTask, owner: str) -> RankingData:
     """Check queries, corpus and grades."""
-    check_int(task.top_k, name="top_k", owner=owner, low=1)
-    check_bool(task.ignore_identical_ids, name="ignore_identical_ids", owner=owner)
     queries, query_ids = read_items(task.queries, task.query_ids, kind="query", owner=owner)
     corpus, ids = read_items(task.corpus, task.document_ids, kind="document", owner=owner)
     relevance = read_relevance(task.relevance, query_ids, ids, owner=owner)
@@ -225,7 +268,6 @@ def _read_retrieval(task: RetrievalTask, owner: str) -> RankingData:
 
 def _read_reranking(task: RerankingTask, owner: str) -> RankingData:
     """Check queries, candidates and grades."""
-    check_int(task.top_k, name="top_k", owner=owner, low=1)
     queries, query_ids = read_items(task.queries, task.query_ids, kind="query", owner=owner)
     lists = _read_candidates(task.candidates, query_ids, owner=owner)
     if task.corpus is None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from skembed._validation import check_int, list_items, parameter_error, unwrap
 from skembed.model.quantized import WEIGHT_FORMATS
 
 __all__ = [
     "COMPUTE_DTYPES",
     "DTYPES",
+    "check_device",
     "choose_attention_path",
     "choose_search_device",
     "cpu_has_bfloat16",
@@ -26,7 +30,29 @@ __all__ = [
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 DTYPES = (*COMPUTE_DTYPES, *WEIGHT_FORMATS)
+_LAST_GPU = 127  # torch numbers them in one byte
 _OWNER = "The `device` parameter of `NVEmbedVectorizer`"
+
+
+def check_device(
+    value: Any, *, name: str, owner: str, several: bool = False
+) -> str | tuple[str, ...]:
+    """Return the name of a device, or of each of `several`; whether they exist is checked later.
+
+    A number is a GPU, None is "auto". Raises TypeError and ValueError.
+    """
+    value = unwrap(value)
+    items = list_items(value) if several else None
+    if items is not None:
+        return tuple(str(check_device(each, name=name, owner=owner)) for each in items)
+    if value is None:
+        return "auto"
+    if isinstance(value, (str, torch.device)):
+        return str(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return f"cuda:{check_int(value, name=name, owner=owner, low=0, high=_LAST_GPU)}"
+    expected = "a str" + ", or a list of str for several devices" * several
+    raise parameter_error(value, name=name, owner=owner, expected=expected, kind=TypeError)
 
 
 def choose_search_device(device: str, *, owner: str) -> torch.device:

@@ -37,7 +37,7 @@ class Encoder:
     ) -> tuple[np.ndarray, EmbedReport]:
         """Embed each column for its side: float32 (n_texts, n_columns * dim), and the counts.
 
-        `batch_tokens` and `progress` (see `embed_texts`) apply if the parameters leave them open.
+        `batch_tokens` applies where the parameter is "auto"; `progress` overrides `verbose`.
         """
         # The lease outlives this encoder, and keeps the cache open for the next call.
         self.lease.cache = self.cache
@@ -65,7 +65,7 @@ class Encoder:
             load_in_worker=partial(load_in_worker, settings.model),
             cache=self.cache,
             batch_tokens=budget if isinstance(budget, int) else batch_tokens,
-            progress=True if parameters.verbose and progress is None else progress,
+            progress=parameters.verbose if progress is None else progress,
             n_jobs=parameters.n_jobs,
         )
         if settings.dim < vectors.shape[1]:

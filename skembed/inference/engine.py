@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from joblib import effective_n_jobs
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from skembed.cache.embedding_cache import EmbeddingCache
 from skembed.exceptions import CacheError, SkembedWarning
@@ -39,6 +38,7 @@ from skembed.inference.workers import (
 )
 from skembed.model.loaded import LoadedModel, ModelKey
 from skembed.model.tokenization import EncodedTexts, iterate_batches, pack_texts
+from skembed.progress import progress_bar
 
 __all__ = [
     "CHUNK_CHARACTERS",
@@ -51,7 +51,6 @@ __all__ = [
     "MIN_BATCH_TOKENS",
     "NUMERICS_VERSION",
     "PARALLEL_TEXTS",
-    "PROGRESS_DELAY_S",
     "REST_TEXTS",
     "SHORTEST_PADDED",
     "STORE_ROWS",
@@ -75,7 +74,6 @@ SHORTEST_PADDED = 0.92  # keeps the padded share of attention under 5 %
 STORE_ROWS = 1_024  # rows between two writes to the cache
 TRIM_TEXTS = 1_024  # a chunk of as many leaves free memory behind that is worth giving back
 REST_TEXTS = 4_096  # of a chunk of as many, the last batch is a small part: it may be filled up
-PROGRESS_DELAY_S = 3.0
 CPU_BATCH_TOKENS = 2_048  # best of 768 to 4,096 on two cores: activations stay in the cache
 MAX_STREAMS = 4
 STREAM_TOKENS = 1_024  # for fewer, one more stream does not pay
@@ -130,14 +128,14 @@ def embed_texts(
     load_in_worker: Callable[[], LoadedModel] | None = None,
     cache: EmbeddingCache | None,
     batch_tokens: int | None = None,
-    progress: bool | None = None,
+    progress: bool = False,
     n_jobs: int | None = None,
 ) -> tuple[np.ndarray, EmbedReport]:
     """Return raw vectors (neither normalised nor truncated), float32 (n_texts, dim), and counts.
 
     `get_models` gives the model on each device; it is called only for texts that are not cached.
     `load_in_worker` gives the model in one of `n_jobs` worker processes, and must be picklable.
-    `progress`: True shows a bar, False none, None one after three seconds.
+    `progress` shows a bar.
     """
     out = np.empty((len(texts), request.dim), dtype=np.float32)
     distinct, source = find_distinct(texts)
@@ -148,10 +146,7 @@ def embed_texts(
         runner = _ParallelRunner(request, load_in_worker, batch_tokens, report, workers)
     else:
         runner = _Runner(request, get_models, batch_tokens, report)
-    delay = 0.0 if progress else PROGRESS_DELAY_S
-    with tqdm(
-        total=len(distinct), unit="text", desc="embedding", delay=delay, disable=progress is False
-    ) as bar:
+    with progress_bar(progress, total=len(distinct), unit="text", desc="embedding") as bar:
         chunks = _chunks(texts, distinct, max(1, workers // 4))
         prepare = partial(_prepare_chunk, texts, cache, runner)
         with closing(run_ahead(prepare, chunks)) as prepared:
@@ -236,7 +231,7 @@ def _embed_chunk(
     out: np.ndarray,
     cache: EmbeddingCache | None,
     runner: _Runner | _ParallelRunner,
-    bar: tqdm,
+    bar: Any,
 ) -> None:
     """Fill the chunk's rows of `out`; store what was computed even on Ctrl-C."""
     out[chunk.cached_rows] = chunk.cached

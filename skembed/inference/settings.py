@@ -10,18 +10,31 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from skembed._inputs import MISSING_POLICIES
-from skembed._validation import check_bool, check_choice, check_int, check_string
+from skembed._validation import (
+    Rule,
+    check_bool,
+    check_choice,
+    check_dtype,
+    check_int,
+    check_parameters,
+    check_path,
+    check_string,
+    or_word,
+    parameter_error,
+)
 from skembed.adapters.adapter import Adapter
 from skembed.adapters.peft_files import read_pooling_kind
 from skembed.exceptions import CheckpointError
 from skembed.inference.devices import (
     DTYPES,
+    check_device,
     choose_attention_path,
     name_dtype,
     resolve_device,
@@ -56,11 +69,12 @@ __all__ = [
     "FileStates",
     "OWNER",
     "Parameters",
+    "RULES",
     "ResolvedModel",
     "SIDES",
     "Settings",
     "WATCHED_FILES",
-    "check_parameters",
+    "check_settings",
     "describe_model",
     "find_settings",
     "list_local_files",
@@ -141,8 +155,9 @@ def find_settings(parameters: Parameters, lease: Lease, adapter: Adapter | None)
     key = _make_key(parameters, adapter)
     try:
         settings: Settings | None = lease.recall(key)
-    except TypeError:  # a value without a hash, which the checks refuse
-        settings = None
+    except TypeError:  # a value without a hash: an array without dimensions has a built-in one
+        parameters = check_settings(parameters)
+        settings = lease.recall(key := _make_key(parameters, adapter))
     if settings is None or read_states(settings.files) != settings.files:
         settings = _resolve(parameters, lease, adapter)
         lease.remember(key, settings)
@@ -166,7 +181,7 @@ def _make_key(parameters: Parameters, adapter: Adapter | None) -> tuple[Any, ...
 
 def _resolve(given: Parameters, lease: Lease, adapter: Adapter | None) -> Settings:
     """Check parameters and answer every question; the adapter itself is left out."""
-    parameters = check_parameters(given)
+    parameters = check_settings(given)
     source = _find_source(parameters, lease)
     files = read_states(list_local_files(source))  # before they are read
     pooling = parameters.pooling
@@ -362,52 +377,47 @@ def load_in_worker(resolved: ResolvedModel) -> LoadedModel:
     return load_resolved(replace(resolved, source=source))[0]
 
 
-def check_parameters(parameters: Parameters) -> Parameters:
+def check_settings(parameters: Parameters) -> Parameters:
     """Return the parameters as built-in values; touches neither files nor devices."""
-    p = parameters
-    if not isinstance(p.model, (str, os.PathLike)) or not os.fspath(p.model):
-        raise TypeError(
-            f"The `model` parameter of `{OWNER}` must be a model name, a folder or a hub id; "
-            f"got {type(p.model).__name__}."
-        )
-    check_template(p.instruction_template, owner=OWNER)
-    resolve_instruction(p.instruction)
-    resolve_instruction(p.document_instruction, name="document_instruction")
-    choices = {
-        "pooling": (None, *POOLINGS),
-        "missing": MISSING_POLICIES,
-        "dtype": ("auto", *DTYPES),
-    }
-    values: dict[str, Any] = {"model": os.fspath(p.model), "device": _check_device(p.device)}
-    for name, allowed in choices.items():
-        values[name] = check_choice(getattr(p, name), name=name, allowed=allowed, owner=OWNER)
-    for name in ("normalize", "store_weights", "verbose"):
-        values[name] = check_bool(getattr(p, name), name=name, owner=OWNER)
-    for name, low, none in (
-        ("max_length", 2, False),
-        ("truncate_dim", 1, True),
-        ("batch_tokens", 1, False),
-        ("n_jobs", None, True),
-    ):
-        value = getattr(p, name)
-        if name != "batch_tokens" or value != "auto":
-            values[name] = check_int(value, name=name, low=low, allow_none=none, owner=OWNER)
-    if p.n_jobs == 0:
-        raise ValueError(
-            f"The `n_jobs` parameter of `{OWNER}` must be None, a positive int, or a negative "
-            "one that counts from all cores (-1); got 0."
-        )
-    values["revision"] = check_string(p.revision, name="revision", allow_none=True, owner=OWNER)
-    return p._replace(**values)
+    return Parameters(**check_parameters(parameters._asdict(), RULES, owner=OWNER))
 
 
-def _check_device(device: Any) -> str | tuple[str, ...]:
-    """Return a name, or a tuple of names; whether such devices exist is checked later."""
-    if isinstance(device, (list, tuple)) and all(isinstance(name, str) for name in device):
-        return tuple(device)
-    if not isinstance(device, str):
-        raise TypeError(
-            f"The `device` parameter of `{OWNER}` must be a str, or a list of str for several "
-            f"devices; got {type(device).__name__}."
-        )
-    return device
+def _check_instruction(value: Any, *, name: str, owner: str) -> str | None:
+    """Return an instruction as it is given."""
+    text = check_string(value, name=name, owner=owner, allow_empty=True, allow_none=True)
+    resolve_instruction(text, name=name, owner=owner)
+    return text
+
+
+def _check_template(value: Any, *, name: str, owner: str) -> str:
+    """Return a template; its check names the parameter itself."""
+    return check_template(value, owner=owner)
+
+
+def _check_n_jobs(value: Any, *, name: str, owner: str) -> int | None:
+    """Return a number of workers, as joblib counts them."""
+    n_jobs = check_int(value, name=name, owner=owner, allow_none=True)
+    if n_jobs == 0:
+        expected = "None, a positive int, or a negative one that counts from all cores (-1)"
+        raise parameter_error(n_jobs, name=name, owner=owner, expected=expected)
+    return n_jobs
+
+
+RULES: dict[str, Rule] = {
+    "model": partial(check_path, expected="a model name, a folder or a hub id"),
+    "instruction": _check_instruction,
+    "document_instruction": _check_instruction,
+    "instruction_template": _check_template,
+    "pooling": partial(check_choice, allowed=(None, *POOLINGS)),
+    "max_length": partial(check_int, low=2),
+    "truncate_dim": partial(check_int, low=1, allow_none=True),
+    "normalize": check_bool,
+    "missing": partial(check_choice, allowed=MISSING_POLICIES),
+    "device": partial(check_device, several=True),
+    "dtype": partial(check_dtype, allowed=("auto", *DTYPES)),
+    "batch_tokens": or_word("auto", partial(check_int, low=1)),
+    "revision": partial(check_string, allow_none=True),
+    "store_weights": check_bool,
+    "n_jobs": _check_n_jobs,
+    "verbose": check_bool,
+}

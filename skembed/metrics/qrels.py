@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skembed._inputs import check_texts, count_columns, kind_of
+from skembed._validation import check_int64
 from skembed.similarity import Ids, Ints
 
 __all__ = [
@@ -160,7 +161,10 @@ def check_ids(ids: Any, *, owner: str) -> Ids | None:
     if ids is None:
         return None
     values = read_ids(ids, owner=owner)
-    return np.array(values, dtype=object if values and isinstance(values[0], str) else np.int64)
+    if values and isinstance(values[0], str):
+        return np.array(values, dtype=object)
+    check_int64(values, subject=f"The `ids` parameter of `{owner}`", name="ids")
+    return np.array(values, dtype=np.int64)
 
 
 def check_new_ids(ids: Ids, old_ids: Ids, *, owner: str) -> None:

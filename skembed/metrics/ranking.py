@@ -353,9 +353,11 @@ def _compute_rankings(relevance: _Relevance, scores: _Scores, cuts: Ints, *, own
         )
     else:
         rankings = _rank_arrays(relevance, scores, owner=owner)
+    listed = list(rankings)
+    longest = max(max(len(each.gains), len(each.positives)) for each in listed)
     # The same logarithm as C's, so that sums are equal to the last bit.
-    discounts = np.array([math.log2(rank + 2) for rank in range(cuts.max())])
-    return np.array([_score_ranking(ranking, cuts, discounts) for ranking in rankings])
+    discounts = np.array([math.log2(rank + 2) for rank in range(min(longest, cuts.max()))])
+    return np.array([_score_ranking(ranking, cuts, discounts) for ranking in listed])
 
 
 def _score_ranking(ranking: _Ranking, cuts: Ints, discounts: Floats) -> list[Floats]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from skembed._validation import check_bool, check_int, check_real, check_string
+from skembed._validation import check_bool, check_int, check_real, check_string, name_our_words
 from skembed.embedding import check_text_column
 from skembed.plotting.drawing import (
     draw_legend,
@@ -121,6 +121,7 @@ class EmbeddingMapDisplay:
     ['cats', 'dogs']
     """
 
+    @name_our_words
     def __init__(
         self,
         coordinates: Any,
@@ -391,11 +392,11 @@ class EmbeddingMapDisplay:
         ImportError
             If matplotlib is not installed.
         """
-        for name, value in (("annotate", annotate), ("legend", legend)):
-            check_bool(value, name=name, owner=_OWNER)
+        annotate = check_bool(annotate, name="annotate", owner=_OWNER)
+        legend = check_bool(legend, name="legend", owner=_OWNER)
         limits: dict[str, Any] = {"owner": _OWNER, "low": 0, "inclusive": "right"}
-        check_real(point_size, name="point_size", allow_none=True, **limits)
-        check_real(alpha, name="alpha", high=1, allow_none=True, **limits)
+        point_size = check_real(point_size, name="point_size", allow_none=True, **limits)
+        alpha = check_real(alpha, name="alpha", high=1, allow_none=True, **limits)
         positions, groups = self._read()
         axes = make_figure() if ax is None else ax
         set_frame(axes, positions, groups)
@@ -469,9 +470,9 @@ class EmbeddingMapDisplay:
         ImportError
             If plotly is not installed.
         """
-        check_bool(annotate, name="annotate", owner=_OWNER)
-        check_int(text_length, name="text_length", owner=_OWNER, low=1)
-        check_string(title, name="title", owner=_OWNER, allow_none=True)
+        annotate = check_bool(annotate, name="annotate", owner=_OWNER)
+        text_length = check_int(text_length, name="text_length", owner=_OWNER, low=1)
+        title = check_string(title, name="title", owner=_OWNER, allow_none=True)
         positions, groups = self._read()
         texts = self._read_texts(len(positions))
         return make_plotly(

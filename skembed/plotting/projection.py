@@ -11,11 +11,10 @@ import numpy.typing as npt
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.pipeline import Pipeline
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from skembed._inputs import check_texts
-from skembed._validation import check_choice, import_optional
+from skembed._validation import check_choice, check_seed, import_optional
 from skembed.embedding import FloatArray, check_text_column, check_vectorizer, embed
 from skembed.exceptions import SkembedWarning
 
@@ -227,7 +226,7 @@ def _check_plane(coordinates: Any, n: int, reducer: Any, *, owner: str) -> _Coor
 
 def _make_reducer(reducer: Any, shape: tuple[int, ...], *, random_state: Any, owner: str) -> Any:
     """Return a fresh reducer to two dimensions."""
-    check_random_state(random_state)
+    random_state = check_seed(random_state, name="random_state", owner=owner)
     n, dim = shape
     if isinstance(reducer, str):
         check_choice(reducer, name="reducer", owner=owner, allowed=("umap", "pca"))

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.utils import check_random_state
 
-from skembed._validation import check_choice, check_int, check_real
+from skembed._validation import check_choice, check_int, check_real, check_seed
 from skembed.search.top_k import BLOCK_BYTES, top_k_blocks
 from skembed.similarity import (
     Indices,
@@ -21,11 +21,12 @@ from skembed.similarity import (
     paired_dot,
 )
 
-__all__ = ["SAMPLINGS", "STRATEGIES", "check_rule", "select_negatives"]
+__all__ = ["MAX_NEGATIVES", "SAMPLINGS", "STRATEGIES", "check_rule", "select_negatives"]
 
 # The thresholds that NV-Retriever (arXiv 2407.15831) found best.
 STRATEGIES = {"perc_pos": 0.95, "margin_pos": 0.05}
 SAMPLINGS = ("top", "random")
+MAX_NEGATIVES = 1_000_000  # of one anchor; each takes memory, found or not
 # "random" draws from this many times `n_negatives`: NV-Retriever's 4 of the 10 best.
 _POOL_FACTOR = 2.5
 
@@ -119,7 +120,7 @@ def check_rule(
     n_negatives: Any, strategy: Any, threshold: Any, sampling: Any, *, owner: str
 ) -> tuple[int, float]:
     """Check the parameters of a selection; return `n_negatives` and the threshold in force."""
-    n_negatives = check_int(n_negatives, name="n_negatives", owner=owner, low=1)
+    n_negatives = check_int(n_negatives, name="n_negatives", owner=owner, low=1, high=MAX_NEGATIVES)
     strategy = check_choice(strategy, name="strategy", owner=owner, allowed=tuple(STRATEGIES))
     check_choice(sampling, name="sampling", owner=owner, allowed=SAMPLINGS)
     if threshold is None:
@@ -145,7 +146,8 @@ def _draw(
 ) -> TopK:
     """Return `n_negatives` columns of each row, drawn without replacement, best first."""
     # Row by row from one stream: mining in several calls draws as mining in one.
-    order = check_random_state(random_state).random_sample(best.indices.shape)
+    seed = check_seed(random_state, name="random_state", owner="select_negatives")
+    order = check_random_state(seed).random_sample(best.indices.shape)
     order[best.indices < 0] = 2  # after every number that can be drawn
     columns = np.argsort(order, axis=1, kind="stable")[:, :n_negatives]
     columns.sort(axis=1)

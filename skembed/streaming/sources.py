@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skembed._inputs import TextColumns, check_texts
-from skembed._validation import import_optional
+from skembed._validation import check_int64, import_optional
 
 __all__ = ["Block", "ID_COLUMN", "TextSource", "check_block", "extend_digest", "open_source"]
 
@@ -387,7 +387,10 @@ def _make_ids(pa: Any, values: list[Any], start: int, kind: Any, *, owner: str) 
                 f"The `ids` parameter of `{owner}` must hold int or str, all of one type; "
                 f"ids[{position}] is a {type(value).__name__} instead of {names}."
             )
-    return pa.array(plain, type=pa.string() if allowed == (str,) else pa.int64())
+    if allowed == (str,):
+        return pa.array(plain, type=pa.string())
+    check_int64(plain, subject=f"The `ids` parameter of `{owner}`", name="ids", start=start)
+    return pa.array(plain, type=pa.int64())
 
 
 def _check_id_count(wrong: bool, count: int, *, owner: str) -> None:

@@ -11,15 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from skembed._files import hold_lock
 from skembed._inputs import TextColumns
-from skembed._validation import check_bool, check_choice, check_int, check_string, import_optional
+from skembed._validation import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_string,
+    import_optional,
+    list_items,
+    parameter_error,
+)
 from skembed.exceptions import SkembedWarning
 from skembed.inference.encoder import Encoder, warn_truncated
-from skembed.inference.engine import NUMERICS_VERSION, PROGRESS_DELAY_S
+from skembed.inference.engine import NUMERICS_VERSION
 from skembed.inference.settings import OWNER, SIDES
+from skembed.progress import progress_bar
 from skembed.streaming.manifest import Manifest, read_manifest, write_manifest
 from skembed.streaming.sources import Block, TextSource, check_block, extend_digest, open_source
 from skembed.streaming.targets import (
@@ -79,10 +87,10 @@ def write_embeddings(
 ) -> StreamReport:
     """Do the work of `NVEmbedVectorizer.transform_to` for the encoder of a vectorizer."""
     rows = check_int(rows_per_shard, name="rows_per_shard", owner=METHOD, low=1)
-    check_choice(side, name="side", owner=METHOD, allowed=SIDES)
-    for name, value in (("use_cache", use_cache), ("overwrite", overwrite)):
-        check_bool(value, name=name, owner=METHOD)
-    check_string(embedding_column, name="embedding_column", owner=METHOD)
+    side = check_choice(side, name="side", owner=METHOD, allowed=SIDES)
+    use_cache = check_bool(use_cache, name="use_cache", owner=METHOD)
+    overwrite = check_bool(overwrite, name="overwrite", owner=METHOD)
+    embedding_column = check_string(embedding_column, name="embedding_column", owner=METHOD)
     target = make_target(path, format, embedding_column=embedding_column, owner=METHOD)
     keep = _check_keep(keep_columns, ids, target)
     source = open_source(X, column=column, keep_columns=keep, ids=ids, owner=METHOD)
@@ -139,9 +147,9 @@ class _Run:
     def read(self) -> StreamReport:
         """Go through the source: compare complete shards, embed all others."""
         parameters = self.encoder.settings.parameters
-        delay = 0.0 if parameters.verbose else PROGRESS_DELAY_S
         start, index = 0, -1
-        with tqdm(total=self.source.n_rows, unit="text", desc="streaming", delay=delay) as bar:
+        total = self.source.n_rows
+        with progress_bar(parameters.verbose, total=total, unit="text", desc="streaming") as bar:
             for index, block in enumerate(self.source.read(self.rows)):
                 columns = check_block(block, start, owner=METHOD, missing=parameters.missing)
                 self.digest = extend_digest(self.digest, columns, block.carried)
@@ -345,23 +353,24 @@ class _Run:
 
 def _check_keep(keep_columns: Any, ids: Any, target: Target) -> list[str]:
     """Return the names of the columns to carry along; only Parquet has room for them."""
-    if isinstance(keep_columns, str) or not isinstance(keep_columns, Sequence):
-        raise TypeError(
-            f"The `keep_columns` parameter of `{METHOD}` must be a list of column names; got a "
-            f"{type(keep_columns).__name__}."
+    columns = list_items(keep_columns)
+    if columns is None or not all(isinstance(column, str) for column in columns):
+        expected, kind = "a list of column names", TypeError
+        raise parameter_error(
+            keep_columns, name="keep_columns", owner=METHOD, expected=expected, kind=kind
         )
-    for name, given in (("keep_columns", bool(keep_columns)), ("ids", ids is not None)):
+    for name, given in (("keep_columns", bool(columns)), ("ids", ids is not None)):
         if given and target.layout == "npy":
             raise ValueError(
                 f"The `{name}` parameter of `{METHOD}` needs format='parquet': a .npy file has no "
                 "room for it. Its rows are in the order of the source."
             )
-    if isinstance(target, ParquetTarget) and target.embedding_column in keep_columns:
+    if isinstance(target, ParquetTarget) and target.embedding_column in columns:
         raise ValueError(
             f"The `embedding_column` parameter of `{METHOD}` must be no column of `keep_columns`; "
             f"got {target.embedding_column!r}."
         )
-    return list(keep_columns)
+    return columns
 
 
 def open_embeddings(path: str | os.PathLike[str], *, verify: bool = False) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skembed._files import name_of_partial, remove_leftovers, replace_file, sync_folder
-from skembed._validation import check_choice, import_optional
+from skembed._validation import check_choice, check_path, import_optional
 
 __all__ = [
     "Array",
@@ -252,12 +252,9 @@ def explain_write_error(error: OSError, target: Target, index: int, n_rows: int)
 
 
 def _check_path(path: Any, *, owner: str) -> Path:
-    """Return the absolute path; raise TypeError for anything else."""
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise TypeError(
-            f"The `path` parameter of `{owner}` must be a path; got a {type(path).__name__}."
-        )
-    return Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
+    """Return the absolute path; raise TypeError or ValueError for anything else."""
+    text = check_path(path, name="path", owner=owner)
+    return Path(os.path.abspath(os.path.expanduser(text)))
 
 
 def _is_partial(name: str) -> bool:

@@ -292,7 +292,7 @@ def _check_loss(examples: Examples, trainer: ContrastiveTrainer, where: str) -> 
         )
     if examples.loss == "infonce" and not has_own and not in_batch:
         raise ValueError(
-            f"With `in_batch_negatives=False` every example needs negatives of its own{where}: "
-            "pass rows (anchor, positive, negative, ...), `mine_negatives='perc_pos'`, or an "
-            "`n_negatives` above 0 for class labels."
+            "The `in_batch_negatives` parameter of `ContrastiveTrainer` is False, so every example "
+            f"needs negatives of its own{where}: pass rows (anchor, positive, negative, ...), "
+            "`mine_negatives='perc_pos'`, or an `n_negatives` above 0 for class labels."
         )

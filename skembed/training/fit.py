@@ -65,13 +65,13 @@ def fit_adapter(
     *,
     max_length: int,
     initial: Adapter | None = None,
-    progress: bool | None = None,
+    progress: bool = False,
 ) -> FitResult:
     """Train an adapter on one or several tasks, from `initial` if given; `base` does not change.
 
-    `source` has the pooling weights in their published form. `progress`: True shows a bar, False
-    none, None one after three seconds. Raises ValueError, CheckpointError and OSError before
-    training starts, TrainingError if it cannot continue.
+    `source` has the pooling weights in their published form. `progress` shows a bar. Raises
+    ValueError, CheckpointError and OSError before training starts, TrainingError if it cannot
+    continue.
     """
     processes = active_processes()
     identity = {}
@@ -100,7 +100,7 @@ def fit_adapter(
         validation=join_validations(validations) if validations else None,
         mine=partial(_mine_task, trainer=trainer) if trainer.mine_negatives else None,
         checkpoints=checkpoints,
-        show_progress=progress if processes.is_first else False,
+        show_progress=progress and processes.is_first,
         processes=processes,
     )
     return FitResult(adapter, history, table.n_truncated, len(table.ids))

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from skembed.adapters.adapter import Adapter
 from skembed.adapters.lora import DropoutMasks, TrainablePooling, insert_lora, share_weights
@@ -26,6 +25,7 @@ from skembed.exceptions import TrainingError
 from skembed.history import STEP_COLUMNS, TrainingHistory
 from skembed.model.loaded import LoadedModel
 from skembed.model.network import load_pooling
+from skembed.progress import progress_bar
 from skembed.training.batches import Batch, BatchPlan, TaskSampler, TextTable
 from skembed.training.losses import backward_in_chunks, batch_loss
 from skembed.training.state import Checkpoints
@@ -37,13 +37,11 @@ __all__ = [
     "CPU_KEPT_TOKENS",
     "GATHERED_CHUNKS",
     "N_VALIDATIONS",
-    "PROGRESS_DELAY_S",
     "compute_learning_rate",
     "run_training",
 ]
 
 logger = logging.getLogger(__name__)
-PROGRESS_DELAY_S = 3.0
 CPU_CHUNK_TOKENS = 2_048
 # Tokens whose activations are held at once, where the chunk's size is left to us: a batch up to
 # this many is embedded once instead of twice.
@@ -251,7 +249,7 @@ def run_training(
     validation: Validation | None = None,
     mine: Callable[[TaskSampler, Embed], np.ndarray] | None = None,
     checkpoints: Checkpoints | None = None,
-    show_progress: bool | None = None,
+    show_progress: bool = False,
     processes: Processes | None = None,
 ) -> tuple[Adapter, TrainingHistory]:
     """Train an adapter: return the last one, or with `early_stopping` the best, and the history.
@@ -266,14 +264,8 @@ def run_training(
     saved = processes.on_first(lambda: None if checkpoints is None else checkpoints.read())
     progress = _Progress() if saved is None else _resume(learner, saved, plan)
     history = progress.history
-    bar = tqdm(
-        total=n_steps,
-        initial=progress.step,
-        unit="step",
-        desc="training",
-        delay=0.0 if show_progress else PROGRESS_DELAY_S,
-        disable=show_progress is False or progress.done,
-    )
+    show = show_progress and not progress.done
+    bar = progress_bar(show, total=n_steps, initial=progress.step, unit="step", desc="training")
     try:
         if validation is not None and progress.step == 0:
             _validate(learner, validation, progress)

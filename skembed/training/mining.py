@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from sklearn.utils import check_random_state
-from tqdm.auto import tqdm
 
-from skembed._validation import check_bool, check_int
+from skembed._validation import check_bool, check_int, check_seed
 from skembed.embedding import check_vectorizer, embed, embed_pairs
 from skembed.exceptions import SkembedWarning
+from skembed.progress import progress_bar
 from skembed.search.negatives import check_rule, select_negatives
 from skembed.search.top_k import BLOCK_BYTES
 from skembed.similarity import Indices, Vectors, normalize_rows, paired_dot
@@ -256,15 +256,15 @@ def mine_hard_negatives(
     ('my card was stolen', 'report a stolen card', 'replace a broken card')
     """
     n_negatives, threshold = check_rule(n_negatives, strategy, threshold, sampling, owner=OWNER)
-    check_bool(verbose, name="verbose", owner=OWNER)
-    random_state = check_random_state(random_state)
+    verbose = check_bool(verbose, name="verbose", owner=OWNER)
+    seed = check_seed(random_state, name="random_state", owner=OWNER)
     check_vectorizer(vectorizer, subject=f"The `vectorizer` parameter of `{OWNER}`")
     rule = {
         "n_negatives": n_negatives,
         "strategy": strategy,
         "threshold": threshold,
         "sampling": sampling,
-        "random_state": random_state,
+        "random_state": check_random_state(seed),
     }
     task = read_task(X, y, corpus)
     mined = _mine(task, vectorizer, rule=rule, verbose=verbose)
@@ -316,7 +316,7 @@ def _mine(
     indices = np.full((n, width), -1, dtype=np.int64)
     scores = np.full((n, width), np.nan, dtype=np.float32)
     positive_scores = np.empty(n, dtype=np.float32)
-    with tqdm(total=n, desc="Mining", unit="anchor", disable=not verbose) as bar:
+    with progress_bar(verbose, total=n, desc="mining", unit="anchor") as bar:
         for rows in _cut_anchors(task, dim=documents.shape[1]):
             anchors = queries[query_rows[task.anchors[rows]]]
             positives = documents[document_rows[task.positives[rows]]]

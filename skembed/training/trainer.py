@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from sklearn.base import BaseEstimator
 
-from skembed._validation import check_bool, check_choice, check_int, check_real
+from skembed._validation import (
+    LARGEST_SEED,
+    CheckedParameters,
+    Rule,
+    check_bool,
+    check_choice,
+    check_int,
+    check_path,
+    check_real,
+    check_string,
+    list_items,
+    or_word,
+    parameter_error,
+)
+from skembed.search.negatives import MAX_NEGATIVES
 
 __all__ = ["ContrastiveTrainer", "LOSSES", "MINING_RULES", "OWNER", "check_trainer"]
 
@@ -16,7 +32,56 @@ LOSSES = ("auto", "infonce", "cosent")
 MINING_RULES = ("perc_pos", "margin_pos")
 
 
-class ContrastiveTrainer(BaseEstimator):
+def _check_targets(value: Any, *, name: str, owner: str) -> str | list[str]:
+    """Return a pattern or a list of names; whether they match shows once the model is loaded."""
+    if isinstance(value, str) and value:
+        return check_string(value, name=name, owner=owner)
+    items = list_items(value)
+    if items and all(isinstance(each, str) and each for each in items):
+        return [str(each) for each in items]
+    expected = "'all-linear', a pattern, or a list of layer names"
+    raise parameter_error(value, name=name, owner=owner, expected=expected, kind=TypeError)
+
+
+_MAX_RANK = 16_384  # wider than the layers, a rank only takes memory
+_check_count = partial(check_int, low=1)
+_check_bound = partial(check_int, low=1, allow_none=True)
+_check_positive = partial(check_real, low=0, inclusive="neither")
+_check_share = partial(check_real, low=0, high=1, inclusive="left")
+_RULES: dict[str, Rule] = {
+    "r": partial(check_int, low=1, high=_MAX_RANK),
+    "lora_alpha": _check_positive,
+    "lora_dropout": _check_share,
+    "target_modules": _check_targets,
+    "train_pooling": check_bool,
+    "loss": partial(check_choice, allowed=LOSSES),
+    "temperature": _check_positive,
+    "in_batch_negatives": check_bool,
+    "n_negatives": partial(check_int, low=0, high=MAX_NEGATIVES),
+    "mine_negatives": partial(check_choice, allowed=(None, *MINING_RULES)),
+    "remine": check_bool,
+    "blend_tasks": check_bool,
+    "epochs": _check_count,
+    "max_steps": _check_bound,
+    "batch_size": _check_count,
+    "batch_tokens": or_word("auto", _check_count),
+    "gradient_checkpointing": check_bool,
+    "learning_rate": _check_positive,
+    "warmup_ratio": _check_share,
+    "weight_decay": partial(check_real, low=0),
+    "max_grad_norm": _check_positive,
+    "validation_fraction": _check_share,
+    "early_stopping": check_bool,
+    "patience": _check_count,
+    "warm_start": check_bool,
+    "checkpoint_dir": partial(check_path, expected="a folder", allow_none=True),
+    "checkpoint_steps": _check_bound,
+    "random_state": partial(check_int, low=0, high=LARGEST_SEED, allow_none=True),
+    "verbose": check_bool,
+}
+
+
+class ContrastiveTrainer(CheckedParameters, BaseEstimator):
     """Parameters of contrastive fine-tuning with LoRA adapters.
 
     A plain parameter object with `get_params` and `set_params`, handed to a vectorizer as
@@ -93,7 +158,7 @@ class ContrastiveTrainer(BaseEstimator):
         Seed of initial weights, batches, dropout and validation split. Equal seeds give equal
         adapters on one machine with the same number of threads.
     verbose : bool, default=False
-        Show the progress bar at once instead of after three seconds.
+        Show a progress bar, as `verbose` of the vectorizer does.
 
     See Also
     --------
@@ -121,6 +186,8 @@ class ContrastiveTrainer(BaseEstimator):
     >>> len(emb.history_)
     2
     """
+
+    _rules = _RULES
 
     def __init__(
         self,
@@ -186,77 +253,23 @@ class ContrastiveTrainer(BaseEstimator):
         self.verbose = verbose
 
 
-def check_trainer(trainer: ContrastiveTrainer) -> None:
-    """Check types and values of all parameters; raise TypeError or ValueError."""
-    values = trainer.get_params(deep=False)
-    for name, low in (
-        ("r", 1),
-        ("n_negatives", 0),
-        ("epochs", 1),
-        ("batch_size", 1),
-        ("patience", 1),
-    ):
-        check_int(values[name], name=name, owner=OWNER, low=low)
-    for name in ("max_steps", "checkpoint_steps"):
-        check_int(values[name], name=name, owner=OWNER, low=1, allow_none=True)
-    check_int(
-        trainer.random_state, name="random_state", owner=OWNER, low=0, high=2**32 - 1,
-        allow_none=True,
-    )  # fmt: skip
-    for name in (
-        "train_pooling",
-        "in_batch_negatives",
-        "remine",
-        "blend_tasks",
-        "gradient_checkpointing",
-        "early_stopping",
-        "warm_start",
-        "verbose",
-    ):
-        check_bool(values[name], name=name, owner=OWNER)
-    for name in ("lora_alpha", "temperature", "learning_rate", "max_grad_norm"):
-        check_real(values[name], name=name, owner=OWNER, low=0, inclusive="neither")
-    for name in ("lora_dropout", "warmup_ratio", "validation_fraction"):
-        check_real(values[name], name=name, owner=OWNER, low=0, high=1, inclusive="left")
-    check_real(trainer.weight_decay, name="weight_decay", owner=OWNER, low=0)
-    check_choice(trainer.loss, name="loss", owner=OWNER, allowed=LOSSES)
-    check_choice(
-        trainer.mine_negatives, name="mine_negatives", owner=OWNER, allowed=(None, *MINING_RULES)
-    )
-    if trainer.batch_tokens != "auto":
-        check_int(trainer.batch_tokens, name="batch_tokens", owner=OWNER, low=1)
-    _check_others(trainer)
-
-
-def _check_others(trainer: ContrastiveTrainer) -> None:
-    """Check what has no plain range, and what parameters ask of each other."""
-    targets, directory = trainer.target_modules, trainer.checkpoint_dir
-    # Whether the names match shows once the model is loaded.
-    plain = isinstance(targets, str) or (
-        isinstance(targets, Sequence) and all(isinstance(name, str) for name in targets)
-    )
-    if not plain or not targets:
-        raise TypeError(
-            f"The `target_modules` parameter of `{OWNER}` must be 'all-linear', a pattern, or a "
-            f"list of layer names; got {targets!r}."
-        )
-    if directory is not None and not isinstance(directory, (str, os.PathLike)):
-        raise TypeError(
-            f"The `checkpoint_dir` parameter of `{OWNER}` must be a folder or None; got "
-            f"{type(directory).__name__}."
-        )
-    if trainer.early_stopping and not trainer.validation_fraction:
+def check_trainer(trainer: ContrastiveTrainer) -> ContrastiveTrainer:
+    """Return a copy with built-in values; raise TypeError or ValueError for what is not allowed."""
+    checked = copy.copy(trainer)
+    checked.__dict__.update(vars(trainer._checked()))
+    if checked.early_stopping and not checked.validation_fraction:
         raise ValueError(
             f"The `early_stopping` parameter of `{OWNER}` needs a `validation_fraction` above 0; "
             "got 0. Pass `validation_fraction=0.1`, say."
         )
-    if trainer.mine_negatives is not None and not trainer.n_negatives:
+    if checked.mine_negatives is not None and not checked.n_negatives:
         raise ValueError(
             f"The `n_negatives` parameter of `{OWNER}` must be above 0 where `mine_negatives` is "
             "set; got 0."
         )
-    if trainer.remine and trainer.mine_negatives is None:
+    if checked.remine and checked.mine_negatives is None:
         raise ValueError(
             f"The `remine` parameter of `{OWNER}` needs `mine_negatives`; got None. Pass "
             "`mine_negatives='perc_pos'`."
         )
+    return checked

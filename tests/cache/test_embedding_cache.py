@@ -505,7 +505,7 @@ def test_default_cache_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({id(cache) for cache in found}) == 1
 
 
-@pytest.mark.parametrize("value", [3, True, b"bytes", ["memory"], EmbeddingCache])
+@pytest.mark.parametrize("value", [3, 1, b"bytes", ["memory"], EmbeddingCache])
 def test_resolve_cache_refuses_other_types(value: object) -> None:
     with pytest.raises(TypeError, match="The `cache` parameter of .* must be None, 'memory', a"):
         resolve_cache(value)

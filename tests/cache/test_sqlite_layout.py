@@ -169,7 +169,8 @@ def test_default_type(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "error"), [("float64", ValueError), ("Float16", ValueError), (np.float16, TypeError)]
+    ("value", "error"),
+    [("float64", ValueError), ("Float16", ValueError), (np.float64, ValueError), (16, TypeError)],
 )
 def test_other_types_do_not_exist(value: str, error: type[Exception]) -> None:
     with pytest.raises(error, match="`dtype` parameter of `EmbeddingCache` must be one of"):

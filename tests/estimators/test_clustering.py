@@ -307,7 +307,7 @@ def test_instances_are_cloned() -> None:
     ("parameters", "error", "match"),
     [
         ({"n_clusters": 81}, ValueError, "`n_clusters` .* at most the number of texts, 80; got 81"),
-        ({"n_clusters": 0}, ValueError, r"`n_clusters` .* an int in \[1, inf\); got 0"),
+        ({"n_clusters": 0}, ValueError, r"`n_clusters` .* an int in \[1, inf\) or None; got 0"),
         ({"n_clusters": [2, 90]}, ValueError, "at most the number of texts"),
         ({"n_clusters": []}, ValueError, "at least one int"),
         ({"n_clusters": "many"}, ValueError, "`n_clusters` .* one of 'auto'"),

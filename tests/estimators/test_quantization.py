@@ -313,7 +313,7 @@ def test_not_fitted(precision: str, corpus: np.ndarray) -> None:
     [
         ({"precision": "int4"}, ValueError, "must be one of 'int8', 'uint8', 'binary'; got 'int4'"),
         ({"precision": 8}, TypeError, "`precision` parameter of `EmbeddingQuantizer`"),
-        ({"quantile_range": 0.9}, TypeError, r"pair of numbers, such as \(0.5, 99.5\); got float"),
+        ({"quantile_range": 0.9}, TypeError, r"pair of numbers, such as \(0.5, 99.5\); got 0.9"),
         ({"quantile_range": (99, 1)}, ValueError, r"must rise, .* got \(99, 1\)"),
         ({"quantile_range": (0, 101)}, ValueError, r"finite number in \[0, 100\]; got 101"),
     ],

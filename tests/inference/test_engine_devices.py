@@ -150,7 +150,7 @@ def test_wrong_lists_of_devices(device: list[str], message: str) -> None:
         make_vectorizer().set_params(device=device).fit(["a"])
 
 
-@pytest.mark.parametrize("device", [0, [0, 1], ["cpu", None], {"cpu"}, None])
+@pytest.mark.parametrize("device", [0.5, [0, 0.5], ["cpu", ["cpu"]], {"cpu"}, True])
 def test_devices_of_a_wrong_type(device: Any) -> None:
     with pytest.raises(TypeError, match="`device` parameter of `NVEmbedVectorizer` must be a str"):
         make_vectorizer().set_params(device=device).fit(["a"])

@@ -134,12 +134,12 @@ def test_each_parameter_takes_effect_at_once() -> None:
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [
-        ("normalize", True, 1),
+        ("normalize", True, 1.0),
         ("max_length", 512, 512.0),
         ("truncate_dim", 1, True),
         ("batch_tokens", 64, 64.0),
         ("n_jobs", 1, True),
-        ("verbose", False, 0),
+        ("verbose", False, 0.0),
     ],
 )
 def test_an_equal_value_of_another_type_is_checked(name: str, good: Any, bad: Any) -> None:

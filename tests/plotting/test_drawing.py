@@ -130,7 +130,7 @@ def test_map_can_be_saved_and_pickled(blobs: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"annotate": 1}, TypeError, "`annotate` parameter of `EmbeddingMapDisplay` must be True"),
+        ({"annotate": 2}, TypeError, "`annotate` parameter of `EmbeddingMapDisplay` must be True"),
         ({"point_size": 0}, ValueError, "`point_size` parameter.*got 0"),
         ({"alpha": 1.5}, ValueError, r"`alpha` parameter.*in \(0, 1\].*got 1.5"),
         ({"size": 3}, TypeError, "unexpected keyword"),

@@ -77,7 +77,7 @@ BAD[3, 3] = np.nan
         (np.eye(1), {"reducer": "pca"}, ValueError, "at least 2 texts to make a map; got 1"),
         (np.eye(3), {"reducer": "tsne"}, ValueError, "`reducer` parameter.*'umap', 'pca'"),
         (np.eye(3), {"reducer": 3}, TypeError, "transformer with `fit_transform`"),
-        (np.eye(3), {"random_state": "zero"}, ValueError, "seed"),
+        (np.eye(3), {"random_state": "zero"}, TypeError, "`random_state` parameter"),
         (np.eye(3), {"texts": ["a", "b"]}, ValueError, "must hold 3 texts, one a point; got 2"),
         (np.eye(3), {"texts": "abc"}, TypeError, "`texts` parameter.*bare str"),
         (np.eye(3), {"y": [0, 1]}, ValueError, "one label a text"),

@@ -209,7 +209,7 @@ PAIRS = [
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"n_negatives": 0}, ValueError, r"`n_negatives` .* int in \[1, inf\); got 0"),
+        ({"n_negatives": 0}, ValueError, r"`n_negatives` .* int in \[1, 1000000\]; got 0"),
         ({"n_negatives": 2.0}, TypeError, "`n_negatives` .* got 2.0"),
         ({"strategy": "perc"}, ValueError, "`strategy` .* 'perc_pos', 'margin_pos'; got 'perc'"),
         ({"strategy": None}, TypeError, "`strategy`"),
@@ -219,7 +219,7 @@ PAIRS = [
         ({"threshold": np.nan}, ValueError, "`threshold` .* finite"),
         ({"threshold": "0.9"}, TypeError, "`threshold`"),
         ({"threshold": -0.1, "strategy": "margin_pos"}, ValueError, r"`threshold` .* in \[0, 2\]"),
-        ({"random_state": "seed", "sampling": "random"}, ValueError, "seed"),
+        ({"random_state": "seed", "sampling": "random"}, TypeError, "`random_state` parameter"),
     ],
 )
 def test_wrong_rules(changes: dict[str, Any], error: type, message: str) -> None:

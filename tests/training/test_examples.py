@@ -448,7 +448,7 @@ def test_tasks_of_arrays_compare_by_identity():
         ("weight", True, TypeError, "got True"),
         ("weight", "2", TypeError, "got '2'"),
         ("weight", None, TypeError, "got None"),
-        ("in_batch_negatives", 1, TypeError, "True or False; got 1"),
+        ("in_batch_negatives", 2, TypeError, "True or False; got 2"),
         ("in_batch_negatives", "no", TypeError, "True or False; got 'no'"),
         ("instruction", 7, TypeError, "a str or None; got 7"),
         ("document_instruction", ["a"], TypeError, "a str or None; got a list"),

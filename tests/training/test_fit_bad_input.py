@@ -111,7 +111,7 @@ BAD_TRAINERS: list[tuple[str, Any, type[Exception]]] = [
             "warm_start",
             "verbose",
         )
-        for value in (1, None)
+        for value in (2, None)
     ],
     ("loss", "triplet", ValueError),
     ("loss", None, (TypeError, ValueError)),
