@@ -28,6 +28,7 @@ __all__ = [
     "check_fields",
     "find_inside",
     "hold_lock",
+    "make_hidden_folder",
     "name_of_partial",
     "open_file",
     "read_file",
@@ -120,9 +121,7 @@ def read_json(path: str | os.PathLike[str], *, limit: int = MAX_JSON_BYTES) -> d
     return values
 
 
-def read_manifest(
-    path: Path, *, kind: str, form: str, version: int, advice: str
-) -> dict[str, Any]:
+def read_manifest(path: Path, *, kind: str, form: str, version: int, advice: str) -> dict[str, Any]:
     """Return the manifest of a folder that skembed wrote, of this `form` and version.
 
     `kind` names what lies there, such as "index"; `advice` is the next step after damage. Raises
@@ -188,8 +187,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     time: the last one stays. Every error of the disk is an OSError that names `path`.
     """
     remove_leftovers(path.parent, path.name)
-    token = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-    folder = path.with_name(f".{path.name}.{token}.partial")
+    folder = _name_hidden(path)
     try:
         folder.mkdir(mode=0o700)
         partial = folder / path.name
@@ -205,6 +203,22 @@ def replace_file(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sync_folder(path.parent)
+
+
+def make_hidden_folder(path: Path) -> Path:
+    """Make a hidden folder beside `path`, for this process alone, as `replace_file` does.
+
+    The caller removes it; what a killed process left, `remove_leftovers` does.
+    """
+    folder = _name_hidden(path)
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def _name_hidden(path: Path) -> Path:
+    """Return the path of a hidden folder beside `path` that no other call returns."""
+    token = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{token}.partial")
 
 
 _PARTIAL = re.compile(
@@ -324,10 +338,9 @@ def hold_lock(path: Path, *, subject: str) -> Iterator[None]:
         yield
     finally:
         # Deleted before it is unlocked, so that a process that opened it meanwhile can tell.
-        with contextlib.suppress(OSError):
+        suppress = contextlib.suppress(OSError)
+        with suppress, contextlib.closing(file), contextlib.suppress(OSError):
             path.unlink()
-        with contextlib.suppress(OSError):
-            file.close()
 
 
 def _open_locked(path: Path, *, subject: str) -> BinaryIO:
@@ -364,9 +377,9 @@ def _open_lock(path: Path) -> BinaryIO:
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EMLINK):
             raise
-        raise OSError(error.errno, "A link stands where the lock belongs; remove it", str(path)) from (
-            error
-        )
+        raise OSError(
+            error.errno, "A link stands where the lock belongs; remove it", str(path)
+        ) from (error)
     if stat.S_ISREG(os.fstat(handle).st_mode):
         file = os.fdopen(handle, "a+b")
         file.seek(0)
