@@ -28,6 +28,7 @@ __all__ = [
     "check_fields",
     "find_inside",
     "hold_lock",
+    "make_hidden_folder",
     "name_of_partial",
     "open_file",
     "read_file",
@@ -186,8 +187,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     time: the last one stays. Every error of the disk is an OSError that names `path`.
     """
     remove_leftovers(path.parent, path.name)
-    token = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-    folder = path.with_name(f".{path.name}.{token}.partial")
+    folder = _name_hidden(path)
     try:
         folder.mkdir(mode=0o700)
         partial = folder / path.name
@@ -203,6 +203,22 @@ def replace_file(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sync_folder(path.parent)
+
+
+def make_hidden_folder(path: Path) -> Path:
+    """Make a hidden folder beside `path`, for this process alone, as `replace_file` does.
+
+    The caller removes it; what a killed process left, `remove_leftovers` does.
+    """
+    folder = _name_hidden(path)
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def _name_hidden(path: Path) -> Path:
+    """Return the path of a hidden folder beside `path` that no other call returns."""
+    token = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{token}.partial")
 
 
 _PARTIAL = re.compile(
@@ -322,10 +338,9 @@ def hold_lock(path: Path, *, subject: str) -> Iterator[None]:
         yield
     finally:
         # Deleted before it is unlocked, so that a process that opened it meanwhile can tell.
-        with contextlib.suppress(OSError):
+        suppress = contextlib.suppress(OSError)
+        with suppress, contextlib.closing(file), contextlib.suppress(OSError):
             path.unlink()
-        with contextlib.suppress(OSError):
-            file.close()
 
 
 def _open_locked(path: Path, *, subject: str) -> BinaryIO:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,11 +40,13 @@ from skembed.model.checkpoint import (
 )
 from skembed.model.config import NVEmbedConfig
 from skembed.model.cpu_forward import pack_weights
+from skembed.model.files import find_file, has_file, read_steadily, replace_together
 from skembed.model.loaded import LoadedModel
-from skembed.model.network import load_pooling, pooling_shapes
+from skembed.model.network import load_pooling, pooling_shapes, without_autocast
 from skembed.model.pooling import FoldedLatentAttention, LatentAttention
 from skembed.model.sources import (
     ADAPTER_CONFIG_FILE,
+    ADAPTER_FILES,
     ADAPTER_WEIGHTS_FILE,
     CONTENT_DIGITS,
     POOLING_FILE,
@@ -172,6 +174,7 @@ class Adapter:
             )
         self._fits = config
 
+    @without_autocast()
     def _build_view(self, base: LoadedModel) -> LoadedModel:
         """Return a tree on the base's tensors, with adapted layers and pooling replaced."""
         model = share_weights(base.model)
@@ -198,22 +201,19 @@ class Adapter:
         base_name: str,
         base_revision: str | None,
         pooling_kind: str | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write peft's two files, the configuration last, and the pooling's if it was trained."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
+        """Write peft's two files, and the pooling's if it was trained.
+
+        All is written before an older adapter goes; `extra` maps the names of further JSON files
+        to their values.
+        """
         lora = {PEFT_PREFIX + name: tensor for name, tensor in self.lora.items()}
         header = {
             "base_fingerprint": self.base_fingerprint,
             "pooling": pooling_kind,
             "trained_pooling": bool(self.pooling),
         }
-        write_tensors(folder / ADAPTER_WEIGHTS_FILE, lora, {HEADER_KEY: json.dumps(header)})
-        if self.pooling:
-            pooling = {POOLING_PREFIX + name: tensor for name, tensor in self.pooling.items()}
-            write_tensors(folder / POOLING_FILE, pooling)
-        else:
-            (folder / POOLING_FILE).unlink(missing_ok=True)
         targets = self.settings.target_modules
         config = {
             **asdict(self.settings),
@@ -225,7 +225,15 @@ class Adapter:
             "inference_mode": True,
             "bias": "none",
         }
-        write_json(folder / ADAPTER_CONFIG_FILE, config)
+        last = ADAPTER_CONFIG_FILE
+        with replace_together(folder, last, is_stale=ADAPTER_FILES.__contains__) as staged:
+            write_tensors(staged / ADAPTER_WEIGHTS_FILE, lora, {HEADER_KEY: json.dumps(header)})
+            if self.pooling:
+                pooling = {POOLING_PREFIX + name: tensor for name, tensor in self.pooling.items()}
+                write_tensors(staged / POOLING_FILE, pooling)
+            for name, value in (extra or {}).items():
+                write_json(staged / name, value)
+            write_json(staged / ADAPTER_CONFIG_FILE, config)
 
     @classmethod
     def load(cls, folder: Path, config: NVEmbedConfig, base_fingerprint: str) -> Adapter:
@@ -237,22 +245,28 @@ class Adapter:
             If a key is missing, unexpected or of another shape, if the adapter was trained on
             another model, or if it uses settings that skembed does not compute.
         """
+        return read_steadily([folder], lambda: cls._load(folder, config, base_fingerprint))
+
+    @classmethod
+    def _load(cls, folder: Path, config: NVEmbedConfig, base_fingerprint: str) -> Adapter:
+        """Read the files as they are now."""
         settings = read_settings(read_json(folder / ADAPTER_CONFIG_FILE), folder)
-        header = read_header(folder / ADAPTER_WEIGHTS_FILE)
-        lora = {
-            model_layer(name): tensor
-            for name, tensor in read_tensors(folder / ADAPTER_WEIGHTS_FILE).items()
-        }
-        check_keys(lora, expected_shapes(config, settings), folder / ADAPTER_WEIGHTS_FILE)
+        header = read_header(folder)
+        shapes = expected_shapes(config, settings)
+        lora = read_tensors(
+            find_file(folder, ADAPTER_WEIGHTS_FILE),
+            model_layer,
+            lambda stored, path: check_keys(stored, shapes, path),
+        )
         pooling = {}
         # A trained pooling without its file must not fall back silently to the base model's.
-        if header.get("trained_pooling") or (folder / POOLING_FILE).is_file():
-            pooling = {
-                name.removeprefix(POOLING_PREFIX): tensor
-                for name, tensor in read_tensors(folder / POOLING_FILE).items()
-            }
-            check_keys(pooling, pooling_shapes(config), folder / POOLING_FILE)
-        adapter = cls(settings, lora, pooling, header.get("base_fingerprint", base_fingerprint))
+        if header.get("trained_pooling") or has_file(folder, POOLING_FILE):
+            pooling = read_tensors(
+                find_file(folder, POOLING_FILE),
+                lambda name: name.removeprefix(POOLING_PREFIX),
+                lambda stored, path: check_keys(stored, pooling_shapes(config), path),
+            )
+        adapter = cls(settings, lora, pooling, header.get("base_fingerprint") or base_fingerprint)
         adapter.check_base(base_fingerprint)
         return adapter
 
@@ -270,7 +284,8 @@ def merge_adapter(
         trained = adapter.pooling.get(name.removeprefix(POOLING_PREFIX))
         if name.startswith(BACKBONE_PREFIX) and layer in layers:
             a, b = (adapter.lora[f"{layer}.lora_{kind}.weight"] for kind in "AB")
-            merged = tensor.float() + adapter.settings.scaling * (b @ a)
+            with without_autocast():
+                merged = tensor.float() + adapter.settings.scaling * (b @ a)
             yield name, merged.to(tensor.dtype)
         elif name.startswith(POOLING_PREFIX) and trained is not None:
             yield name, trained.to(tensor.dtype)

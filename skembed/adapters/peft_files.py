@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from skembed.adapters.lora import LoraSettings
+from skembed.adapters.patterns import NamePattern
 from skembed.exceptions import CheckpointError
-from skembed.model.checkpoint import BACKBONE_PREFIX, open_tensors
+from skembed.model import weight_files
+from skembed.model.checkpoint import BACKBONE_PREFIX
+from skembed.model.files import find_file
 from skembed.model.pooling import POOLINGS
 from skembed.model.sources import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 
@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 PEFT_PREFIX = "base_model.model."
+_MAX_RANK = 1 << 20
 # Settings of peft that change the function, and that skembed does not compute, unless they are
 # null, false, "none" or empty.
 _REFUSED = (
@@ -48,34 +49,51 @@ def read_settings(values: Mapping[str, Any], folder: Path) -> LoraSettings:
     path = folder / ADAPTER_CONFIG_FILE
     kind = values.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(f"The peft_type in {path} must be 'LORA'; got {kind!r}.")
+        raise CheckpointError(f"The peft_type in {path} must be 'LORA'; got {kind!r:.60}.")
     for name in _REFUSED:
         value = values.get(name)
         if value is not None and value is not False and value not in ("none", [], {}):
             raise CheckpointError(
-                f"The {name} in {path} is {value!r}, which skembed does not compute. Merge the "
+                f"The {name} in {path} is {value!r:.60}, which skembed does not compute. Merge the "
                 "adapter into its base with peft (`merge_and_unload`), and load the result."
             )
     if values.get("init_lora_weights", True) not in _PLAIN_STARTS:
         raise CheckpointError(
-            f"The init_lora_weights in {path} is {values['init_lora_weights']!r}, which changes "
-            "the base weights. Convert the adapter with peft (`path_initial_model_for_weight_"
-            "conversion` of its `save_pretrained`), and load the result."
+            f"The init_lora_weights in {path} is {values['init_lora_weights']!r:.60}, which "
+            "changes the base weights. Convert the adapter with peft "
+            "(`path_initial_model_for_weight_conversion` of its `save_pretrained`), and load the "
+            "result."
         )
-    targets = values.get("target_modules")
-    try:
-        re.compile(targets if isinstance(targets, str) else "")
-        targets = targets if isinstance(targets, str) else tuple(sorted(targets or ()))
-        settings = LoraSettings(
-            int(values["r"]), float(values["lora_alpha"]), float(values["lora_dropout"]), targets
-        )
-    except (KeyError, TypeError, ValueError, re.error) as error:
-        raise CheckpointError(
-            f"{path} lacks or misstates r, lora_alpha, lora_dropout or target_modules: {error!r}."
-        ) from error
-    if settings.r < 1 or not targets:
-        raise CheckpointError(f"{path} must have r above 0 and target_modules; got {values!r}.")
-    return settings
+    targets = _read_targets(values.get("target_modules"), path)
+    r = values.get("r")
+    if type(r) is not int or not 1 <= r <= _MAX_RANK:
+        raise CheckpointError(f"The r in {path} must be an int in [1, {_MAX_RANK}]; got {r!r:.60}.")
+    for name, low, high in (("lora_alpha", -1e6, 1e6), ("lora_dropout", 0.0, 1.0)):
+        value = values.get(name)
+        if type(value) is int:
+            value = float(min(max(value, -(2**60)), 2**60))
+        if not isinstance(value, float) or not low <= value <= high:
+            raise CheckpointError(
+                f"The {name} in {path} must be a number in [{low:g}, {high:g}]; got {value!r:.60}."
+            )
+    return LoraSettings(r, float(values["lora_alpha"]), float(values["lora_dropout"]), targets)
+
+
+def _read_targets(targets: Any, path: Path) -> str | tuple[str, ...]:
+    """Return the target_modules of an adapter_config.json."""
+    problem = f"got {type(targets).__name__}"
+    if isinstance(targets, str) and targets:
+        try:
+            NamePattern(targets)
+        except ValueError as error:
+            problem = str(error)
+        else:
+            return targets
+    elif isinstance(targets, list) and targets and all(isinstance(t, str) and t for t in targets):
+        return tuple(sorted(targets))
+    raise CheckpointError(
+        f"The target_modules in {path} must be a pattern or a list of names of layers; {problem}."
+    )
 
 
 def model_layer(name: str) -> str:
@@ -86,16 +104,15 @@ def model_layer(name: str) -> str:
 
 
 def check_keys(
-    stored: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: Path
+    stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], path: Path
 ) -> None:
     """Raise CheckpointError where names or shapes differ: nothing is filled in at random."""
     names = {
         "missing": expected.keys() - stored.keys(),
         "unexpected": stored.keys() - expected.keys(),
-        "misshapen": {n for n in stored if tuple(stored[n].shape) != expected.get(n)}
-        & expected.keys(),
+        "misshapen": {n for n in stored if stored[n] != expected.get(n)} & expected.keys(),
     }
-    faults = [f"{len(n)} {what}, such as {min(n)}" for what, n in names.items() if n]
+    faults = [f"{len(n)} {what}, such as {min(n):.200}" for what, n in names.items() if n]
     if faults:
         raise CheckpointError(
             f"The weights in {path} do not fit the base model and {ADAPTER_CONFIG_FILE}: "
@@ -104,18 +121,35 @@ def check_keys(
         )
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(folder: Path) -> dict[str, Any]:
     """Return what `Adapter.save` wrote to the header of the weights; empty in peft's files."""
-    with open_tensors(path) as file:
-        return dict(json.loads((file.metadata() or {}).get(HEADER_KEY, "{}")))
+    path = find_file(folder, ADAPTER_WEIGHTS_FILE)
+    text = weight_files.read_header(path).metadata.get(HEADER_KEY, "{}")
+    try:
+        header = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise CheckpointError(
+            f"The {HEADER_KEY!r} in the header of {path} must be a JSON object. Copy the adapter "
+            "again."
+        )
+    kinds = {"base_fingerprint": str, "pooling": str, "trained_pooling": bool}
+    for name, kind in kinds.items():
+        if type(header.get(name)) not in (kind, type(None)):
+            raise CheckpointError(
+                f"The {name} in the header of {path} must be a {kind.__name__}; got "
+                f"{header[name]!r:.60}."
+            )
+    return header
 
 
 def read_pooling_kind(folder: Path) -> str | None:
     """Return the pooling that an adapter was trained with; None in a folder of peft's."""
-    path = folder / ADAPTER_WEIGHTS_FILE
-    kind = read_header(path).get("pooling")
+    kind = read_header(folder).get("pooling")
     if kind not in (None, *POOLINGS):
         raise CheckpointError(
-            f"The pooling in the header of {path} must be one of {list(POOLINGS)}; got {kind!r}."
+            f"The pooling in the header of {folder / ADAPTER_WEIGHTS_FILE} must be one of "
+            f"{list(POOLINGS)}; got {kind!r:.60}."
         )
     return kind

@@ -259,7 +259,8 @@ def _cosines(queries: Vectors, documents: Vectors) -> Vectors:
 
     sides = (torch.from_numpy(np.ascontiguousarray(side)) for side in (queries, documents))
     left, right = (torch.nn.functional.normalize(side, p=2, dim=1) for side in sides)
-    return (left @ right.transpose(0, 1)).numpy()
+    with torch.autocast("cpu", enabled=False):
+        return (left @ right.transpose(0, 1)).numpy()
 
 
 def _rank_ids(ids: list[Any]) -> Ints:

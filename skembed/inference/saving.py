@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from skembed._files import write_json
 from skembed.adapters.adapter import Adapter, merge_adapter
 from skembed.inference.settings import OWNER, ResolvedModel, Settings, name_base
 from skembed.model.checkpoint import iterate_tensors, save_checkpoint
-from skembed.model.sources import ADAPTER_CONFIG_FILE, CONFIG_FILE, resolve_source
+from skembed.model.sources import CONFIG_FILE, resolve_source
 
 __all__ = ["SAVED_PARAMETERS", "SETTINGS_FILE", "read_settings", "save_vectorizer"]
 
@@ -43,7 +42,6 @@ def save_vectorizer(settings: Settings, path: str | os.PathLike[str], *, merge: 
         _save_adapter(adapter, resolved, folder, {**saved, "pooling": parameters.pooling})
         return
     tensors = iterate_tensors(source, resolved.config)
-    (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
     save_checkpoint(
         folder,
         config=resolved.config,
@@ -63,15 +61,12 @@ def _save_adapter(
             f"a whole model ({CONFIG_FILE}); got {str(folder)!r}. Pass an empty folder for "
             "the adapter, or merge=True."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    # First of all: an earlier adapter must not meet the new settings.
-    (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
-    write_json(folder / SETTINGS_FILE, settings)
     adapter.save(
         folder,
         base_name=name_base(resolved.source),
         base_revision=resolved.source.revision,
         pooling_kind=resolved.config.pooling,
+        extra={SETTINGS_FILE: settings},
     )
 
 

@@ -6,45 +6,45 @@ writes, and a plain Mistral folder (model_type "mistral").
 
 from __future__ import annotations
 
-import os
+import math
+import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from skembed._files import replace_file, write_bytes, write_json
+from skembed._files import read_file, replace_file, write_json
 from skembed.exceptions import CheckpointError, FreshPoolingWarning
 from skembed.model.config import NVEmbedConfig
-from skembed.model.network import NVEmbedModel
+from skembed.model.files import find_file, has_file, list_states, replace_together
+from skembed.model.network import NVEmbedModel, describe_sizes
 from skembed.model.pooling import LatentAttention
 from skembed.model.quantized import make_quantizer
 from skembed.model.sources import (
+    ADAPTER_FILES,
     CONFIG_FILE,
     INDEX_FILE,
     TOKENIZER_FILES,
     WEIGHTS_FILE,
     ModelSource,
     find_weight_files,
-    join_first,
+    read_index,
 )
+from skembed.model.weight_files import WeightFiles, check_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
 __all__ = [
     "BACKBONE_PREFIX",
     "POOLING_PREFIX",
     "SHARD_BYTES",
-    "WeightFiles",
     "iterate_tensors",
     "load_model",
-    "open_tensors",
     "read_pooling",
     "read_tensors",
     "save_checkpoint",
@@ -59,34 +59,33 @@ POOLING_PREFIX = "latent_attention_model."
 
 def read_pooling(source: ModelSource, config: NVEmbedConfig) -> dict[str, Tensor]:
     """Return the pooling's weights in their published form, float32; empty if there are none."""
-    return {
+    weights = {
         name.removeprefix(POOLING_PREFIX): tensor.float().clone()
         for name, tensor in iterate_tensors(source, config)
         if name.startswith(POOLING_PREFIX)
     }
+    for name, tensor in weights.items():
+        check_finite(tensor, POOLING_PREFIX + name, source.folder)
+    return weights
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file, float32, on the CPU."""
-    with open_tensors(path) as file:
+def read_tensors(
+    path: Path,
+    rename: Callable[[str], str],
+    check: Callable[[Mapping[str, tuple[int, ...]], Path], None],
+) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file under new names, finite, float32, on the CPU.
+
+    `check` sees names and shapes before anything of that size is read.
+    """
+    files = WeightFiles([path], rename)
+    check(files.shapes, path)
+    tensors = {}
+    for name in files.shapes:
         # Copied, so that the file can close; torch's own alignment gives equal bits.
-        return {name: file.get_tensor(name).to(torch.float32, copy=True) for name in file.keys()}
-
-
-@contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; raise CheckpointError if it is missing or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise CheckpointError(f"The folder {path.parent} lacks {path.name}.") from error
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({error}). Copy or download it again."
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+        tensors[name] = files.read(name).to(torch.float32, copy=True)
+        check_finite(tensors[name], files.locations[name][1], path)
+    return tensors
 
 
 def write_tensors(
@@ -96,66 +95,6 @@ def write_tensors(
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replace_file(path) as partial:
         save_file(plain, partial, metadata={"format": "pt", **(metadata or {})})
-
-
-class WeightFiles:
-    """The safetensors files of a folder as one mapping from `NVEmbedModel`'s names to tensors.
-
-    Each reading maps its file again: pages of a closed mapping no longer count as this process's
-    memory, so loading needs little more than its result.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.locations: dict[str, tuple[Path, str]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in find_weight_files(folder):
-            with open_tensors(path) as file:
-                for key in file.keys():  # not a mapping: has no __iter__
-                    name = _model_key(key)
-                    self.locations[name] = (path, key)
-                    self.shapes[name] = tuple(file.get_slice(key).get_shape())
-
-    def read(self, name: str) -> Tensor:
-        """Return one tensor, mapped; copy it before reading the next one."""
-        path, key = self.locations[name]
-        with open_tensors(path) as file:
-            tensor: Tensor = file.get_tensor(key)
-        if not tensor.is_floating_point():
-            raise CheckpointError(
-                f"The tensor {key} of {path} must be float32, float16 or bfloat16; got "
-                f"{tensor.dtype}. Quantised checkpoints are not read."
-            )
-        return tensor
-
-    def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str]) -> None:
-        """Raise CheckpointError naming what is missing, unexpected or of another shape.
-
-        Language-model heads and rotary buffers of older files are ignored, too.
-        """
-        stored = {
-            name
-            for name in self.shapes
-            if not name.startswith(("lm_head.", *ignored))
-            and not name.endswith("rotary_emb.inv_freq")
-        }
-        faults = {
-            "missing": sorted(set(expected) - stored),
-            "unexpected": sorted(stored - set(expected)),
-            "wrong shape": [
-                f"{name} has {self.shapes[name]}, expected {expected[name]}"
-                for name in sorted(stored & set(expected))
-                if self.shapes[name] != expected[name]
-            ],
-        }
-        if any(faults.values()):
-            raise CheckpointError(
-                f"The weights in {self.folder} do not fit its {CONFIG_FILE}; "
-                + "; ".join(
-                    f"{fault}: {join_first(names)}" for fault, names in faults.items() if names
-                )
-                + ". The two files belong to different models, or the copy is incomplete."
-            )
 
 
 def _model_key(key: str) -> str:
@@ -185,18 +124,23 @@ def load_model(
     for name, tensor in iterate_tensors(source, config, model):
         layer = name.rpartition(".")[0]
         if quantize is not None and name.startswith(BACKBONE_PREFIX):
-            quantized = quantize(model.get_submodule(layer), tensor.to(device), dtype)
+            moved = tensor.to(device)
+            check_finite(moved, name, source.folder)
+            quantized = quantize(model.get_submodule(layer), moved, dtype)
             if quantized is not None:
                 model.set_submodule(layer, quantized)
                 continue
         target = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+        check_finite(target, name, source.folder, stored=tensor)
         parameter = nn.Parameter(target, requires_grad=False)
         setattr(model.get_submodule(layer), name.rpartition(".")[2], parameter)
     if config.pooling_is_fresh:
         _warn_fresh_pooling(source, config)
     # The rotary table is not a weight: compute it again, in float32, on the target device.
     rotary = model.embedding_model.rotary_emb
-    model.embedding_model.rotary_emb = type(rotary)(config=model.embedding_model.config).to(device)
+    rotary = type(rotary)(config=model.embedding_model.config).to(device)
+    check_finite(rotary.inv_freq, "of rotary frequencies (see rope_theta)", source.folder)
+    model.embedding_model.rotary_emb = rotary
     return model.eval().requires_grad_(False)
 
 
@@ -208,32 +152,48 @@ def iterate_tensors(
     Names and shapes are checked first. Tensors are in the stored type and mapped from the file:
     copy one before taking the next. `model` is on the meta device.
     """
-    files = WeightFiles(source.folder)
+    folder = source.folder
+    before = list_states(folder)
+    index = read_index(folder)
+    files = WeightFiles(find_weight_files(folder), _model_key)
+    files.check_index(index, folder / INDEX_FILE)
     model = _build_on_meta(source, config) if model is None else model
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     fresh = config.pooling_is_fresh
     stored = [n for n in shapes if not (fresh and n.startswith(POOLING_PREFIX))]
-    unused = fresh or config.pooling in ("mean", "eos")
-    files.check({n: shapes[n] for n in stored}, ignored=(POOLING_PREFIX,) if unused else ())
+    unused = (POOLING_PREFIX,) if fresh or config.pooling in ("mean", "eos") else ()
+    expected = {name: shapes[name] for name in stored}
+    files.check(expected, unused, folder=folder, config_file=CONFIG_FILE)
+    if fresh:
+        _check_fresh_size(sum(map(math.prod, shapes.values())), files, folder)
     for name in stored:
         yield name, files.read(name)
+    if list_states(folder) != before:
+        raise CheckpointError(
+            f"The files of the model in {folder} changed while they were read: another process "
+            "writes there. Try again when it has finished."
+        )
     if fresh:
         pooling = _start_pooling(model.latent_attention_model)
         yield from ((POOLING_PREFIX + name, value) for name, value in pooling.items())
+
+
+def _check_fresh_size(n_weights: int, files: WeightFiles, folder: Path) -> None:
+    """Refuse a pooling without weights that config.json makes far larger than the model."""
+    n_stored = sum(map(math.prod, files.shapes.values()))
+    if n_weights > max(4 * n_stored, 1 << 26):
+        raise CheckpointError(
+            f"The {CONFIG_FILE} of {folder} describes a pooling of absurd size: {n_weights:,} "
+            f"weights with it, where the folder holds {n_stored:,}."
+        )
 
 
 def _build_on_meta(
     source: ModelSource, config: NVEmbedConfig, attention_path: str = "grouped"
 ) -> NVEmbedModel:
     """Return the model without memory for its weights."""
-    try:
-        with torch.device("meta"):
-            return NVEmbedModel(config, attention_path=attention_path)
-    except Exception as error:  # transformers and torch raise all kinds
-        raise CheckpointError(
-            f"The {CONFIG_FILE} of {source.folder} describes no model that can be built: "
-            f"{type(error).__name__}: {error}."
-        ) from error
+    with describe_sizes(f"The {CONFIG_FILE} of {source.folder}"), torch.device("meta"):
+        return NVEmbedModel(config, attention_path=attention_path)
 
 
 def _start_pooling(pooling: nn.Module) -> dict[str, Tensor]:
@@ -271,6 +231,9 @@ def _warn_fresh_pooling(source: ModelSource, config: NVEmbedConfig) -> None:
     )
 
 
+_SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
 def save_checkpoint(
     folder: Path,
     *,
@@ -279,40 +242,35 @@ def save_checkpoint(
     tokenizer_folder: Path,
     extra: Mapping[str, Any],
 ) -> None:
-    """Write a folder that `load_model` reads, config.json last.
+    """Write a folder that `load_model` reads; all of it first, then in place of what is there.
 
-    An existing folder's config.json is removed first, so that an interrupted save leaves a folder
-    that refuses to load, never a mixture of two models. `tensors` are consumed one shard (5 GB) at
-    a time; `extra` maps the names of other JSON files to their values.
+    An interrupted save leaves the old model, or a folder that refuses to load, never a mixture of
+    two. An adapter in the folder goes. `tensors` are consumed one shard (5 GB) at a time; `extra`
+    maps the names of other JSON files to their values.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = {
-        name: (tokenizer_folder / name).read_bytes()
-        for name in TOKENIZER_FILES
-        if (tokenizer_folder / name).is_file()
-    }
-    _remove_partial(folder)  # of an interrupted save
-    try:
-        shards = list(_write_shards(folder, tensors))
-    except BaseException:
-        _remove_partial(folder)
-        raise
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
-    for stale in [*folder.glob("model*.safetensors"), folder / INDEX_FILE]:
-        stale.unlink(missing_ok=True)
-    weight_map = {}
-    for k, (partial, names) in enumerate(shards, start=1):
-        file = f"model-{k:05d}-of-{len(shards):05d}.safetensors"
-        file = WEIGHTS_FILE if len(shards) == 1 else file
-        partial.replace(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        write_json(folder / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
-    for name, content in tokenizer.items():
-        write_bytes(folder / name, content)
-    for name, value in extra.items():
-        write_json(folder / name, value)
-    write_json(folder / CONFIG_FILE, config.to_dict())
+    with replace_together(folder, CONFIG_FILE, is_stale=_is_of_model) as staged:
+        shards = list(_write_shards(staged, tensors))
+        weight_map = {}
+        for k, (partial, names) in enumerate(shards, start=1):
+            file = f"model-{k:05d}-of-{len(shards):05d}.safetensors"
+            file = WEIGHTS_FILE if len(shards) == 1 else file
+            partial.replace(staged / file)
+            weight_map.update(dict.fromkeys(names, file))
+        if len(shards) > 1:
+            write_json(staged / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
+        for name in TOKENIZER_FILES:
+            if has_file(tokenizer_folder, name):
+                content = read_file(find_file(tokenizer_folder, name))
+                (staged / name).write_bytes(content)
+        for name, value in extra.items():
+            write_json(staged / name, value)
+        write_json(staged / CONFIG_FILE, config.to_dict())
+
+
+def _is_of_model(name: str) -> bool:
+    """Return whether a file would be read as a part of another model or an adapter."""
+    known = (WEIGHTS_FILE, INDEX_FILE, *TOKENIZER_FILES, *ADAPTER_FILES)
+    return name in known or _SHARD_NAME.fullmatch(name) is not None
 
 
 def _write_shards(
@@ -323,7 +281,7 @@ def _write_shards(
     number, size = 0, 0
 
     def flush() -> tuple[Path, list[str]]:
-        path = folder / f".partial-{os.getpid()}-{number}"
+        path = folder / f"shard-{number}"
         save_file(shard, path, metadata={"format": "pt"})
         return path, list(shard)
 
@@ -334,9 +292,3 @@ def _write_shards(
         shard[name] = tensor.detach().contiguous()
         size += tensor.nbytes
     yield flush()
-
-
-def _remove_partial(folder: Path) -> None:
-    """Delete shards that did not become part of a model; each may hold gigabytes."""
-    for path in folder.glob(".partial-*"):
-        path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["NVEmbedConfig"]
 
+# What no model comes near. Numbers below are compared with the weights before any is allocated;
+# these few decide how many modules are built.
+_MAX_SIZES = {"num_hidden_layers": 1_000}
+_MAX_SIZE = 2**31 - 1
+_MAX_NUMBER = 1e30
 _BACKBONE_SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
@@ -68,11 +74,12 @@ class NVEmbedConfig:
             bos, eos = _read_token_ids(text_config, source)
             return cls(
                 backbone=backbone,
-                pooling=config.get("pooling", "latent"),
-                is_mask_instruction=bool(config.get("is_mask_instruction", True)),
+                pooling=_read_plain(config, "pooling", str, "latent", source),
+                is_mask_instruction=_read_plain(config, "is_mask_instruction", bool, True, source),
                 bos_token_id=bos,
                 eos_token_id=eos,
-                **{name: latent[name] for name in _LATENT_FIELDS if name in latent},
+                output_normalize=_read_plain(latent, "output_normalize", bool, True, source),
+                **{name: latent[name] for name in _LATENT_SIZES if name in latent},
             )
         if kind == "mistral":
             backbone = _read_backbone(config, source)
@@ -89,7 +96,7 @@ class NVEmbedConfig:
             )
         raise CheckpointError(
             f"The config.json of {source} must have model_type 'nvembed' or 'mistral'; got "
-            f"{kind!r}. skembed runs the NV-Embed architecture (Mistral backbone) only."
+            f"{kind!r:.60}. skembed runs the NV-Embed architecture (Mistral backbone) only."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,15 +151,70 @@ def _read_section(
     return section
 
 
+def _read_plain(config: Mapping[str, Any], name: str, kind: type, default: Any, source: str) -> Any:
+    """Return a field of one type; absent or null is the default."""
+    value = default if config.get(name) is None else config[name]
+    if type(value) is not kind:
+        raise CheckpointError(
+            f"The `{name}` in the config.json of {source} must be a {kind.__name__}; got "
+            f"{value!r:.60}."
+        )
+    return value
+
+
 def _check_sizes(values: Mapping[str, Any], names: Sequence[str], source: str) -> None:
-    """Refuse sizes that are not positive ints, before torch fails on them."""
+    """Refuse sizes that are not positive ints, or absurd, before torch fails on them."""
     for name in names:
-        value = values.get(name, 1)
-        if type(value) is not int or value < 1:
+        value, most = values.get(name, 1), _MAX_SIZES.get(name, _MAX_SIZE)
+        if type(value) is not int or not 1 <= value <= most:
             raise CheckpointError(
-                f"The `{name}` in the config.json of {source} must be an int above 0; got "
-                f"{value!r}."
+                f"The `{name}` in the config.json of {source} must be an int in [1, {most:,}]; got "
+                f"{_show(value)}."
             )
+
+
+def _check_heads(backbone: Mapping[str, Any], source: str) -> None:
+    """Refuse heads of odd width, and groups of them that differ."""
+    heads = backbone.get("num_attention_heads", 32)  # of `MistralConfig`, as are the next two
+    width = backbone.get("head_dim", backbone["hidden_size"] // heads)
+    groups = backbone.get("num_key_value_heads", 8)
+    if width < 2 or width % 2 or heads % groups:
+        raise CheckpointError(
+            f"The config.json of {source} must have heads of an even width (`head_dim`), and "
+            "`num_attention_heads` must be a multiple of `num_key_value_heads`; got a width of "
+            f"{width}, {heads} and {groups}."
+        )
+
+
+def _show(value: object) -> str:
+    """Return a value for an error; a number of thousands of digits has no decimal form."""
+    return f"{value!r:.60}" if not isinstance(value, int) or abs(value) < 2**200 else "more"
+
+
+def _check_numbers(backbone: Mapping[str, Any], source: str) -> None:
+    """Refuse a norm's epsilon and rotary settings that are no finite numbers above 0."""
+    for name in ("rms_norm_eps", "rope_theta"):
+        value = backbone.get(name, 1.0)
+        is_number = type(value) in (int, float)
+        if not is_number or not 0 < value <= _MAX_NUMBER:
+            raise CheckpointError(
+                f"The `{name}` in the config.json of {source} must be a finite number above 0; got "
+                f"{_show(value)}."
+            )
+    for name in ("rope_parameters", "rope_scaling"):
+        values = backbone.get(name, {})
+        numbers = _list_numbers(values) if isinstance(values, dict) else [math.nan]
+        if not all(0 <= number <= _MAX_NUMBER for number in numbers):
+            raise CheckpointError(
+                f"The `{name}` in the config.json of {source} must be an object of finite numbers "
+                "from 0 on."
+            )
+
+
+def _list_numbers(values: Mapping[str, Any]) -> list[float]:
+    """Return the numbers in an object and in its lists."""
+    flat = [x for value in values.values() for x in (value if isinstance(value, list) else [value])]
+    return [number for number in flat if isinstance(number, (int, float))]
 
 
 def _read_token_ids(config: Mapping[str, Any], source: str) -> tuple[int, int]:
@@ -160,10 +222,10 @@ def _read_token_ids(config: Mapping[str, Any], source: str) -> tuple[int, int]:
     ids = []
     for name, default in (("bos_token_id", 1), ("eos_token_id", 2)):
         value = default if config.get(name) is None else config[name]
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value <= _MAX_SIZE:
             raise CheckpointError(
                 f"The `{name}` in the config.json of {source} must be an int from 0 on; got "
-                f"{value!r}."
+                f"{_show(value)}."
             )
         ids.append(value)
     return ids[0], ids[1]
@@ -176,4 +238,6 @@ def _read_backbone(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"The config.json of {source} lacks {', '.join(missing)}.")
     _check_sizes(backbone, _BACKBONE_SIZES, source)
+    _check_heads(backbone, source)
+    _check_numbers(backbone, source)
     return backbone

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from skembed.exceptions import CausalLeakError
+from skembed.exceptions import CausalLeakError, CheckpointError
 from skembed.model.checkpoint import load_model
 from skembed.model.config import NVEmbedConfig
 from skembed.model.cpu_forward import pack_weights
-from skembed.model.network import NVEmbedModel
-from skembed.model.sources import ModelSource
+from skembed.model.files import read_steadily
+from skembed.model.network import NVEmbedModel, without_autocast
+from skembed.model.sources import CONTENT_DIGITS, ModelSource, fingerprint_weights, read_config
 from skembed.model.tokenization import TextTokenizer, pack_texts
 
 __all__ = ["LoadedModel", "ModelKey", "load_registered", "load_tokenizer", "prove_bidirectional"]
@@ -65,8 +66,18 @@ class LoadedModel:
         return sum(x.nbytes for x in (*self.model.parameters(), *self.model.buffers()))
 
 
+@without_autocast()
 def load_registered(key: ModelKey, source: ModelSource, config: NVEmbedConfig) -> LoadedModel:
-    """Read, check and fold a model."""
+    """Read, check and fold a model.
+
+    Raises CheckpointError if its files are not, or do not stay, those that the key was made of.
+    """
+    return read_steadily([source.folder], lambda: _load(key, source, config))
+
+
+def _load(key: ModelKey, source: ModelSource, config: NVEmbedConfig) -> LoadedModel:
+    """Read, check and fold the model that the folder holds now."""
+    _check_same(key, source, config)
     device = torch.device(key.device)
     tokenizer = load_tokenizer(source.folder, config)
     model = load_model(
@@ -89,8 +100,22 @@ def load_registered(key: ModelKey, source: ModelSource, config: NVEmbedConfig) -
 def load_tokenizer(folder: Path, config: NVEmbedConfig) -> TextTokenizer:
     """Return the tokenizer of a model folder with the ids that config.json names."""
     return TextTokenizer.from_folder(
-        folder, bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
+        folder,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        vocab_size=int(config.backbone["vocab_size"]),
     )
+
+
+def _check_same(key: ModelKey, source: ModelSource, config: NVEmbedConfig) -> None:
+    """Raise CheckpointError if a folder's files were replaced after the key was made of them."""
+    found = fingerprint_weights(source)
+    same = found[:CONTENT_DIGITS] == key.fingerprint[:CONTENT_DIGITS]
+    if not same or read_config(source, config.pooling) != config:
+        raise CheckpointError(
+            f"The files of the model in {source.folder} were replaced while it was being loaded. "
+            "Call again, to load what is there now."
+        )
 
 
 _proven: set[tuple[str, str, torch.dtype, str]] = set()
@@ -121,6 +146,11 @@ def _prove_pass(model: NVEmbedModel, device: torch.device, dtype: torch.dtype) -
     for lengths in ((6,), (6, 6), (9, 4)):
         texts = [(torch.arange(n) * 7 + 11 * k + 5) % vocabulary for k, n in enumerate(lengths)]
         before = _first_positions(model, texts, device)
+        if not before.isfinite().all():
+            raise CheckpointError(
+                f"The model gives NaN or infinite vectors in {dtype}: its weights are damaged, or "
+                "too large for this type."
+            )
         texts[0] = texts[0].clone()
         texts[0][-1] = (texts[0][-1] + 1) % vocabulary
         moved = (_first_positions(model, texts, device) - before).abs().amax(dim=1)

@@ -11,7 +11,8 @@ Source: arXiv 2405.17428, section 3.1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MistralModel
 
+from skembed.exceptions import CheckpointError
 from skembed.model.attention import ATTENTION_NAME
 from skembed.model.config import NVEmbedConfig
 from skembed.model.cpu_forward import can_fuse, run_backbone
@@ -32,7 +34,32 @@ from skembed.model.pooling import (
 )
 from skembed.model.tokenization import PackedBatch
 
-__all__ = ["NVEmbedModel", "backbone_on_meta", "build_pooling", "load_pooling", "pooling_shapes"]
+__all__ = [
+    "NVEmbedModel",
+    "backbone_on_meta",
+    "build_pooling",
+    "describe_sizes",
+    "load_pooling",
+    "pooling_shapes",
+    "without_autocast",
+]
+
+
+_DEVICE_TYPES = ("cpu", "cuda", "mps")
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Switch torch's autocast off inside the block or the decorated function.
+
+    A model's own `dtype` decides. Autocast would mix types that the kernels take in one only, and
+    round the matrices that are folded, merged or trained.
+    """
+    with ExitStack() as stack:
+        for kind in _DEVICE_TYPES:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def build_pooling(config: NVEmbedConfig) -> nn.Module:
@@ -67,6 +94,7 @@ class NVEmbedModel(nn.Module):
         self.is_silu = self.embedding_model.config.hidden_act in ("silu", "swish")
         self.latent_attention_model = build_pooling(config)
 
+    @without_autocast()
     def hidden_states(
         self, batch: PackedBatch, *, all_layers: bool = False
     ) -> Tensor | tuple[Tensor, ...]:
@@ -93,6 +121,7 @@ class NVEmbedModel(nn.Module):
         fusible = self.fuse and self.is_silu and self.attention_path == "grouped"
         return fusible and not is_stock and can_fuse(self.embedding_model.norm.weight)
 
+    @without_autocast()
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return the raw vectors, float32 (B, D), of a pack of B texts."""
         if self.config.pooling == "multilayer":
@@ -119,15 +148,26 @@ class NVEmbedModel(nn.Module):
             self.latent_attention_model = FoldedLatentAttention(self.latent_attention_model)
 
 
+@contextmanager
+def describe_sizes(subject: str = "The config.json of the model") -> Iterator[None]:
+    """Raise CheckpointError for what fails while a model is built without memory for weights."""
+    try:
+        yield
+    except Exception as error:  # transformers and torch raise all kinds
+        raise CheckpointError(
+            f"{subject} describes no model that can be built: {type(error).__name__}: {error}."
+        ) from error
+
+
 def backbone_on_meta(config: NVEmbedConfig) -> nn.Module:
     """Return the backbone without memory for its weights."""
-    with torch.device("meta"):
+    with describe_sizes(), torch.device("meta"):
         return NVEmbedModel(replace(config, pooling="mean")).embedding_model
 
 
 def pooling_shapes(config: NVEmbedConfig) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of the pooling's weights in their published form."""
-    with torch.device("meta"):
+    with describe_sizes(), torch.device("meta"):
         return {n: tuple(tensor.shape) for n, tensor in build_pooling(config).state_dict().items()}
 
 

@@ -7,28 +7,26 @@ read or downloaded: no code, no pickles.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-import tempfile
-import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from skembed import _files
+from skembed._files import open_file, read_file
 from skembed.exceptions import CheckpointError, ModelNotFoundError
 from skembed.model.config import NVEmbedConfig
+from skembed.model.files import find_file, has_file, read_steadily, unpack_folder, wait_for_save
 from skembed.model.pooling import POOLINGS
 from skembed.model.tokenization import find_tokenizer_file
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from skembed.model.weight_files import join_first
 
 __all__ = [
     "ADAPTER_CONFIG_FILE",
+    "ADAPTER_FILES",
     "ADAPTER_WEIGHTS_FILE",
     "BUNDLED_MODELS",
     "CONFIG_FILE",
@@ -43,9 +41,9 @@ __all__ = [
     "WEIGHTS_FILE",
     "find_weight_files",
     "fingerprint_weights",
-    "join_first",
     "pack_folder",
     "read_config",
+    "read_index",
     "read_json",
     "resolve_source",
     "unpack_folder",
@@ -66,11 +64,10 @@ WEIGHTS_FILE = "model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"  # peft's names for its two files
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 POOLING_FILE = "pooling.safetensors"  # beside an adapter that trained the pooling layer
+ADAPTER_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, POOLING_FILE)
 INDEX_FILE = "model.safetensors.index.json"
 MAX_FULL_HASH_BYTES = 256 * 1024**2
 CONTENT_DIGITS = 16  # of a fingerprint: equal for all copies of a model
-_unpacked: dict[str, tempfile.TemporaryDirectory[str]] = {}
-_unpack_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,9 @@ def resolve_source(model: str | os.PathLike[str], revision: str | None = None) -
     folder = Path(name).expanduser()
     if folder.is_dir():
         folder = folder.resolve()
-        if (folder / ADAPTER_CONFIG_FILE).is_file():
+        if not (folder / CONFIG_FILE).is_file() and not has_file(folder, ADAPTER_CONFIG_FILE):
+            wait_for_save(folder)
+        if has_file(folder, ADAPTER_CONFIG_FILE):
             return _resolve_adapter(name, folder)
         return ModelSource(name, folder)
     if not _looks_like_hub_id(name):
@@ -112,14 +111,25 @@ def _resolve_adapter(name: str, folder: Path) -> ModelSource:
     if (folder / CONFIG_FILE).is_file():
         return ModelSource(name, folder, adapter_folder=folder)
     values = read_json(folder / ADAPTER_CONFIG_FILE)
-    base = values.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    base, revision = values.get("base_model_name_or_path"), values.get("revision")
+    if not isinstance(base, str) or not base or "\0" in base:
         raise CheckpointError(
             f"The {ADAPTER_CONFIG_FILE} of {folder} must name its base model in "
-            f"base_model_name_or_path; got {base!r}."
+            f"base_model_name_or_path; got {base!r:.100}."
+        )
+    if revision is not None and not isinstance(revision, str):
+        raise CheckpointError(
+            f"The revision in the {ADAPTER_CONFIG_FILE} of {folder} must be a str or null; got "
+            f"{revision!r:.100}."
+        )
+    base_folder = Path(base).expanduser()
+    if has_file(base_folder, ADAPTER_CONFIG_FILE):  # before it is followed: it may lead back here
+        raise CheckpointError(
+            f"The base model of the adapter in {folder} is an adapter itself ({base!r:.100}). "
+            "Merge that one first (`save_pretrained(path, merge=True)`)."
         )
     try:
-        source = resolve_source(base, values.get("revision"))
+        source = resolve_source(base, revision)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(
             f"The adapter in {folder} was trained on {base!r}, which could not be found. Put that "
@@ -136,17 +146,16 @@ def _resolve_adapter(name: str, folder: Path) -> ModelSource:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object; raise CheckpointError if the file is missing or anything else."""
+    find_file(path.parent, path.name)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return _files.read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"The model folder {path.parent} must hold a {path.name}; it does not."
         ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; got {type(values).__name__}.")
-    return values
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path} cannot be read as a JSON object: {reason}.") from error
 
 
 def _looks_like_hub_id(name: str) -> bool:
@@ -199,7 +208,8 @@ def read_config(source: ModelSource, pooling: str | None = None) -> NVEmbedConfi
     Raises CheckpointError where config.json is unreadable or of another kind of model.
     """
     path = source.folder / CONFIG_FILE
-    config = NVEmbedConfig.from_dict(read_json(path), str(source.folder))
+    values = read_steadily([source.folder], lambda: read_json(path))
+    config = NVEmbedConfig.from_dict(values, str(source.folder))
     if config.pooling not in POOLINGS:
         raise CheckpointError(
             f"The pooling in {path} must be one of {list(POOLINGS)}; got {config.pooling!r}."
@@ -209,30 +219,38 @@ def read_config(source: ModelSource, pooling: str | None = None) -> NVEmbedConfi
     return replace(config, pooling=pooling, pooling_is_fresh=pooling in ("latent", "multilayer"))
 
 
-def join_first(items: Sequence[str], limit: int = 5) -> str:
-    """Return the first few of many names, joined."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+def read_index(folder: Path) -> dict[str, Path]:
+    """Return the file of each tensor that the index file names; empty without an index."""
+    if not has_file(folder, INDEX_FILE):
+        return {}
+    path = folder / INDEX_FILE
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{path} is not a safetensors index: its weight_map must be a JSON object that names "
+            f"the file of each tensor; got {type(weight_map).__name__}."
+        )
+    subject = f"A file in the weight_map of {path}"
+    files = {}
+    for name in weight_map.values():
+        if not isinstance(name, str) or name not in files:
+            files[name] = find_file(folder, name, subject=subject)
+    absent = sorted(name for name, file in files.items() if not file.is_file())
+    if absent:
+        raise CheckpointError(
+            f"The model folder {folder} lacks {join_first(absent)}, named in {INDEX_FILE}. "
+            "Copy or download the folder again."
+        )
+    return {key: files[name] for key, name in weight_map.items()}
 
 
 def find_weight_files(folder: Path) -> list[Path]:
     """Return the shards of the index file, or the single file."""
-    index = folder / INDEX_FILE
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error}.") from error
-        absent = [name for name in shards if not (folder / name).is_file()]
-        if absent:
-            raise CheckpointError(
-                f"The model folder {folder} lacks {join_first(absent)}, named in {INDEX_FILE}. "
-                "Copy or download the folder again."
-            )
-        return [folder / name for name in shards]
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
+    index = read_index(folder)
+    if index:
+        return sorted(set(index.values()))
+    if has_file(folder, WEIGHTS_FILE):
+        return [find_file(folder, WEIGHTS_FILE)]
     pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(s))
     if pickled:
         raise CheckpointError(
@@ -253,15 +271,20 @@ def fingerprint_weights(source: ModelSource) -> str:
     The first 16 digits depend on the content (or samples) alone, and are equal for copies on two
     machines; the others depend on the times as well.
     """
+    return read_steadily([source.folder], lambda: _hash_folder(source.folder))
+
+
+def _hash_folder(folder: Path) -> str:
+    """Return the hash of a model's files as they are now."""
     content = hashlib.blake2b(digest_size=CONTENT_DIGITS // 2)
     state = hashlib.blake2b(digest_size=CONTENT_DIGITS // 2)
-    small = [source.folder / CONFIG_FILE, find_tokenizer_file(source.folder)]
-    for path in [*small, *find_weight_files(source.folder)]:
+    small = [find_file(folder, CONFIG_FILE), find_tokenizer_file(folder)]
+    for path in [*small, *find_weight_files(folder)]:
         try:
             _hash_file(path, content)
             stat = path.stat()
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}.") from error
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
         if stat.st_size > MAX_FULL_HASH_BYTES:
             state.update(f"{stat.st_mtime_ns}:".encode())
     state.update(content.digest())
@@ -281,7 +304,7 @@ def _content_hash(path: str, state: tuple[int, int, int, int]) -> bytes:
     """Return the hash of a file in this state (size, change times, inode), cached."""
     size = state[0]
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         if size <= MAX_FULL_HASH_BYTES:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -293,26 +316,19 @@ def _content_hash(path: str, state: tuple[int, int, int, int]) -> bytes:
 
 
 def pack_folder(source: ModelSource) -> dict[str, bytes]:
-    """Return name and content of all files of a model and its adapter, for a pickle."""
-    names = [CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES]
-    paths = [source.folder / name for name in names]
+    """Return path in the folder and content of all files of a model and its adapter."""
+    base, adapter = source.folder, source.adapter_folder or source.folder
+    wanted = [(base, name) for name in (CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES)]
     if source.adapter_folder is not None:
-        adapter = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, POOLING_FILE)
-        paths += [source.adapter_folder / name for name in adapter]
-    paths = [path for path in paths if path.is_file()]
-    return {path.name: path.read_bytes() for path in [*paths, *find_weight_files(source.folder)]}
+        wanted += [(adapter, name) for name in ADAPTER_FILES]
 
+    def pack() -> dict[str, bytes]:
+        paths = {name: find_file(of, name) for of, name in wanted if has_file(of, name)}
+        shards = find_weight_files(base)
+        paths.update({path.relative_to(base).as_posix(): path for path in shards})
+        try:
+            return {name: read_file(path) for name, path in paths.items()}
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
-def unpack_folder(files: Mapping[str, bytes]) -> Path:
-    """Return a temporary folder with these files, one per content; the process's end deletes it."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(files):
-        digest.update(name.encode() + hashlib.blake2b(files[name]).digest())
-    with _unpack_lock:
-        folder = _unpacked.get(digest.hexdigest())
-        if folder is None:
-            folder = tempfile.TemporaryDirectory(prefix="skembed-")
-            for name, content in files.items():
-                (Path(folder.name) / name).write_bytes(content)
-            _unpacked[digest.hexdigest()] = folder
-        return Path(folder.name)
+    return read_steadily({base, adapter}, pack)

@@ -7,6 +7,7 @@ the begin-of-sequence token and the instruction take part in attention but not i
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from skembed._files import read_file
 from skembed.exceptions import CheckpointError
+from skembed.model.files import find_file, has_file
+from skembed.model.text_cutter import CHARACTERS_PER_TOKEN, TextCutter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,6 +34,10 @@ __all__ = [
     "pack_texts",
     "round_up",
 ]
+
+
+MAX_TOKENIZER_BYTES = 256 * 1024**2
+LONG_TEXT = 50_000  # characters above those of `max_length` tokens, from which on a cut pays
 
 
 @dataclass(frozen=True)
@@ -74,28 +82,55 @@ class TextTokenizer:
     switched off.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, bos_token_id: int, eos_token_id: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        bos_token_id: int,
+        eos_token_id: int,
+        vocab_size: int | None = None,
+        path: Path | None = None,
+    ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer = tokenizer
         self.bos_token_id = bos_token_id
+        self.vocab_size = 1 << 32 if vocab_size is None else vocab_size
+        self.path = path
+        self.cutter = TextCutter(tokenizer)
         eos_token = tokenizer.id_to_token(eos_token_id)
         if eos_token is None or tokenizer.id_to_token(bos_token_id) is None:
             raise CheckpointError(
                 f"The tokenizer has no token of id {bos_token_id} (begin) or {eos_token_id} (end), "
                 "which config.json names; the two files belong to different models."
             )
+        n_tokens = tokenizer.get_vocab_size(with_added_tokens=False)
+        if max(n_tokens - 1, bos_token_id, eos_token_id) >= self.vocab_size:
+            raise CheckpointError(
+                f"The tokenizer {path} has {n_tokens} tokens, or begin and end tokens "
+                f"({bos_token_id}, {eos_token_id}), beyond the {vocab_size} of config.json's "
+                "vocab_size; the two files belong to different models."
+            )
         self.eos_token: str = eos_token
 
     @classmethod
-    def from_folder(cls, folder: Path, *, bos_token_id: int, eos_token_id: int) -> TextTokenizer:
+    def from_folder(
+        cls, folder: Path, *, bos_token_id: int, eos_token_id: int, vocab_size: int | None = None
+    ) -> TextTokenizer:
         """Read the ``tokenizer.json`` of a model folder; raise CheckpointError if unreadable."""
         path = find_tokenizer_file(folder)
         try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} is not a readable tokenizer: {error}") from error
-        return cls(tokenizer, bos_token_id=bos_token_id, eos_token_id=eos_token_id)
+            content = read_file(path, limit=MAX_TOKENIZER_BYTES)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        with _translate_panics(path, "is not a readable tokenizer"):
+            return cls(
+                Tokenizer.from_buffer(content),
+                bos_token_id=bos_token_id,
+                eos_token_id=eos_token_id,
+                vocab_size=vocab_size,
+                path=path,
+            )
 
     def count_prefix(self, prefix: str) -> int:
         """Return how many positions an instruction keeps out of the pool, begin token included.
@@ -126,22 +161,58 @@ class TextTokenizer:
                 f"max_length is {max_length}: no token of a text would be left to pool. Raise "
                 "`max_length` or shorten `instruction`."
             )
-        full = [prefix + text + self.eos_token for text in texts]
+        enough = max_length * CHARACTERS_PER_TOKEN + LONG_TEXT
+        full = [
+            prefix + text + self.eos_token
+            if len(text) < enough
+            else self.cutter.cut(prefix, text, max_length) or prefix + text + self.eos_token
+            for text in texts
+        ]
         ids, n_truncated = [], 0
-        for encoding in self.tokenizer.encode_batch_fast(full):
+        with _translate_panics(self.path, "fails on a text"):
+            encodings = self.tokenizer.encode_batch_fast(full)
+        for encoding in encodings:
             row = encoding.ids
-            if row[0] != self.bos_token_id:  # a tokenizer saved without its post-processor
+            if not row or row[0] != self.bos_token_id:  # saved without its post-processor
                 row = [self.bos_token_id, *row]
             n_truncated += len(row) > max_length
             ids.append(np.array(row[:max_length], dtype=np.int32))
+            if max(row) >= self.vocab_size:
+                self._refuse(max(row[:max_length]))
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
         return EncodedTexts(ids, lengths, pool_start if mask_prefix else 0, n_truncated)
+
+    def _refuse(self, highest: int) -> None:
+        """Raise CheckpointError if a token has no word vector."""
+        if highest >= self.vocab_size:
+            raise CheckpointError(
+                f"The tokenizer {self.path or ''} has a token of id {highest}, which a text holds, "
+                f"and config.json's vocab_size is {self.vocab_size}: the model has no vector for "
+                "it. The two files belong to different models, or tokens were added to one alone."
+            )
+
+
+@contextmanager
+def _translate_panics(path: Path | None, problem: str) -> Iterator[None]:
+    """Raise CheckpointError for what the tokenizers library raises.
+
+    It raises bare Exception, and panics that are no Exception at all.
+    """
+    try:
+        yield
+    except (CheckpointError, MemoryError):
+        raise
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+            raise
+        where = "The tokenizer" if path is None else str(path)
+        raise CheckpointError(f"{where} {problem}: {error}") from error
 
 
 def find_tokenizer_file(folder: Path) -> Path:
     """Return the path of a model folder's ``tokenizer.json``; raise CheckpointError if missing."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    path = find_file(folder, "tokenizer.json")
+    if not has_file(folder, "tokenizer.json"):
         raise CheckpointError(
             f"The model folder {folder} must hold a tokenizer.json; it does not. Save the "
             "tokenizer in its fast form (`save_pretrained` of a fast tokenizer writes it)."

@@ -66,7 +66,9 @@ def _find_keys(
         columns = slice(first, min(first + width, m))
         # A copy, since torch warns about read-only arrays.
         block = torch.from_numpy(np.array(read_rows(columns))).to(device)  # (C, D)
-        keys = _pack_keys(queries @ block.T, torch.from_numpy(ranks[columns]).to(device))  # (B, C)
+        with torch.autocast(device.type, enabled=False):
+            scores = queries @ block.T  # (B, C)
+        keys = _pack_keys(scores, torch.from_numpy(ranks[columns]).to(device))
         best = torch.cat([best, keys], dim=1)
         best = best.topk(min(k, best.shape[1]), dim=1).values
     return best

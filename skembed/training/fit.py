@@ -19,6 +19,7 @@ from skembed.distributed import Processes, active_processes
 from skembed.history import TrainingHistory
 from skembed.model.checkpoint import read_pooling
 from skembed.model.loaded import LoadedModel
+from skembed.model.network import without_autocast
 from skembed.model.sources import ModelSource
 from skembed.search.negatives import select_negatives
 from skembed.training.batches import BatchPlan, ClassIndex, TaskSampler, TextTable
@@ -57,6 +58,7 @@ def check_run(examples: Sequence[Examples], trainer: ContrastiveTrainer) -> None
         active_processes().on_first(lambda: check_folder(folder, identity))
 
 
+@without_autocast()
 def fit_adapter(
     base: LoadedModel,
     source: ModelSource,

@@ -415,7 +415,7 @@ def test_another_pooling_after_fit_is_refused(saved: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("n_written", range(4))
+@pytest.mark.parametrize("n_written", range(7))
 def test_a_save_that_is_killed_leaves_no_mixture(
     n_written: int, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,7 +449,7 @@ def test_a_save_that_is_killed_leaves_no_mixture(
         found = make_vectorizer(tmp_path).transform(TEXTS)
         assert np.array_equal(found, new.transform(TEXTS))
     else:
-        complete = new if after and n_written == 3 else old
+        complete = new if after and n_written == 6 else old
         assert np.array_equal(found, complete.transform(TEXTS))
 
 

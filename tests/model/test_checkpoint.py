@@ -438,5 +438,8 @@ def test_quantised_weights(folder: Path) -> None:
 def test_damaged_index(folder: Path, content: str) -> None:
     shard(folder)
     (folder / sources.INDEX_FILE).write_text(content)
-    with pytest.raises(CheckpointError, match="is not a safetensors index"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"index\.json (is not a safetensors index|cannot be read as a JSON object)",
+    ):
         load(folder)
