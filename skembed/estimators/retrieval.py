@@ -9,9 +9,9 @@ import numpy as np
 from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 
-from skembed._validation import check_choice, check_int, check_string
+from skembed._validation import check_bool, check_choice, check_int, check_string
 from skembed.estimators.base import TextEstimatorMixin, make_vectorizer
-from skembed.estimators.saved_index import check_fingerprint, fingerprint_model
+from skembed.estimators.saved_index import check_fingerprint, fingerprint_model, read_settings
 from skembed.inference.devices import choose_search_device
 from skembed.metrics.qrels import (
     check_ids,
@@ -346,14 +346,17 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         Parameters
         ----------
         path : str or path
-            A new or empty folder, or one that holds an index, which is replaced.
+            A new or empty folder, or one that holds an index, which is replaced. Files that are no
+            part of it stay.
 
         Raises
         ------
         NotFittedError
             If called before `fit`.
         ValueError
-            If the folder holds other files.
+            If the folder holds other files but no index, or an index that cannot be read.
+        BlockingIOError
+            If another process is writing there.
         OSError
             If the folder cannot be written; its earlier content is kept.
         """
@@ -361,13 +364,17 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         is_model_name = isinstance(self.vectorizer, (str, os.PathLike))
         model, probe = fingerprint_model(getattr(self, "vectorizer_", None), owner=_OWNER)
         settings, arrays = self._index.pack()
+        self._check_parameters()
+        parameters = {key: getattr(self, key) for key in _SAVED_PARAMETERS}
         settings |= {
-            "parameters": {key: getattr(self, key) for key in _SAVED_PARAMETERS},
+            "parameters": parameters | {"rescore": int(self.rescore)},
             "ids_counted": self._has_automatic_ids,
             "vectorizer": os.fspath(self.vectorizer) if is_model_name else None,
             "model": model,
         }
-        write_index(path, settings, arrays if probe is None else {**arrays, "probe": probe})
+        if probe is not None:
+            arrays["probe"] = np.asarray(probe, dtype=np.float32)
+        write_index(path, settings, arrays, owner=f"{_OWNER}.save")
 
     @classmethod
     def load(
@@ -376,6 +383,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         *,
         vectorizer: Any = "saved",
         mmap: bool = True,
+        verify: bool = False,
         device: str = "auto",
     ) -> Retriever:
         """Return a fitted retriever for an index in a folder.
@@ -390,6 +398,9 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         mmap : bool, default=True
             Map the vectors from disk, read-only, instead of reading them; `add` and `remove`
             then make copies in memory.
+        verify : bool, default=False
+            Check all of a mapped index here, which reads it once. Otherwise each part of the mapped
+            vectors is checked when a search first uses it, and all else is checked here.
         device : str, default="auto"
             Device of the search.
 
@@ -406,8 +417,14 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             If the index is damaged, of another version or of another model, or `vectorizer`
             is "saved" and the index was built with an object.
         """
-        settings, arrays = read_index(path, mmap=mmap)
-        where = f"The index in {os.fspath(path)!r}"
+        owner = f"{_OWNER}.load"
+        mmap = check_bool(mmap, name="mmap", owner=owner)
+        verify = check_bool(verify, name="verify", owner=owner)
+        saved = read_index(path, owner=owner, mmap=mmap, verify=verify)
+        settings, where = (
+            read_settings(saved, _SAVED_PARAMETERS),
+            f"The index in {str(saved.folder)!r}",
+        )
         if isinstance(vectorizer, str) and vectorizer == "saved":
             vectorizer = settings["vectorizer"]
             if vectorizer is None and settings["model"] is not None:
@@ -415,17 +432,23 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
                     f"{where} was built with a vectorizer that has no name. Pass it: "
                     f"{_OWNER}.load(path, vectorizer=...)."
                 )
-        retriever = cls(vectorizer, device=device, **settings["parameters"])
-        retriever._check_parameters()
+        retriever = cls(vectorizer, **settings["parameters"])
+        try:
+            retriever._check_parameters()
+        except (TypeError, ValueError) as error:
+            raise saved.damaged(str(error)) from error
+        retriever.device = check_string(device, name="device", owner=owner)
+        index = DocumentIndex.unpack(saved)
+        probe = saved.read("probe", "f4", n_axes=2) if "probe" in saved.arrays else None
         is_model_name = isinstance(vectorizer, (str, os.PathLike))
         model = make_vectorizer(vectorizer, owner=_OWNER) if is_model_name else vectorizer
-        check_fingerprint(model, settings["model"], arrays.get("probe"), where=where, owner=_OWNER)
+        check_fingerprint(model, settings["model"], probe, where=where, owner=_OWNER)
         retriever._set_vectorizer(model, settings["dim"])
         if model is None:
             retriever.n_features_in_ = settings["dim"]
-        retriever._index = DocumentIndex.unpack(settings, arrays)
+        retriever._index = index
         retriever._has_automatic_ids = settings["ids_counted"]
-        retriever.ids_ = retriever._index.ids
+        retriever.ids_ = index.ids
         return retriever
 
     def _check_parameters(self) -> None:
