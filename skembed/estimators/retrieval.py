@@ -19,7 +19,7 @@ from skembed._validation import (
     parameter_error,
 )
 from skembed.estimators.base import TextEstimatorMixin, check_encoder, make_vectorizer
-from skembed.estimators.saved_index import check_fingerprint, fingerprint_model
+from skembed.estimators.saved_index import check_fingerprint, fingerprint_model, read_settings
 from skembed.inference.devices import check_device, choose_search_device
 from skembed.metrics.qrels import (
     check_ids,
@@ -363,14 +363,17 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         Parameters
         ----------
         path : str or path
-            A new or empty folder, or one that holds an index, which is replaced.
+            A new or empty folder, or one that holds an index, which is replaced. Files that are no
+            part of it stay.
 
         Raises
         ------
         NotFittedError
             If called before `fit`.
         ValueError
-            If the folder holds other files.
+            If the folder holds other files but no index, or an index that cannot be read.
+        BlockingIOError
+            If another process is writing there.
         OSError
             If the folder cannot be written; its earlier content is kept.
         """
@@ -386,7 +389,9 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             "vectorizer": checked.vectorizer if is_model_name else None,
             "model": model,
         }
-        write_index(path, settings, arrays if probe is None else {**arrays, "probe": probe})
+        if probe is not None:
+            arrays["probe"] = np.asarray(probe, dtype=np.float32)
+        write_index(path, settings, arrays, owner=f"{_OWNER}.save")
 
     @classmethod
     def load(
@@ -395,6 +400,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         *,
         vectorizer: Any = "saved",
         mmap: bool = True,
+        verify: bool = False,
         device: str = "auto",
     ) -> Retriever:
         """Return a fitted retriever for an index in a folder.
@@ -409,6 +415,9 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         mmap : bool, default=True
             Map the vectors from disk, read-only, instead of reading them; `add` and `remove`
             then make copies in memory.
+        verify : bool, default=False
+            Check all of a mapped index here, which reads it once. Otherwise each part of the mapped
+            vectors is checked when a search first uses it, and all else is checked here.
         device : str, default="auto"
             Device of the search.
 
@@ -428,8 +437,10 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         owner = f"{_OWNER}.load"
         path = check_path(path, name="path", owner=owner)
         mmap = check_bool(mmap, name="mmap", owner=owner)
-        settings, arrays = read_index(path, mmap=mmap)
-        where = f"The index in {path!r}"
+        verify = check_bool(verify, name="verify", owner=owner)
+        saved = read_index(path, owner=owner, mmap=mmap, verify=verify)
+        settings = read_settings(saved, _SAVED_PARAMETERS)
+        where = f"The index in {str(saved.folder)!r}"
         if isinstance(vectorizer, str) and vectorizer == "saved":
             vectorizer = settings["vectorizer"]
             if vectorizer is None and settings["model"] is not None:
@@ -437,17 +448,23 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
                     f"{where} was built with a vectorizer that has no name. Pass it: "
                     f"{_OWNER}.load(path, vectorizer=...)."
                 )
+        try:
+            cls(None, **settings["parameters"])._checked()
+        except (TypeError, ValueError) as error:
+            raise saved.damaged(str(error)) from error
         retriever = cls(vectorizer, device=device, **settings["parameters"])
         retriever._checked()
+        index = DocumentIndex.unpack(saved)
+        probe = saved.read("probe", "f4", n_axes=2) if "probe" in saved.arrays else None
         is_model_name = isinstance(vectorizer, (str, os.PathLike))
         model = make_vectorizer(vectorizer, owner=_OWNER) if is_model_name else vectorizer
-        check_fingerprint(model, settings["model"], arrays.get("probe"), where=where, owner=_OWNER)
+        check_fingerprint(model, settings["model"], probe, where=where, owner=_OWNER)
         retriever._set_vectorizer(model, settings["dim"])
         if model is None:
             retriever.n_features_in_ = settings["dim"]
-        retriever._index = DocumentIndex.unpack(settings, arrays)
+        retriever._index = index
         retriever._has_automatic_ids = settings["ids_counted"]
-        retriever.ids_ = retriever._index.ids
+        retriever.ids_ = index.ids
         return retriever
 
     def _checked(self) -> Any:

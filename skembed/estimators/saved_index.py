@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from skembed._files import check_fields
 from skembed.embedding import embed
+from skembed.search.index_file import SavedIndex
 from skembed.similarity import Vectors
 
-__all__ = ["check_fingerprint", "fingerprint_model"]
+__all__ = ["check_fingerprint", "fingerprint_model", "read_settings"]
 
+_MODEL_FIELDS = ("name", "fingerprint")
 _PROBES = [
     "A llama is a domesticated South American camelid.",
     "card payment declined",
@@ -34,8 +37,41 @@ def fingerprint_model(
         return None, None
     model = getattr(vectorizer, "model_", None)
     model = model if isinstance(model, dict) else {}
-    described = {"name": model.get("name"), "fingerprint": model.get("fingerprint")}
+    described = {name: _as_text(model.get(name)) for name in _MODEL_FIELDS}
     return described, embed(vectorizer, _PROBES, "document", owner=owner)
+
+
+def _as_text(value: Any) -> str | None:
+    """Return a str of a stranger's `model_`, as JSON can hold it, or None for anything else."""
+    return str.__str__(value) if isinstance(value, str) else None
+
+
+def read_settings(saved: SavedIndex, parameters: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings of a saved index if they are these, and no others.
+
+    The values of `parameters` are the caller's to check. Raises ValueError.
+    """
+    null = type(None)
+    fields: dict[str, type | tuple[type, ...]] = {
+        "parameters": dict,
+        "ids_counted": bool,
+        "vectorizer": (str, null),
+        "model": (dict, null),
+    }
+    settings = check_fields(saved.settings, fields, subject="its settings", error=saved.damaged)
+    model = settings["model"]
+    if model is not None:
+        check_fields(
+            model,
+            dict.fromkeys(_MODEL_FIELDS, (str, null)),
+            subject="its model",
+            error=saved.damaged,
+        )
+    foreign = {*settings} - {*fields, "kinds", "dim", "n_seen"}
+    if foreign or {*settings["parameters"]} != {*parameters}:
+        names = sorted(foreign or {*settings["parameters"]} ^ {*parameters})
+        raise saved.damaged(f"its settings must be those of an index, but differ in {names}")
+    return settings
 
 
 def check_fingerprint(

@@ -7,16 +7,19 @@ available, and sorts by score and id, so that a result depends on query and docu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from skembed._files import check_fields
 from skembed.search.gpu import top_k_rows_on_device
 from skembed.search.hnsw import HnswGraph
-from skembed.search.index_file import Array, pack_strings, unpack_strings
-from skembed.search.stored_vectors import StoredVectors
+from skembed.search.index_file import Array, SavedIndex, pack_strings, unpack_strings
+from skembed.search.saved_array import SavedArray
+from skembed.search.stored_vectors import STORAGE_KINDS, StoredVectors
 from skembed.search.top_k import N_SPARE, rescore_candidates, top_k_rows
 from skembed.similarity import Ids, Indices, TopK, Vectors, iterate_blocks, normalize_rows
 
@@ -109,37 +112,47 @@ class DocumentIndex:
         arrays: dict[str, Array] = {"labels": self.labels}
         arrays |= pack_strings(self.ids) if self.ids.dtype == object else {"ids": self.ids}
         for part, vectors in parts.items():
-            arrays |= {f"{part}.{name}": array for name, array in vectors.arrays.items()}
+            arrays |= {f"{part}.{k}": array for k, array in vectors.check().arrays.items()}
         if self.graph is not None:
             arrays["graph"] = self.graph.to_array()
         # "n_seen" is the name of `next_label` in the manifests of saved indexes.
         return {"kinds": kinds, "dim": self.stored.dim, "n_seen": self.next_label}, arrays
 
     @classmethod
-    def unpack(cls, settings: dict[str, Any], arrays: dict[str, Array]) -> DocumentIndex:
+    def unpack(cls, saved: SavedIndex) -> DocumentIndex:
         """Return the index that `pack` took apart; raise ValueError where parts do not fit."""
-        parts: dict[str, StoredVectors] = {}
-        for part, kind in settings["kinds"].items():
-            prefix = f"{part}."
-            named = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-            parts[part] = StoredVectors(kind, settings["dim"], named)
-        ids = arrays.get("ids")
-        if ids is None:
-            ids = unpack_strings(arrays["characters"], arrays["ends"])
-        labels = np.array(arrays["labels"])
-        if {*map(len, parts.values()), len(labels)} != {len(ids)}:
-            raise ValueError("ids and vectors differ in number")
-        graph = HnswGraph.from_array(arrays["graph"]) if "graph" in arrays else None
-        return cls(
-            np.array(ids), parts["stored"], parts.get("fine"), graph, labels, settings["n_seen"]
-        )
+        fields = {"kinds": dict, "dim": int, "n_seen": int}
+        settings = check_fields(saved.settings, fields, subject="its settings", error=saved.damaged)
+        dim, next_label = settings["dim"], settings["n_seen"]
+        is_text = "ids" not in saved.arrays
+        packed = {"characters": "u1", "ends": "i8"} if is_text else {"ids": "i8"}
+        read = {name: saved.read(name, dtype) for name, dtype in packed.items()}
+        labels = saved.read("labels", "i8")
+        data = saved.read("graph", "u1") if "graph" in saved.arrays else None
+        try:
+            ids = unpack_strings(**read) if is_text else np.array(read["ids"])
+            _check_labels(labels, len(ids), next_label)
+            parts = _open_parts(settings["kinds"], dim, len(ids), saved.arrays)
+            graph = None if data is None else HnswGraph.read(data, dim, labels)
+        except ValueError as error:
+            raise saved.damaged(str(error)) from error
+        index = cls(ids, parts["stored"], parts.get("fine"), graph, labels, next_label)
+        if index._has_equal_ids():
+            raise saved.damaged("it has an id twice")
+        return index
 
     def _set_ids(self, ids: Ids) -> None:
         """Set the ids, and the rank of each in ascending order."""
-        order = np.argsort(ids, kind="stable")
-        ranks = np.empty(len(ids), dtype=np.int64)
-        ranks[order] = np.arange(len(ids))
+        ranks = np.arange(len(ids), dtype=np.int64)
+        if ids.dtype == object or not _is_ascending(ids):
+            ranks[np.argsort(ids, kind="stable")] = ranks.copy()
         self.ids, self._ranks = ids, ranks
+
+    def _has_equal_ids(self) -> bool:
+        """Return whether two documents have the same id."""
+        if self.ids.dtype == object:
+            return len(set(self.ids.tolist())) < len(self.ids)
+        return not _is_ascending(self.ids) and not _is_ascending(np.sort(self.ids))
 
     def _find_by_graph(
         self, graph: HnswGraph, queries: Vectors, n: int, *, device: torch.device
@@ -160,6 +173,39 @@ class DocumentIndex:
         return top_k_rows_on_device(
             queries, read, ranks, n, device=device, block_bytes=_DEVICE_BLOCK_BYTES
         ).indices
+
+
+def _check_labels(labels: Indices, n: int, next_label: int) -> None:
+    """Raise ValueError unless these are n ascending labels below `next_label`."""
+    ends = [0, int(labels[0]), int(labels[-1]) + 1] if len(labels) else [0]
+    if len(labels) != n or sorted(ends) != ends or not ends[-1] <= next_label < 2**62:
+        raise ValueError(f"it has {len(labels)} labels below {next_label} for {n} documents")
+    if not _is_ascending(labels):
+        raise ValueError("its labels do not ascend")
+
+
+def _is_ascending(numbers: Indices) -> bool:
+    """Return whether each number is above the one before."""
+    return bool((numbers[1:] > numbers[:-1]).all())
+
+
+def _open_parts(
+    kinds: dict[str, Any], dim: int, n: int, saved: Mapping[str, SavedArray]
+) -> dict[str, StoredVectors]:
+    """Return the stored vectors and their finer copy; ValueError if arrays are none of an index."""
+    if not {"stored"} <= set(kinds) <= {"stored", "fine"}:
+        raise ValueError(f"it holds {sorted(kinds)} instead of stored vectors")
+    parts, others = {}, {*saved} - {"ids", "characters", "ends", "labels", "graph", "probe"}
+    for part, kind in kinds.items():
+        if kind not in STORAGE_KINDS:
+            raise ValueError(f"its {part} vectors are {kind!r:.40}, not one of {STORAGE_KINDS}")
+        names = {name for name in others if name.startswith(f"{part}.")}
+        own = {name.removeprefix(f"{part}."): saved[name] for name in names}
+        parts[part] = StoredVectors.open(kind, dim, n, own)
+        others -= names
+    if others:
+        raise ValueError(f"it holds {sorted(others)}, which are no part of an index")
+    return parts
 
 
 def prepare_vectors(vectors: npt.ArrayLike, similarity: str, *, owner: str) -> Vectors:

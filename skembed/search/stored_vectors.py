@@ -16,13 +16,14 @@ binary   1/8               one of two levels of the component, learned from the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from skembed.search.codes import Levels
+from skembed.search.saved_array import SavedArray
 from skembed.similarity import Indices, Vectors, iterate_blocks
 
 __all__ = ["Rows", "STORAGE_KINDS", "StoredVectors"]
@@ -42,6 +43,8 @@ class StoredVectors:
     # "values", (n, dim) or (n, ceil(dim / 8)) bits; for int8 "scales", (n,); for binary "levels",
     # (3, dim), the table of `Levels`.
     arrays: Mapping[str, npt.NDArray[np.generic]]
+    # The same arrays where they come from files, to be checked before they are used.
+    saved: Mapping[str, SavedArray] = field(default_factory=dict)
 
     @classmethod
     def encode(cls, vectors: Vectors, kind: str) -> StoredVectors:
@@ -50,8 +53,34 @@ class StoredVectors:
         empty = cls(kind, vectors.shape[1], levels)
         return cls(kind, empty.dim, {**levels, **empty._encode_rows(vectors)})
 
+    @classmethod
+    def open(cls, kind: str, dim: int, n: int, saved: Mapping[str, SavedArray]) -> StoredVectors:
+        """Return n vectors of a saved index; raise ValueError if these are not their arrays."""
+        dtypes = {"float32": "f4", "float16": "f2", "int8": "i1", "binary": "u1"}
+        width = -(-dim // 8) if kind == "binary" else dim
+        expected: dict[str, tuple[str, tuple[int, ...]]] = {"values": (dtypes[kind], (n, width))}
+        if kind == "int8":
+            expected["scales"] = ("f4", (n,))
+        if kind == "binary":
+            expected["levels"] = ("f4", (3, dim))
+        found = {
+            name: (array.values.dtype.str[1:], array.values.shape) for name, array in saved.items()
+        }
+        if found != expected:
+            raise ValueError(f"{found} are not the arrays of {n} {kind} vectors of width {dim}")
+        return cls(kind, dim, {name: array.values for name, array in saved.items()}, saved)
+
     def __len__(self) -> int:
         return len(self.arrays["values"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.check().__dict__}
+
+    def check(self) -> StoredVectors:
+        """Return these vectors in memory, all checked; raise ValueError if a file is damaged."""
+        for array in self.saved.values():
+            array.check()
+        return StoredVectors(self.kind, self.dim, self.arrays)
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +89,8 @@ class StoredVectors:
 
     def read_rows(self, rows: Rows) -> Vectors:
         """Return some vectors as float32, (n_rows, dim); a slice of float32 is not copied."""
+        for name, array in self.saved.items():
+            array.check(None if name == "levels" else rows)
         values: Any = self.arrays["values"][rows]
         if self.kind == "int8":
             scaled: Vectors = values * self.arrays["scales"][rows][:, None]
@@ -70,12 +101,14 @@ class StoredVectors:
 
     def append(self, vectors: Vectors) -> StoredVectors:
         """Return these vectors followed by more."""
+        self.check()
         new = self._encode_rows(vectors)
         rows = {name: np.concatenate([self.arrays[name], array]) for name, array in new.items()}
         return StoredVectors(self.kind, self.dim, {**self.arrays, **rows})
 
     def select(self, rows: npt.NDArray[np.bool_]) -> StoredVectors:
         """Return the vectors of the rows where a mask (n,) is True."""
+        self.check()
         arrays = {k: v if k == "levels" else v[rows] for k, v in self.arrays.items()}
         return StoredVectors(self.kind, self.dim, arrays)
 

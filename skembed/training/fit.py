@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from skembed.search.negatives import select_negatives
 from skembed.training.batches import BatchPlan, ClassIndex, TaskSampler, TextTable
 from skembed.training.examples import Examples
 from skembed.training.loop import run_training
-from skembed.training.state import Checkpoints, check_folder
+from skembed.training.state import Checkpoints, check_folder, hold_folder
 from skembed.training.trainer import OWNER, ContrastiveTrainer
 from skembed.training.validation import (
     Embed,
@@ -80,31 +81,32 @@ def fit_adapter(
     if trainer.checkpoint_dir is not None or processes.size > 1:
         identity = _identify(base, examples, trainer, max_length, initial)
         processes.check_same(identity, owner="NVEmbedVectorizer")
-    checkpoints, seed = _open_checkpoints(identity, trainer, processes)
-    table = TextTable(
-        base.tokenizer, max_length=max_length, mask_prefix=base.config.is_mask_instruction
-    )
-    tasks, validations = [], []
-    for task in examples:
-        training = held = None
-        if trainer.validation_fraction:
-            training, held = split_validation(task, trainer.validation_fraction, seed)
-        sampler = TaskSampler(task, table, training)
-        tasks.append(sampler)
-        if training is not None and held is not None:
-            texts = sampler.queries, sampler.documents
-            validations.append(validation(task, training, held, *texts, seed))
-    table.freeze()
-    adapter, history = run_training(
-        base,
-        BatchPlan(tasks, table, trainer, seed),
-        _start_adapter(base, source, trainer, initial, seed),
-        validation=join_validations(validations) if validations else None,
-        mine=partial(_mine_task, trainer=trainer) if trainer.mine_negatives else None,
-        checkpoints=checkpoints,
-        show_progress=progress and processes.is_first,
-        processes=processes,
-    )
+    with contextlib.ExitStack() as stack:
+        checkpoints, seed = _open_checkpoints(identity, trainer, processes, stack)
+        table = TextTable(
+            base.tokenizer, max_length=max_length, mask_prefix=base.config.is_mask_instruction
+        )
+        tasks, validations = [], []
+        for task in examples:
+            training = held = None
+            if trainer.validation_fraction:
+                training, held = split_validation(task, trainer.validation_fraction, seed)
+            sampler = TaskSampler(task, table, training)
+            tasks.append(sampler)
+            if training is not None and held is not None:
+                texts = sampler.queries, sampler.documents
+                validations.append(validation(task, training, held, *texts, seed))
+        table.freeze()
+        adapter, history = run_training(
+            base,
+            BatchPlan(tasks, table, trainer, seed),
+            _start_adapter(base, source, trainer, initial, seed),
+            validation=join_validations(validations) if validations else None,
+            mine=partial(_mine_task, trainer=trainer) if trainer.mine_negatives else None,
+            checkpoints=checkpoints,
+            show_progress=progress and processes.is_first,
+            processes=processes,
+        )
     return FitResult(adapter, history, table.n_truncated, len(table.ids))
 
 
@@ -157,11 +159,14 @@ def _check_start(
 
 
 def _open_checkpoints(
-    identity: dict[str, str], trainer: ContrastiveTrainer, processes: Processes
+    identity: dict[str, str],
+    trainer: ContrastiveTrainer,
+    processes: Processes,
+    stack: contextlib.ExitStack,
 ) -> tuple[Checkpoints | None, int]:
     """Return the saved states, None without a folder, and the seed: the saved run's, or a new one.
 
-    Only the first of several processes has the states.
+    Only the first of several processes has the states. It holds their folder until `stack` ends.
     """
     checkpoints: Checkpoints | None = None
 
@@ -170,13 +175,15 @@ def _open_checkpoints(
         seed = trainer.random_state
         if trainer.checkpoint_dir is not None:
             every = trainer.checkpoint_steps
+            stack.enter_context(hold_folder(trainer.checkpoint_dir))
             checkpoints = Checkpoints(trainer.checkpoint_dir, identity, every=every)
             seed = checkpoints.seed if seed is None else seed
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1, np.uint32)[0])
+        seed = int(seed)
         if checkpoints is not None:
             checkpoints.seed = seed
-        return int(seed)
+        return seed
 
     seed = processes.on_first(open_first)
     return checkpoints, seed

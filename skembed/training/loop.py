@@ -28,7 +28,7 @@ from skembed.model.network import load_pooling
 from skembed.progress import progress_bar
 from skembed.training.batches import Batch, BatchPlan, TaskSampler, TextTable
 from skembed.training.losses import backward_in_chunks, batch_loss
-from skembed.training.state import Checkpoints
+from skembed.training.state import Checkpoints, check_tensors, check_values
 from skembed.training.trainer import ContrastiveTrainer
 from skembed.training.validation import Embed, Validation
 
@@ -333,7 +333,7 @@ def _take_step(
         )
     speed = batch.n_examples / (time.perf_counter() - began)
     epoch = (step + 1) / plan.n_batches
-    values = (step + 1, epoch, float(loss), rate, norm, speed)
+    values = (step + 1, epoch, float(loss), float(rate), norm, speed)
     return dict(zip(STEP_COLUMNS, values, strict=True))
 
 
@@ -395,12 +395,27 @@ def _snapshot(
 def _resume(
     learner: _Learner, saved: tuple[dict[str, Tensor], dict[str, Any]], plan: BatchPlan
 ) -> _Progress:
-    """Put the saved state into the learner and the plan; return the progress."""
+    """Put the saved state into the learner and the plan; return the progress.
+
+    Raises CheckpointError if the state is not one of this run.
+    """
     tensors, values = saved
+    trainer = plan.trainer
+    check_values(values, n_steps=plan.n_steps, may_stop=trainer.early_stopping)
+    mining = {
+        f"mined/{number}": task
+        for number, task in enumerate(plan.tasks)
+        if trainer.mine_negatives and task.examples.loss == "infonce"
+    }
+    integers = {}
+    for name, task in mining.items():
+        shape = len(task.examples.columns), trainer.n_negatives
+        texts = np.flatnonzero(task.documents >= 0)
+        integers[name] = shape, torch.from_numpy(np.append(texts, -1))
+    check_tensors(tensors, values, learner.parameters, integers)
+    for name, task in mining.items():
+        task.mined = tensors[name].numpy()
     learner.restore(tensors)
-    for number, task in enumerate(plan.tasks):
-        if f"mined/{number}" in tensors:
-            task.mined = tensors[f"mined/{number}"].numpy()
     best = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
     logger.info("resumed at step %d of %d", values["step"], plan.n_steps)
     return _Progress(

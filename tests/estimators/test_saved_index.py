@@ -169,20 +169,22 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
 
 
 def climb(folder: Path) -> None:
-    edit_manifest(folder, files={"labels": {"file": "../other.npy", "bytes": 1}})
+    entry = {"bytes": 1, "dtype": "<i8", "shape": [1], "crc32": "00000000"}
+    edit_manifest(folder, files={"labels": {"file": "../other.npy", **entry}})
 
 
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
         (damage_size, ValueError, "is damaged.*bytes instead of"),
-        (damage_header, ValueError, "is damaged.*is not an array"),
+        (damage_header, ValueError, "is damaged.*checksum of its bytes from 0 is wrong"),
         (damage_file, ValueError, "is damaged.*is missing"),
-        (climb, ValueError, "is damaged.*bad entry"),
-        (lambda f: (f / "manifest.json").write_text("{"), ValueError, "damaged.*is not JSON"),
+        (climb, ValueError, "is damaged.*must name a file of an index; got '../other.npy'"),
+        (lambda f: (f / "manifest.json").write_text("{"), ValueError, "damaged.*not JSON"),
         (lambda f: (f / "manifest.json").write_text("{}"), ValueError, "holds no index of skembed"),
         (lambda f: edit_manifest(f, version=9), ValueError, "is of version 9"),
-        (lambda f: edit_manifest(f, files=3), ValueError, "is damaged"),
+        (lambda f: edit_manifest(f, files=3), ValueError, "is damaged.*a field 'files'"),
+        (lambda f: edit_manifest(f, settings={}), ValueError, "is damaged.*checksum is wrong"),
         (lambda f: (f / "manifest.json").unlink(), FileNotFoundError, "There is no index in"),
     ],
 )
@@ -210,10 +212,10 @@ def test_a_full_disk_loses_nothing(
     if there:
         old.save(folder)
     kept = sorted(folder.glob("*"))
-    real = _index_file._write_array
+    real = _index_file.write_array
     left = [1] if step == "array" else [100]
 
-    def write_array(path: Path, array: np.ndarray) -> int:
+    def write_array(path: Path, array: np.ndarray) -> Any:
         left[0] -= 1
         if left[0] < 0:
             path.write_bytes(b"half")
@@ -223,7 +225,7 @@ def test_a_full_disk_loses_nothing(
     def replace(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(_index_file, "_write_array", write_array)
+    monkeypatch.setattr(_index_file, "write_array", write_array)
     if step == "manifest":
         monkeypatch.setattr(Path, "replace", replace)
     with pytest.raises(OSError, match="cannot be written.*No space left") as caught:

@@ -144,7 +144,7 @@ def test_a_foreign_file_is_refused(header: str | None, run: Path, steps: list[in
     tensors = load_file(run / STATE_FILE)
     metadata = {"format": "pt"} if header is None else {"skembed": header}
     save_file(tensors, run / STATE_FILE, metadata=metadata)
-    with pytest.raises(CheckpointError, match="cannot be read|of version 99"):
+    with pytest.raises(CheckpointError, match="cannot be read|is damaged|of version (99|1;)"):
         make(checkpoint_dir=run).fit(TEXTS, LABELS)
     assert steps == []
 
