@@ -282,7 +282,7 @@ def test_missing_shard(fresh_dir: Path, works: Any) -> None:
         (b"", "config.json cannot be read as JSON"),
         (b'{"model_type": ', "config.json cannot be read as JSON"),
         (b"\xff\xfe\x00", "config.json cannot be read as JSON"),
-        (b"[1, 2]", "must hold a JSON object; got list"),
+        (b"[1, 2]", "config.json cannot be read as JSON: it holds no JSON object, but list"),
         (b"{}", "must have model_type 'nvembed' or 'mistral'; got None"),
         (b'{"model_type": "bert"}', "must have model_type 'nvembed' or 'mistral'; got 'bert'"),
         (b'{"model_type": "nvembed"}', "text_config"),

@@ -82,7 +82,7 @@ class NamePattern:
         while self._at < len(self._pattern) and self._pattern[self._at] not in "|)":
             node = self._parse_single(depth)
             repeat = _REPEAT.match(self._pattern, self._at)
-            if repeat and repeat[0] != "{,}":
+            if repeat:
                 self._at = repeat.end()
                 if self._pattern.startswith("+", self._at):  # possessive, from Python 3.11 on
                     raise self._refusal()

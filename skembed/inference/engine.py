@@ -26,7 +26,7 @@ from joblib import effective_n_jobs
 from torch import Tensor
 
 from skembed.cache.embedding_cache import EmbeddingCache
-from skembed.exceptions import CacheError, SkembedWarning
+from skembed.exceptions import CacheError, CheckpointError, SkembedWarning
 from skembed.inference.registry import registry
 from skembed.inference.workers import (
     name_process,
@@ -256,6 +256,8 @@ def _embed_chunk(
 
     try:
         for done, vectors in runner.run(part, chunk.encoded):
+            if not np.isfinite(np.vdot(vectors, vectors)):
+                _check_finite(rows[done], vectors)
             out[rows[done]] = vectors
             unsaved.extend(done.tolist())
             bar.update(len(done))
@@ -265,6 +267,17 @@ def _embed_chunk(
         store()
     if len(part) >= TRIM_TEXTS:
         release_free_memory()
+
+
+def _check_finite(rows: np.ndarray, vectors: np.ndarray) -> None:
+    """Raise CheckpointError for vectors without a finite norm, of the texts in these rows."""
+    bad = rows[~np.isfinite(np.einsum("nd,nd->n", vectors, vectors))]
+    if len(bad):
+        raise CheckpointError(
+            f"The model gives NaN, infinite or huge values for texts[{bad.min()}]: its weights, or "
+            "those of its adapter, are damaged or too large for its type. Pass dtype='float32' or "
+            "'bfloat16', or train the adapter again with a lower learning rate."
+        )
 
 
 class _Runner:

@@ -34,6 +34,7 @@ from skembed.model.sources import (
     find_weight_files,
     read_index,
 )
+from skembed.model.tokenization import MAX_TOKENIZER_BYTES
 from skembed.model.weight_files import WeightFiles, check_finite
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def iterate_tensors(
 def _check_fresh_size(n_weights: int, files: WeightFiles, folder: Path) -> None:
     """Refuse a pooling without weights that config.json makes far larger than the model."""
     n_stored = sum(map(math.prod, files.shapes.values()))
-    if n_weights > max(4 * n_stored, 1 << 26):
+    if n_weights > max(4 * n_stored, 1 << 22):
         raise CheckpointError(
             f"The {CONFIG_FILE} of {folder} describes a pooling of absurd size: {n_weights:,} "
             f"weights with it, where the folder holds {n_stored:,}."
@@ -260,7 +261,7 @@ def save_checkpoint(
             write_json(staged / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
         for name in TOKENIZER_FILES:
             if has_file(tokenizer_folder, name):
-                content = read_file(find_file(tokenizer_folder, name))
+                content = read_file(find_file(tokenizer_folder, name), limit=MAX_TOKENIZER_BYTES)
                 (staged / name).write_bytes(content)
         for name, value in extra.items():
             write_json(staged / name, value)

@@ -21,8 +21,8 @@ from skembed.exceptions import CheckpointError, ModelNotFoundError
 from skembed.model.config import NVEmbedConfig
 from skembed.model.files import find_file, has_file, read_steadily, unpack_folder, wait_for_save
 from skembed.model.pooling import POOLINGS
-from skembed.model.tokenization import find_tokenizer_file
-from skembed.model.weight_files import join_first
+from skembed.model.tokenization import MAX_TOKENIZER_BYTES, find_tokenizer_file
+from skembed.model.weight_files import check_file, join_first
 
 __all__ = [
     "ADAPTER_CONFIG_FILE",
@@ -92,8 +92,10 @@ def resolve_source(model: str | os.PathLike[str], revision: str | None = None) -
     folder = Path(name).expanduser()
     if folder.is_dir():
         folder = folder.resolve()
-        if not (folder / CONFIG_FILE).is_file() and not has_file(folder, ADAPTER_CONFIG_FILE):
+        if not has_file(folder, CONFIG_FILE) and not has_file(folder, ADAPTER_CONFIG_FILE):
             wait_for_save(folder)
+            if has_file(folder, ADAPTER_WEIGHTS_FILE):
+                return _resolve_adapter(name, folder)
         if has_file(folder, ADAPTER_CONFIG_FILE):
             return _resolve_adapter(name, folder)
         return ModelSource(name, folder)
@@ -150,12 +152,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return _files.read_json(path)
     except FileNotFoundError as error:
+        article = "an" if path.name.startswith("a") else "a"
         raise CheckpointError(
-            f"The model folder {path.parent} must hold a {path.name}; it does not."
+            f"The model folder {path.parent} must hold {article} {path.name}; it does not."
         ) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path} cannot be read as a JSON object: {reason}.") from error
+        raise CheckpointError(f"{path} cannot be read as JSON: {reason}.") from error
 
 
 def _looks_like_hub_id(name: str) -> bool:
@@ -322,12 +325,17 @@ def pack_folder(source: ModelSource) -> dict[str, bytes]:
     if source.adapter_folder is not None:
         wanted += [(adapter, name) for name in ADAPTER_FILES]
 
+    limits = {".json": MAX_TOKENIZER_BYTES}
+
     def pack() -> dict[str, bytes]:
         paths = {name: find_file(of, name) for of, name in wanted if has_file(of, name)}
         shards = find_weight_files(base)
         paths.update({path.relative_to(base).as_posix(): path for path in shards})
+        for path in paths.values():
+            if path.suffix == ".safetensors":  # a file as large as its content
+                check_file(path)
         try:
-            return {name: read_file(path) for name, path in paths.items()}
+            return {name: read_file(p, limit=limits.get(p.suffix)) for name, p in paths.items()}
         except OSError as error:
             raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}.") from error
 

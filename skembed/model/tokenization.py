@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EncodedTexts",
+    "MAX_TOKENIZER_BYTES",
     "PackedBatch",
     "TextTokenizer",
     "find_tokenizer_file",

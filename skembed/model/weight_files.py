@@ -17,7 +17,7 @@ from torch import Tensor
 from skembed._files import open_file
 from skembed.exceptions import CheckpointError
 
-__all__ = ["TensorHeader", "WeightFiles", "check_finite", "join_first", "read_header"]
+__all__ = ["TensorHeader", "WeightFiles", "check_file", "check_finite", "join_first", "read_header"]
 
 MAX_HEADER_BYTES = 16 * 1024**2  # about 100,000 tensors
 _DTYPES = ("F32", "F16", "BF16")
@@ -94,6 +94,13 @@ def _open_tensors(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
+def check_file(path: Path) -> TensorHeader:
+    """Return the header of a safetensors file, if the rest of the file is as long as it says."""
+    header = read_header(path)
+    with _open_tensors(path):
+        return header
+
+
 class WeightFiles:
     """Safetensors files as one mapping from a model's names to tensors.
 
@@ -107,9 +114,7 @@ class WeightFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         for path in paths:
-            header = read_header(path)
-            with _open_tensors(path):  # which compares the header with the file's size
-                pass
+            header = check_file(path)
             for key, shape in header.shapes.items():
                 name = rename(key)
                 if name in self.locations:

@@ -440,6 +440,6 @@ def test_damaged_index(folder: Path, content: str) -> None:
     (folder / sources.INDEX_FILE).write_text(content)
     with pytest.raises(
         CheckpointError,
-        match=r"index\.json (is not a safetensors index|cannot be read as a JSON object)",
+        match=r"index\.json (is not a safetensors index|cannot be read as JSON)",
     ):
         load(folder)
