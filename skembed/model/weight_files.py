@@ -17,7 +17,15 @@ from torch import Tensor
 from skembed._files import open_file
 from skembed.exceptions import CheckpointError
 
-__all__ = ["TensorHeader", "WeightFiles", "check_file", "check_finite", "join_first", "read_header"]
+__all__ = [
+    "TensorHeader",
+    "WeightFiles",
+    "check_file",
+    "check_finite",
+    "join_first",
+    "open_tensors",
+    "read_header",
+]
 
 MAX_HEADER_BYTES = 16 * 1024**2  # about 100,000 tensors
 _DTYPES = ("F32", "F16", "BF16")
@@ -83,7 +91,7 @@ def _damage(path: Path, reason: object) -> CheckpointError:
 
 
 @contextmanager
-def _open_tensors(path: Path) -> Iterator[Any]:
+def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file whose header was read; raise CheckpointError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -97,7 +105,7 @@ def _open_tensors(path: Path) -> Iterator[Any]:
 def check_file(path: Path) -> TensorHeader:
     """Return the header of a safetensors file, if the rest of the file is as long as it says."""
     header = read_header(path)
-    with _open_tensors(path):
+    with open_tensors(path):
         return header
 
 
@@ -137,7 +145,7 @@ class WeightFiles:
                 f"The tensor {key} of {path} must be float32, float16 or bfloat16; got "
                 f"{kind}{dtype[1:]}. Quantised checkpoints are not read."
             )
-        with _open_tensors(path) as file:
+        with open_tensors(path) as file:
             tensor: Tensor = file.get_tensor(key)
         if tuple(tensor.shape) != self.shapes[name]:
             raise CheckpointError(f"{path} has changed while it was read. Load it again.")

@@ -25,7 +25,8 @@ from torch import Tensor
 from skembed._files import check_fields, find_inside, hold_lock, open_file
 from skembed.exceptions import CheckpointError
 from skembed.history import STEP_COLUMNS, TrainingHistory
-from skembed.model.checkpoint import open_tensors, write_tensors
+from skembed.model.checkpoint import write_tensors
+from skembed.model.weight_files import open_tensors
 
 __all__ = [
     "Checkpoints",
