@@ -35,6 +35,7 @@ from skembed import (
     Retriever,
     SimilarityRegressor,
     SkembedWarning,
+    TrainingTask,
     ZeroShotClassifier,
     evaluate,
     mine_hard_negatives,
@@ -291,7 +292,7 @@ def check_outcome(
         message = str(error)
         assert any(f"`{word}" in message for word in (name, *words)), message
         assert owner.partition(".")[0] in message or words, message
-        assert re.search(r"; got|is a|is False|ends after", message), message
+        assert re.search(r"; got|is a|is False|ends after|has \d", message), message
         assert len(message) < 1000
         assert sorted(Path.cwd().rglob("*")) == before, "an error leaves no file"
 
@@ -334,7 +335,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         lambda **options: EmbeddingMapDisplay.from_embeddings(
             ROWS, **{"reducer": "pca", **options}
         ),
-        ("reducer", "random_state"),
+        ("reducer", "random_state", "names", "colors", "noise_label", "texts", "coordinates"),
     ),
     "mine_hard_negatives": (
         lambda **options: mine_hard_negatives(
@@ -349,6 +350,14 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
             "random_state",
             "verbose",
         ),
+    ),
+    "tasks[0]": (
+        lambda **options: make_vectorizer().fit_tasks([TrainingTask(PAIRS, **options)]),
+        ("instruction", "document_instruction", "in_batch_negatives", "weight", "name"),
+    ),
+    "NVEmbedVectorizer.fit_tasks": (
+        lambda **options: make_vectorizer().fit_tasks(**options),
+        ("tasks",),
     ),
     "evaluate": (
         lambda **options: evaluate(make_vectorizer(), STSTask(PAIRS, range(12)), **options),
