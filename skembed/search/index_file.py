@@ -178,16 +178,15 @@ def unpack_strings(characters: Array, ends: Array) -> Array:
 
 def _read_path(path: str | os.PathLike[str], *, owner: str) -> Path:
     """Return the folder that a parameter names."""
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        got = describe_type(path) if not isinstance(path, str) else "''"
-        raise (ValueError if isinstance(path, str) else TypeError)(
-            f"The `path` parameter of `{owner}` must be the name of a folder; got {got}."
-        )
-    if "\0" in str(path):
-        raise ValueError(
-            f"The `path` parameter of `{owner}` must be the name of a folder; got one with a NUL."
-        )
-    return Path(path).expanduser()
+    subject = f"The `path` parameter of `{owner}` must be the name of a folder"
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{subject}; got {describe_type(path)}.")
+    if not os.fspath(path) or "\0" in str(path):
+        raise ValueError(f"{subject}; got {str(path)!r:.100}.")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # no such user
+        raise ValueError(f"{subject}; got {str(path)!r:.100} ({error}).") from error
 
 
 def _find_files(folder: Path, *, owner: str) -> set[str]:
@@ -282,6 +281,6 @@ def _open_array(folder: Path, entry: dict[str, Any], *, is_mapped: bool) -> Save
     except FileNotFoundError:
         raise ValueError(f"{damaged} is missing. {_ADVICE}") from None
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EISDIR, errno.ENXIO):
+        if error.errno not in (errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.ELOOP):
             raise
         raise ValueError(f"{damaged} is not a file. {_ADVICE}") from error
