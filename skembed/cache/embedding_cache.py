@@ -454,30 +454,28 @@ def _restore_cache(path: str | None, max_bytes: int | None, dtype: str | None) -
 
 
 def _before_fork() -> None:
-    """Lock every cache, so that the child gets a copy that no thread is changing."""
+    """Lock every cache, so that the child gets a copy that no thread is changing.
+
+    Files are closed: a child must not touch a connection of its parent, not even to close it, and
+    as long as it has one, its own connections do not really lock the file.
+    """
     _registry_lock.acquire()
     for cache in list(_instances):
         cache._lock.acquire()
         _held_for_fork.append(cache)
+        cache._store.close()
 
 
-def _after_fork_in_parent() -> None:
-    """Release the locks, so that other threads go on."""
+def _after_fork() -> None:
+    """Release the locks, in parent and child."""
     while _held_for_fork:
         _held_for_fork.pop()._lock.release()
     _registry_lock.release()
 
 
-def _after_fork_in_child() -> None:
-    """Release the parent's connections and locks."""
-    for cache in _held_for_fork:
-        cache._store.after_fork()
-    _after_fork_in_parent()
-
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_before_fork,
-        after_in_parent=_after_fork_in_parent,
-        after_in_child=_after_fork_in_child,
+        after_in_parent=_after_fork,
+        after_in_child=_after_fork,
     )

@@ -1,13 +1,12 @@
 """Rows of the embedding cache in one SQLite file, shared by processes.
 
 The connection, transactions, the limit, and the refusal of foreign files are here; the tables are
-in ``skembed.cache.sqlite_layout``. Every error of SQLite is raised as a ``CacheError``.
+in ``skembed.cache.sqlite_layout``. Every error of SQLite or of the disk is a ``CacheError``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import pathlib
 import sqlite3
 import stat
@@ -19,11 +18,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from skembed._files import hold_lock, remove_leftovers, replace_file
 from skembed.cache.sqlite_layout import (
-    PAGE_BYTES,
     SCHEMA,
     SCHEMA_VERSION,
-    TABLES,
     count_rows,
     delete_all,
     estimate_row_bytes,
@@ -33,6 +31,7 @@ from skembed.cache.sqlite_layout import (
     touch,
     used_bytes,
 )
+from skembed.cache.sqlite_log import NEXT_MARK, PAGE_BYTES, lock_path, remove_foreign_log
 from skembed.cache.stores import DTYPES, find_storable
 from skembed.exceptions import CacheError
 
@@ -125,8 +124,15 @@ class FileStore:
             excess = n_pages - limit_bytes // PAGE_BYTES
             if excess > 0:
                 # The statement frees one page a step. `execute` makes only one step of a
-                # statement without columns; `executescript` makes all, outside a transaction.
-                self._connection.executescript(f"PRAGMA incremental_vacuum({excess})")
+                # statement without columns; `executescript` makes all.
+                vacuum = f"PRAGMA incremental_vacuum({excess})"
+                try:
+                    self._connection.executescript(
+                        f"BEGIN IMMEDIATE; {NEXT_MARK}; {vacuum}; COMMIT"
+                    )
+                finally:
+                    if self._connection.in_transaction:
+                        self._connection.execute("ROLLBACK")
 
     def count(self) -> int:
         """Return the number of rows; reads the whole index (20 ms for a million rows)."""
@@ -158,19 +164,10 @@ class FileStore:
         with contextlib.suppress(sqlite3.Error):
             if self._touched:
                 connection.execute("PRAGMA busy_timeout = 100")
-                with _transaction(connection, "IMMEDIATE"):
+                with _transaction(connection, write=True):
                     touch(connection, list(self._touched))
         self._touched.clear()
         connection.close()
-
-    def after_fork(self) -> None:
-        """Forget the parent's connection without closing it."""
-        # SQLite forbids a child even to close it, which could undo work of the parent. An
-        # extra reference keeps the interpreter from closing it at exit.
-        if self._connection is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
-        self._connection = None
-        self._touched.clear()
 
     def _run(self, work: Callable[[sqlite3.Connection], _T], *, write: bool) -> _T:
         """Return what `work` does in a transaction; wait for other processes, translate errors."""
@@ -178,11 +175,13 @@ class FileStore:
         while True:
             try:
                 connection = self._connect()
-                with _transaction(connection, "IMMEDIATE" if write else "DEFERRED"):
+                with _transaction(connection, write=write):
                     return work(connection)
-            except sqlite3.Error as error:
-                # SQLite itself waits in most places, but not while the file becomes a WAL file.
-                if "locked" in str(error) and time.monotonic() < deadline:
+            except CacheError:
+                raise
+            except (sqlite3.Error, OSError) as error:
+                # SQLite itself waits in most places, but not while it opens a file or its log.
+                if _is_locked(error) and time.monotonic() < deadline:
                     time.sleep(0.02)
                     continue
                 self._touched.clear()
@@ -213,20 +212,13 @@ def _to_digests(keys: list[bytes]) -> npt.NDArray[np.int64]:
 
 def _open(path: pathlib.Path, dtype: str | None) -> tuple[sqlite3.Connection, np.dtype[Any]]:
     """Return a connection to the file, created if absent, and the type of its vectors."""
-    if _check_path(path) > 0:
-        _check_application(path)
-    connection = _sqlite_connect(path, "mode=rwc")
+    remove_leftovers(path.parent, path.name)
+    if _check_path(path) == 0:
+        _create(path, dtype or "float32")
+    _check_head(path)
+    remove_foreign_log(path, lambda: _read_mark(path))
+    connection = _sqlite_connect(path, "mode=rw")
     try:
-        identity = _read_identity(connection)
-        if identity == (0, 0, set()):
-            connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-            with _transaction(connection, "DEFERRED"):
-                # This writes the first page. Outside the transaction, another process could find
-                # a file without our mark; BEGIN IMMEDIATE would write the page before this.
-                connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-                _create_schema(connection, dtype or "float32")
-            identity = _read_identity(connection)
-        _check_identity(identity, path)
         file_dtype = _read_dtype(connection, path)
         if dtype is not None and dtype != file_dtype:
             raise _path_error(
@@ -295,46 +287,60 @@ def _check_path(path: pathlib.Path) -> int:
     return info.st_size
 
 
-def _check_application(path: pathlib.Path) -> None:
-    """Raise if the file is not ours, without touching it or any log beside it."""
+def _create(path: pathlib.Path, dtype: str) -> None:
+    """Make an empty cache, which only its owner may read, unless another process made it."""
+    with hold_lock(lock_path(path), subject=f"The cache {str(path)!r}"):
+        mode = 0o600
+        with contextlib.suppress(FileNotFoundError):
+            info = path.stat()
+            if info.st_size > 0:
+                return
+            mode = stat.S_IMODE(info.st_mode)
+        # Elsewhere and renamed: a process that is killed here leaves nothing to mend, and SQLite
+        # gives log and index the mode of the file.
+        with replace_file(path) as new:
+            connection = _sqlite_connect(new, "mode=rwc")
+            try:
+                connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+                connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                for statement in SCHEMA:
+                    connection.execute(statement)
+                connection.execute("INSERT INTO mark VALUES (zeroblob(8), randomblob(8))")
+                connection.execute("INSERT INTO state VALUES (0, ?)", (dtype,))
+                connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            finally:
+                connection.close()
+            new.chmod(mode)
+
+
+@contextlib.contextmanager
+def _open_as_it_is(path: pathlib.Path) -> Iterator[sqlite3.Connection]:
+    """Open the file without touching it or any log beside it."""
     # Opened in the usual way, SQLite would first replay a foreign file's log into it. Reading
-    # the header with `open` instead would drop this process's locks on the file at `close`.
+    # the file with `open` instead would drop this process's locks on it at `close`.
     connection = _sqlite_connect(path, "mode=ro&immutable=1")
     try:
         # A file caught between two steps of a checkpoint is shorter than its header says;
-        # with this setting the header can still be read.
+        # with this setting its first pages can still be read.
         connection.execute("PRAGMA writable_schema = ON")
-        (application_id,) = connection.execute("PRAGMA application_id").fetchone()
+        yield connection
     finally:
         connection.close()
-    if application_id != _APPLICATION_ID:
-        raise _path_error(path, "an SQLite file of another program", _LEFT_ALONE)
 
 
-def _read_identity(connection: sqlite3.Connection) -> tuple[int, int, set[str]]:
-    """Return application id, schema version and tables, read at one moment."""
-    with _transaction(connection, "DEFERRED"):
+def _check_head(path: pathlib.Path) -> None:
+    """Raise if the file is not ours, of another layout, or has anything beside our tables."""
+    with _open_as_it_is(path) as connection:
         (application_id,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        return application_id, version, {name for (name,) in tables}
-
-
-def _create_schema(connection: sqlite3.Connection, dtype: str) -> None:
-    """Create the tables, unless another process did; the caller has begun to write."""
-    (application_id,) = connection.execute("PRAGMA application_id").fetchone()
-    if application_id == 0:
-        for statement in SCHEMA:
-            connection.execute(statement)
-        connection.execute("INSERT INTO state VALUES (0, ?)", (dtype,))
-        connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-
-def _check_identity(identity: tuple[int, int, set[str]], path: pathlib.Path) -> None:
-    """Raise if the file has another layout or unknown tables."""
-    application_id, version, tables = identity
-    if application_id == _APPLICATION_ID and version != SCHEMA_VERSION:
+        is_ours = (application_id, version) == (_APPLICATION_ID, SCHEMA_VERSION)
+        query = "SELECT sql FROM sqlite_master"
+        tables = connection.execute(query).fetchall() if is_ours else []
+    if application_id != _APPLICATION_ID:
+        raise _path_error(path, "an SQLite file of another program", _LEFT_ALONE)
+    if version != SCHEMA_VERSION:
         step = "Upgrade skembed" if version > SCHEMA_VERSION else "Delete it to start again"
         raise _path_error(
             path,
@@ -342,15 +348,26 @@ def _check_identity(identity: tuple[int, int, set[str]], path: pathlib.Path) -> 
             "does not know",
             f"{step}, or choose another path.",
         )
-    if application_id != _APPLICATION_ID or tables != TABLES:
+    if {sql for (sql,) in tables} != set(SCHEMA):
         raise _path_error(path, "an SQLite file with other tables", _LEFT_ALONE)
 
 
+def _read_mark(path: pathlib.Path) -> bytes:
+    """Return the mark in the file itself, whatever a log says."""
+    with _open_as_it_is(path) as connection:
+        row = connection.execute("SELECT current FROM mark").fetchone()
+    if row is None or not isinstance(row[0], bytes):
+        raise sqlite3.DatabaseError("malformed: there is no mark")
+    return row[0]
+
+
 @contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection, kind: str) -> Iterator[None]:
+def _transaction(connection: sqlite3.Connection, *, write: bool) -> Iterator[None]:
     """Commit on success, roll back on any exception, Ctrl-C included."""
-    connection.execute(f"BEGIN {kind}")
+    connection.execute("BEGIN IMMEDIATE" if write else "BEGIN DEFERRED")
     try:
+        if write:
+            connection.execute(NEXT_MARK)
         yield
         connection.execute("COMMIT")
     except BaseException:
@@ -361,14 +378,19 @@ def _transaction(connection: sqlite3.Connection, kind: str) -> Iterator[None]:
 
 
 _LEFT_ALONE = "It was left as it is: choose another path, or move it away."
+_DELETE_IT = (
+    "It was left as it is: move or delete it, together with the files of the same name "
+    "that end in -wal and -shm, and a new one is created at next use."
+)
 
 _REASONS = (
     ("not a database", "not an SQLite file", _LEFT_ALONE),
+    ("malformed", "a damaged file", _DELETE_IT),
+    ("not decode", "a damaged file", _DELETE_IT),
     (
-        "malformed",
-        "a damaged file",
-        "It was left as it is: move or delete it, together with the files of the same name "
-        "that end in -wal and -shm, and a new one is created at next use.",
+        "disk I/O error",
+        "the disk failed, or has no room left",
+        "Check the disk and its free space, or choose another path.",
     ),
     (
         "is full",
@@ -394,11 +416,21 @@ _REASONS = (
 )
 
 
-def _translate(error: sqlite3.Error, path: pathlib.Path) -> CacheError:
+def _is_locked(error: Exception) -> bool:
+    """Return whether another process is in the way, for a while."""
+    return isinstance(error, BlockingIOError) or "locked" in str(error)
+
+
+def _translate(error: sqlite3.Error | OSError, path: pathlib.Path) -> CacheError:
     """Return the CacheError that says what happened and what to do about it."""
+    if isinstance(error, OSError) and not _is_locked(error):
+        name = "" if error.filename in (None, str(path)) else f" ({str(error.filename)!r})"
+        return _path_error(
+            path, f"{error.strerror or error}{name}", "Mend that, or choose another path."
+        )
     # The numeric codes would be surer, but Python has them only from 3.11 on.
     for fragment, reason, next_step in _REASONS:
-        if fragment in str(error):
+        if fragment in str(error) or (fragment == "locked" and isinstance(error, OSError)):
             return _path_error(path, reason, next_step)
     return _path_error(
         path, f"an error of SQLite ({error})", "Check the disk, or choose another path."

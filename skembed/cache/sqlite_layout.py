@@ -1,13 +1,14 @@
 """Tables of the embedding cache's file, and what a transaction does with them.
 
 A vector is stored in a block of a few rows. An index maps the first eight bytes of each digest, an
-integer, to its block; the block holds the whole digests, which decide. The caller has begun a
-transaction; errors of SQLite pass through.
+integer, to its block; the block holds the whole digests, which decide, and a checksum of each row:
+a damaged one counts as absent. The caller has begun a transaction; errors of SQLite pass through.
 """
 
 from __future__ import annotations
 
 import sqlite3
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -16,13 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from skembed.cache.sqlite_log import PAGE_BYTES
 from skembed.cache.stores import COPY_ROWS, KEY_BYTES
 
 __all__ = [
-    "PAGE_BYTES",
     "SCHEMA",
     "SCHEMA_VERSION",
-    "TABLES",
+    "compute_checks",
     "count_block_rows",
     "count_rows",
     "delete_all",
@@ -34,18 +35,19 @@ __all__ = [
     "used_bytes",
 ]
 
-PAGE_BYTES = 4096
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # Vectors are appended in order; only `entries` is written in random order, so it holds two integers
 # a row. Uses change only `uses`, which has few pages.
 SCHEMA = (
+    "CREATE TABLE mark (previous BLOB NOT NULL, current BLOB NOT NULL)",  # first: see sqlite_log
     "CREATE TABLE entries (key INTEGER PRIMARY KEY, slot INTEGER NOT NULL)",
     "CREATE TABLE blocks (id INTEGER PRIMARY KEY, row_bytes INTEGER NOT NULL,"
-    " digests BLOB NOT NULL, vectors BLOB NOT NULL)",
+    " heads BLOB NOT NULL, vectors BLOB NOT NULL)",
     "CREATE TABLE uses (block INTEGER PRIMARY KEY, tick INTEGER NOT NULL)",
     "CREATE TABLE state (tick INTEGER NOT NULL, dtype TEXT NOT NULL)",
 )
-TABLES = {"entries", "blocks", "uses", "state"}
+# What a block knows of a row: its digest, and the checksum of both.
+_HEAD = np.dtype([("digest", "<i8", 2), ("check", "<u4")])
 _SLOTS = 16  # slot = _SLOTS * block + offset in the block
 # Rows that share a block are read together: a larger block would cost more than it saves.
 _BLOCK_BYTES = 12_288
@@ -56,6 +58,16 @@ _SELECT_SIZES = (1, 8, 32, 64, 128, 256, 512)
 # Blocks read by one statement: their copies stay in the processor's cache and grow no heap.
 _READ_BYTES = 5 << 18
 _FEW_ROWS = 4
+# Damage can turn a value into any other: these give an integer or nothing, and bytes.
+_WHOLE = "typeof({}) = 'integer'"
+_BLOB = "coalesce(CAST({} AS BLOB), x'')"
+_SELECT_SLOTS = f"SELECT key, slot FROM entries WHERE key IN ({{}}) AND {_WHOLE.format('slot')}"
+_SELECT_BLOCKS = (
+    f"SELECT id, row_bytes, {_BLOB.format('heads')}, {_BLOB.format('vectors')}"
+    " FROM blocks WHERE id IN ({})"
+)
+_SELECT_HEADS = f"SELECT id, {_BLOB.format('heads')} FROM blocks WHERE id IN ({{}})"
+_MAX_BLOCK = 1 << 58
 
 _Integers = npt.NDArray[np.int64]
 
@@ -87,19 +99,19 @@ def fetch_rows(
     for start in range(0, len(blocks), n_blocks):
         stop = min(start + n_blocks, len(blocks))
         part = slice(first[start], first[stop])
-        digests_read, vectors, begin = _read_blocks(
-            connection, blocks[start:stop], out.shape[1], dtype
-        )
+        heads, vectors, begin = _read_blocks(connection, blocks[start:stop], out.shape[1], dtype)
         source = begin[np.searchsorted(blocks[start:stop], block_ids[part])] + offsets[part]
         target = rows[part]
         # A block of another width begins far below zero.
-        inside = (source >= 0) & (source < len(digests_read))
+        inside = (source >= 0) & (source < len(heads))
         source, target = source[inside], target[inside]
-        same = (digests_read[source] == digests[target]).all(axis=1)
+        found = vectors[source]
+        same = (heads["digest"][source] == digests[target]).all(axis=1)
+        same &= heads["check"][source] == compute_checks(digests[target], found)
         if not same.all():
-            source, target = source[same], target[same]
+            target, found = target[same], found[same]
         # Converted first: an assignment that converts takes twice as long.
-        out[target] = vectors[source].astype(np.float32, copy=False)
+        out[target] = found.astype(np.float32, copy=False)
         mask[target] = True
     return mask, blocks
 
@@ -112,30 +124,56 @@ def _fetch_few(
 ) -> tuple[npt.NDArray[np.bool_], _Integers]:
     """Do the work of `fetch_rows` row by row, for a single one in half the time."""
     sql = (
-        "SELECT e.slot, b.row_bytes, b.digests, b.vectors FROM entries e CROSS JOIN blocks b"
-        f" ON b.id = e.slot / {_SLOTS} WHERE e.key = ?"
+        f"SELECT e.slot % {_SLOTS}, b.id, {_BLOB.format('b.heads')}, {_BLOB.format('b.vectors')}"
+        f" FROM entries e CROSS JOIN blocks b ON b.id = e.slot / {_SLOTS}"
+        f" WHERE e.key = ? AND b.row_bytes = ? AND {_WHOLE.format('e.slot')}"
     )
     mask = np.zeros(len(digests), dtype=np.bool_)
     blocks: list[int] = []
-    row_bytes = out.shape[1] * dtype.itemsize
+    row_bytes, seed = out.shape[1] * dtype.itemsize, _seed(dtype)
     for position, digest in enumerate(digests):
-        row = connection.execute(sql, (int(digest[0]),)).fetchone()
+        row = connection.execute(sql, (int(digest[0]), row_bytes)).fetchone()
         if row is None:
             continue
-        block, offset = divmod(row[0], _SLOTS)
+        offset, block, heads, vectors = row
         blocks.append(block)
-        same = row[2][offset * KEY_BYTES : (offset + 1) * KEY_BYTES] == digest.tobytes()
-        if row[1] == row_bytes and same and len(row[3]) >= (offset + 1) * row_bytes:
-            out[position] = np.frombuffer(row[3], dtype, out.shape[1], offset * row_bytes)
+        head = heads[offset * _HEAD.itemsize : (offset + 1) * _HEAD.itemsize]
+        vector = vectors[offset * row_bytes : (offset + 1) * row_bytes]
+        key = digest.tobytes()
+        check = zlib.crc32(vector, zlib.crc32(key, seed)).to_bytes(4, "little")
+        if head == key + check and len(vector) == row_bytes:
+            out[position] = np.frombuffer(vector, dtype)
             mask[position] = True
     return mask, np.array(blocks, dtype=np.int64)
+
+
+def _seed(dtype: np.dtype[Any]) -> int:
+    """Return where the checksum of a row of that type begins."""
+    return zlib.crc32(dtype.str.encode())
+
+
+def compute_checks(digests: _Integers, rows: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
+    """Return the checksums (n,) of rows (n, dim) with their digests (n, 2) and type."""
+    crc32, seed, row_bytes = zlib.crc32, _seed(rows.dtype), rows.shape[1] * rows.itemsize
+    keys, data = digests.tobytes(), memoryview(rows.tobytes())
+    return np.fromiter(
+        (
+            crc32(
+                data[i * row_bytes : (i + 1) * row_bytes],
+                crc32(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES], seed),
+            )
+            for i in range(len(rows))
+        ),
+        dtype="<u4",
+        count=len(rows),
+    )
 
 
 def _find_slots(connection: sqlite3.Connection, keys: _Integers) -> _Integers:
     """Return the slot of each key (n,), -1 where there is none."""
     distinct, inverse = np.unique(keys, return_inverse=True)
     slots = np.full(len(distinct), -1, dtype=np.int64)
-    entries = _select(connection, "SELECT key, slot FROM entries WHERE key IN ({})", distinct)
+    entries = _select(connection, _SELECT_SLOTS, distinct)
     pairs = np.fromiter(chain.from_iterable(entries), dtype=np.int64).reshape(-1, 2)
     slots[np.searchsorted(distinct, pairs[:, 0])] = pairs[:, 1]
     result: _Integers = slots[inverse]
@@ -144,25 +182,24 @@ def _find_slots(connection: sqlite3.Connection, keys: _Integers) -> _Integers:
 
 def _read_blocks(
     connection: sqlite3.Connection, blocks: _Integers, dim: int, dtype: np.dtype[Any]
-) -> tuple[_Integers, npt.NDArray[Any], _Integers]:
-    """Return digests (n_rows, 2) and vectors (n_rows, dim), and where each block begins.
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], _Integers]:
+    """Return heads (n_rows,) and vectors (n_rows, dim), and where each block begins.
 
     A block that is absent, or holds vectors of another width, begins far below zero.
     """
     row_bytes = dim * dtype.itemsize
-    sql = "SELECT id, row_bytes, digests, vectors FROM blocks WHERE id IN ({})"
     read = [
         row
-        for row in _select(connection, sql, blocks)
-        if row[1] == row_bytes and len(row[2]) * row_bytes == len(row[3]) * KEY_BYTES
+        for row in _select(connection, _SELECT_BLOCKS, blocks)
+        if row[1] == row_bytes and len(row[2]) * row_bytes == len(row[3]) * _HEAD.itemsize
     ]
-    digests = np.frombuffer(b"".join([row[2] for row in read]), dtype="<i8").reshape(-1, 2)
+    heads = np.frombuffer(b"".join([row[2] for row in read]), dtype=_HEAD)
     vectors = np.frombuffer(b"".join([row[3] for row in read]), dtype=dtype)
-    sizes = np.array([len(row[2]) // KEY_BYTES for row in read], dtype=np.int64)
+    sizes = np.array([len(row[2]) // _HEAD.itemsize for row in read], dtype=np.int64)
     ids = np.array([row[0] for row in read], dtype=np.int64)
     begin = np.full(len(blocks), -2 * _SLOTS, dtype=np.int64)
     begin[np.searchsorted(blocks, ids)] = np.cumsum(sizes) - sizes
-    return digests, vectors.reshape(len(digests), dim), begin
+    return heads, vectors.reshape(len(heads), dim), begin
 
 
 def _count_blocks_read(row_bytes: int) -> int:
@@ -201,13 +238,15 @@ def insert_rows(
     n_rows = len(digests)
     size = count_block_rows(vectors.shape[1] * dtype.itemsize)
     (block,) = connection.execute("SELECT coalesce(max(id), 0) + 1 FROM blocks").fetchone()
+    if not 0 < block < _MAX_BLOCK:
+        raise sqlite3.DatabaseError("malformed: a block has an impossible number")
     number, offset = np.divmod(np.arange(n_rows), size)
     slots = (block + number) * _SLOTS + offset
     connection.executemany(
         "INSERT INTO blocks VALUES (?, ?, ?, ?)",
         _iter_blocks(digests, vectors, positions, dtype, block, size),
     )
-    (tick,) = connection.execute("SELECT tick FROM state").fetchone()
+    tick = _read_tick(connection)
     n_blocks = -(-n_rows // size)
     connection.executemany(
         "INSERT INTO uses VALUES (?, ?)", ((block + i, tick) for i in range(n_blocks))
@@ -228,9 +267,12 @@ def _iter_blocks(
     step = COPY_ROWS // size * size
     for start in range(0, len(digests), step):
         part = vectors[positions[start : start + step]].astype(dtype, copy=False)
+        heads = np.empty(len(part), dtype=_HEAD)
+        heads["digest"] = digests[start : start + step]
+        heads["check"] = compute_checks(heads["digest"], part)
         for first in range(0, len(part), size):
-            rows = digests[start + first : start + first + size]
-            yield block, row_bytes, rows.tobytes(), part[first : first + size].tobytes()
+            rows = slice(first, first + size)
+            yield block, row_bytes, heads[rows].tobytes(), part[rows].tobytes()
             block += 1
 
 
@@ -261,13 +303,13 @@ def _iter_keys(
 ) -> Iterator[tuple[_Integers, _Integers]]:
     """Yield block (n,) and key (n,) of all rows in `blocks`, some hundred blocks at a time."""
     largest = _SELECT_SIZES[-1]
-    sql = "SELECT id, digests FROM blocks WHERE id IN ({})"
     for start in range(0, len(blocks), largest):
-        rows = list(_select(connection, sql, blocks[start : start + largest]))
-        sizes = [len(row[1]) // KEY_BYTES for row in rows]
+        rows = list(_select(connection, _SELECT_HEADS, blocks[start : start + largest]))
+        rows = [row for row in rows if len(row[1]) % _HEAD.itemsize == 0]
+        sizes = [len(row[1]) // _HEAD.itemsize for row in rows]
         ids = np.repeat(np.array([row[0] for row in rows], dtype=np.int64), sizes)
-        digests = np.frombuffer(b"".join([row[1] for row in rows]), dtype="<i8")
-        yield ids, digests[::2]
+        heads = np.frombuffer(b"".join([row[1] for row in rows]), dtype=_HEAD)
+        yield ids, heads["digest"][:, 0]
 
 
 def _delete_blocks(connection: sqlite3.Connection, blocks: _Integers) -> None:
@@ -277,10 +319,18 @@ def _delete_blocks(connection: sqlite3.Connection, blocks: _Integers) -> None:
     connection.executemany("DELETE FROM uses WHERE block = ?", ids)
 
 
+def _read_tick(connection: sqlite3.Connection) -> int:
+    """Return the clock of the file."""
+    row = connection.execute("SELECT tick FROM state").fetchone()
+    if row is None or not isinstance(row[0], int):
+        raise sqlite3.DatabaseError("malformed: the clock is no number")
+    return row[0]
+
+
 def touch(connection: sqlite3.Connection, blocks: Sequence[int]) -> None:
     """Record that blocks were used after all that the last ``store`` wrote."""
     # `store` leaves an even tick; uses get the odd one after it.
-    (tick,) = connection.execute("SELECT tick + 1 FROM state").fetchone()
+    tick = _read_tick(connection) + 1
     connection.executemany(
         "UPDATE uses SET tick = ?1 WHERE block = ?2 AND tick < ?1",
         [(tick, block) for block in sorted(blocks)],
@@ -353,7 +403,7 @@ def _estimate_block_bytes(n_rows: int, row_bytes: int) -> float:
 
     References: https://www.sqlite.org/fileformat2.html, section 1.6.
     """
-    payload = n_rows * (row_bytes + KEY_BYTES) + 11  # with the record's header
+    payload = n_rows * (row_bytes + _HEAD.itemsize) + 11  # with the record's header
     smallest, largest, per_page = 489, PAGE_BYTES - 35, PAGE_BYTES - 4
     local = payload
     if payload > largest:

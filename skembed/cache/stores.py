@@ -64,9 +64,6 @@ class Store(Protocol):
     def close(self) -> None:
         """Release what is open; the next use opens it again."""
 
-    def after_fork(self) -> None:
-        """Forget what belongs to the parent process."""
-
 
 # Key (49 bytes), header of the vector's bytes object (33) and its entry in an OrderedDict:
 # 187 to 198 bytes a row measured with tracemalloc, more right after the table has grown.
@@ -142,6 +139,3 @@ class MemoryStore:
 
     def close(self) -> None:
         """Do nothing: there is no file to close."""
-
-    def after_fork(self) -> None:
-        """Do nothing: the child has a copy of the rows."""

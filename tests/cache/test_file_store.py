@@ -246,7 +246,8 @@ def test_our_mark_with_other_tables_is_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "message"), [(1, "layout 1.*Delete it"), (3, "layout 3.*Upgrade skembed")]
+    ("version", "message"),
+    [(1, "layout 1.*Delete it"), (2, "layout 2.*Delete it"), (4, "layout 4.*Upgrade skembed")],
 )
 def test_other_layout_is_refused(path: Path, version: int, message: str) -> None:
     EmbeddingCache(path).store("model", ["a"], make_vectors(1))
@@ -296,11 +297,12 @@ def test_file_caught_in_a_checkpoint_opens(path: Path) -> None:
     # The moment between the header and the other pages: shorter than the header says, and
     # everything still in the log.
     cache = EmbeddingCache(path)
+    assert len(cache) == 0
+    empty = path.read_bytes()
     cache.store("model", [str(i) for i in range(200)], make_vectors(200, 384))
     log = path.with_name("cache.sqlite-wal").read_bytes()
     cache.close()
-    header = path.read_bytes()[:4096]
-    path.write_bytes(header)
+    path.write_bytes(path.read_bytes()[:4096] + empty[4096:])
     path.with_name("cache.sqlite-wal").write_bytes(log)
     other = EmbeddingCache(path)
     assert all(find(other, [str(i) for i in range(200)], dim=384)[0])
