@@ -21,7 +21,14 @@ from skembed.inference.encoder import Encoder, warn_truncated
 from skembed.inference.engine import NUMERICS_VERSION, PROGRESS_DELAY_S
 from skembed.inference.settings import OWNER, SIDES
 from skembed.streaming.manifest import Manifest, read_manifest, write_manifest
-from skembed.streaming.sources import Block, TextSource, check_block, extend_digest, open_source
+from skembed.streaming.sources import (
+    ID_COLUMN,
+    Block,
+    TextSource,
+    check_block,
+    extend_digest,
+    open_source,
+)
 from skembed.streaming.targets import (
     ParquetTarget,
     Target,
@@ -192,7 +199,7 @@ class _Run:
         """Return everything that decides vectors and files."""
         encoding = self.encoder.settings
         n_columns = len(columns.columns)
-        if n_columns == 2 and self.sides[0] != "query":
+        if n_columns > 1 and self.sides[0] != "query":
             raise ValueError(
                 f"The `side` parameter of `{METHOD}` must be 'query' for pairs, which are embedded "
                 f"as a query and a document; got {self.sides[0]!r}."
@@ -350,6 +357,12 @@ def _check_keep(keep_columns: Any, ids: Any, target: Target) -> list[str]:
             f"The `keep_columns` parameter of `{METHOD}` must be a list of column names; got a "
             f"{type(keep_columns).__name__}."
         )
+    repeated = [name for name in keep_columns if list(keep_columns).count(name) > 1]
+    if repeated:
+        raise ValueError(
+            f"The `keep_columns` parameter of `{METHOD}` must name each column once; got "
+            f"{repeated[0]!r} again."
+        )
     for name, given in (("keep_columns", bool(keep_columns)), ("ids", ids is not None)):
         if given and target.layout == "npy":
             raise ValueError(
@@ -360,6 +373,15 @@ def _check_keep(keep_columns: Any, ids: Any, target: Target) -> list[str]:
         raise ValueError(
             f"The `embedding_column` parameter of `{METHOD}` must be no column of `keep_columns`; "
             f"got {target.embedding_column!r}."
+        )
+    if (
+        isinstance(target, ParquetTarget)
+        and ids is not None
+        and (target.embedding_column == ID_COLUMN)
+    ):
+        raise ValueError(
+            f"The `embedding_column` parameter of `{METHOD}` must differ from {ID_COLUMN!r}, the "
+            "column of `ids`. Choose another name."
         )
     return list(keep_columns)
 
