@@ -1,13 +1,24 @@
-"""Texts, pairs and labels, read from any supported container and checked.
+"""What `X` and `y` mean: texts, columns of texts, pairs and labels of any supported container.
 
-No error quotes a text, which may be long, or private.
+`read_columns` decides it, for every estimator and function:
+
+- one text a row (a list, an array, a Series, a frame of one column) is one column of texts;
+- a list of tuples (or lists) of k texts is k columns, and these rows are what training reads as
+  pairs or rows of anchor, positive and negatives;
+- a frame or an array of k columns is k columns of texts, features, and never pairs to train on.
+
+`read_items` reads everything that has one entry a row (labels, scores, ids, groups), and
+`is_missing` says everywhere what counts as missing. No error quotes a text, which may be long, or
+private.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,48 +28,67 @@ from skembed._validation import check_choice, describe_type
 
 __all__ = [
     "MISSING_POLICIES",
+    "RawColumns",
     "TextColumns",
+    "check_known_labels",
+    "check_label_items",
     "check_labels",
     "check_texts",
     "clean_column",
-    "count_columns",
-    "extract_columns",
+    "column_names",
+    "find_missing",
+    "holds_rows",
     "is_instance_of",
     "is_missing",
     "kind_of",
     "name_some",
+    "read_columns",
+    "read_items",
+    "read_label_array",
     "read_labels",
-    "refuse_foreign_labels",
-    "refuse_missing_labels",
+    "read_numbers",
     "replace_surrogates",
+    "to_float",
+    "tuples_step",
 ]
 
 MISSING_POLICIES = ("error", "empty", "zero", "nan")
+_SEVERAL_LABELS_STEP = (
+    "For several labels a text, pass an indicator matrix, "
+    "sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y), to an `EmbeddingClassifier` "
+    "with head=sklearn.multiclass.OneVsRestClassifier(LogisticRegression())."
+)
 
 
 class TextColumns(NamedTuple):
-    """One column of texts, or two for pairs."""
+    """Columns of texts, one or more."""
 
     # The lists belong to the caller. Lone surrogates are U+FFFD, missing texts are empty.
     columns: list[list[str]]
     missing: list[npt.NDArray[np.bool_]]  # a mask (n,) for each column
 
 
-def check_texts(X: Any, *, owner: str, missing: str = "error", name: str = "X") -> TextColumns:
-    """Return texts or pairs of any supported container as lists, and masks of missing ones.
+class RawColumns(NamedTuple):
+    """The columns of a container as new lists; their items are not checked."""
 
-    A list, tuple or other sequence of texts, 2-tuples or 2-lists; an ndarray of shape (n,), (n, 1)
-    or (n, 2); a pandas or polars Series, or a frame of one or two columns. The input is left as it
-    was. "error" refuses None, NaN, pandas' NA and NaT, and polars' null; any other policy only
-    marks them in the mask. Raises TypeError for another container or an item that is not text,
-    ValueError for rows that are not pairs, another number of columns and missing texts.
+    columns: list[list[Any]]
+    is_rows: bool  # a list of tuples (or lists): pairs or rows, where one trains
+
+
+# Texts
+
+
+def check_texts(X: Any, *, owner: str, missing: str = "error", name: str = "X") -> TextColumns:
+    """Return the columns of any supported container as lists of str, and masks of missing ones.
+
+    What `read_columns` takes. The input is left as it was. "error" refuses what `is_missing` says
+    is missing; any other policy only marks it in the mask. Raises TypeError for another container
+    or an item that is not text, ValueError for rows of different lengths and missing texts.
     """
     check_choice(missing, name="missing", owner=owner, allowed=MISSING_POLICIES)
     subject = f"The `{name}` parameter of `{owner}`"
-    columns = extract_columns(X, subject=subject)
-    if len(columns) == 1 and columns[0] and isinstance(columns[0][0], (list, tuple)):
-        columns = _split_pairs(columns[0], subject=subject, name=name)
-    suffixes = [""] if len(columns) == 1 else ["[0]", "[1]"]
+    columns, _ = read_columns(X, subject=subject, name=name)
+    suffixes = [""] if len(columns) == 1 else [f"[{j}]" for j in range(len(columns))]
     masks = [
         clean_column(column, subject=subject, name=name, suffix=suffix)
         for column, suffix in zip(columns, suffixes, strict=True)
@@ -68,14 +98,53 @@ def check_texts(X: Any, *, owner: str, missing: str = "error", name: str = "X") 
     return TextColumns(columns, masks)
 
 
-def count_columns(X: Any) -> int:
-    """Return the number of text columns, from the shape or the first item; `X` is not checked."""
-    shape = getattr(X, "shape", None)
-    if shape is not None:
-        return int(shape[1]) if len(shape) == 2 else 1
-    if isinstance(X, (list, tuple)) and X and isinstance(X[0], (list, tuple)):
-        return len(X[0])
-    return 1
+def read_columns(X: Any, *, subject: str, name: str = "X") -> RawColumns:
+    """Return the columns of texts of any supported container: the rule of this module.
+
+    A list, tuple or other sequence of texts, or of tuples (or lists) of k texts; an ndarray of
+    shape (n,) or (n, k); a Series, Index, array, frame or table of pandas, polars, pyarrow,
+    narwhals or datasets. Raises TypeError for another container, ValueError for another shape or
+    rows of different lengths; items are not checked.
+    """
+    columns = _list_columns(X, subject=subject, of="texts")
+    if len(columns) == 1 and columns[0] and isinstance(columns[0][0], (list, tuple)):
+        return RawColumns(_transpose(columns[0], subject=subject, name=name), True)
+    return RawColumns(columns, False)
+
+
+def holds_rows(X: Any, *, subject: str) -> bool:
+    """Return whether X is a list of tuples (or lists), as training reads pairs and rows.
+
+    Raises as `read_columns`.
+    """
+    if not isinstance(X, (list, tuple)):
+        return read_columns(X, subject=subject).is_rows
+    return bool(X) and isinstance(X[0], (list, tuple))
+
+
+def column_names(X: Any) -> list[str] | None:
+    """Return the names of the columns of a frame or table; None where they are not distinct str."""
+    names: Any = getattr(X, "column_names", None)  # pyarrow, datasets
+    if not isinstance(names, list):
+        names = getattr(X, "columns", None)
+    if names is None or isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+        return None
+    names = list(names)
+    is_named = all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+    return names if is_named else None
+
+
+def tuples_step(X: Any) -> str:
+    """Return the expression that makes tuples of the rows of a table."""
+    if isinstance(X, np.ndarray):
+        return "X.tolist()"
+    if is_instance_of(X, "pandas", "DataFrame"):
+        return "list(X.itertuples(index=False, name=None))"
+    if hasattr(X, "rows"):  # polars, narwhals
+        return "X.rows()"
+    if is_instance_of(X, "datasets", "Dataset"):
+        return "list(zip(*(X[name] for name in X.column_names)))"
+    return "list(zip(*X.to_pydict().values()))"
 
 
 def replace_surrogates(text: str) -> str:
@@ -90,73 +159,6 @@ def replace_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
-
-
-def extract_columns(X: Any, *, subject: str) -> list[list[Any]]:
-    """Return the columns of any supported container as new lists; items are not checked."""
-    if isinstance(X, str):
-        raise TypeError(
-            f"{subject} must be a list, array or column of texts; got a bare str. Wrap it: [text]."
-        )
-    if isinstance(X, Sequence) and not isinstance(X, (bytes, bytearray, memoryview)):
-        return [list(X)]
-    if isinstance(X, np.ndarray):
-        return _extract_array(X, subject=subject)
-    if is_instance_of(X, "pandas", "DataFrame"):
-        _check_width(X.shape[1], subject=subject)
-        return [X.iloc[:, j].tolist() for j in range(X.shape[1])]
-    if is_instance_of(X, "polars", "DataFrame"):
-        _check_width(X.shape[1], subject=subject)
-        return [X.to_series(j).to_list() for j in range(X.shape[1])]
-    if is_instance_of(X, "pandas", "Series") or is_instance_of(X, "pandas", "Index"):
-        return [X.tolist()]
-    if is_instance_of(X, "polars", "Series"):
-        return [X.to_list()]
-    raise TypeError(
-        f"{subject} must be a list, array or column of texts; "
-        f"got {describe_type(X)}. {_next_step(X)}"
-    )
-
-
-def _extract_array(X: npt.NDArray[Any], *, subject: str) -> list[list[Any]]:
-    """Return the columns of an ndarray of shape (n,), (n, 1) or (n, 2)."""
-    # np.matrix would keep its slices 2-D; a masked array turns masked items into None itself.
-    array = X if isinstance(X, np.ma.MaskedArray) else np.asarray(X)
-    if array.ndim not in (1, 2):
-        raise ValueError(
-            f"{subject} must be an array of shape (n,), (n, 1) or (n, 2); "
-            f"got {array.ndim} dimensions, shape {array.shape}. Reshape it to a column of texts."
-        )
-    if array.ndim == 2:
-        _check_width(array.shape[1], subject=subject)
-    kind = array.dtype.kind
-    # A column without any text usually arrives as float NaN.
-    if array.size and kind not in "OUT" and not (kind == "f" and np.isnan(array).all()):
-        step = "Decode it: np.char.decode(X, 'utf-8')." if kind == "S" else "Pass the raw texts."
-        raise TypeError(
-            f"{subject} must be an array of str; got an array of dtype {array.dtype}. {step}"
-        )
-    if array.ndim == 1:
-        return [array.tolist()]
-    return [array[:, j].tolist() for j in range(array.shape[1])]
-
-
-def _split_pairs(rows: list[Any], *, subject: str, name: str) -> list[list[Any]]:
-    """Return two columns for rows of two texts."""
-    for position, row in enumerate(rows):
-        if not isinstance(row, (list, tuple)):
-            raise TypeError(
-                f"{subject} must hold either texts or pairs of texts; {name}[0] is "
-                f"{describe_type(rows[0])}, but {name}[{position}] is {describe_type(row)}. "
-                "Make every row a pair, or none."
-            )
-        if len(row) != 2:
-            raise ValueError(
-                f"{subject} must hold texts or pairs, and a pair has two texts; "
-                f"{name}[{position}] has {len(row)}. Flatten nested lists of texts; "
-                "rows longer than two are for `fit` only."
-            )
-    return [[row[0] for row in rows], [row[1] for row in rows]]
 
 
 def clean_column(
@@ -184,6 +186,30 @@ def clean_column(
     return mask
 
 
+def _transpose(rows: list[Any], *, subject: str, name: str) -> list[list[Any]]:
+    """Turn n rows of k texts into k columns of n."""
+    k = len(rows[0])
+    if k < 2:
+        raise ValueError(
+            f"{subject} must hold texts, or rows of several, and a pair has two texts; {name}[0] "
+            f"has {k}. Flatten nested lists of texts: [text for row in {name} for text in row]."
+        )
+    for position, row in enumerate(rows):
+        if not isinstance(row, (list, tuple)):
+            raise TypeError(
+                f"{subject} must hold either texts or rows of texts; {name}[0] is "
+                f"{describe_type(rows[0])}, but {name}[{position}] is {describe_type(row)}. "
+                "Make every item a row, or none."
+            )
+        if len(row) != k:
+            raise ValueError(
+                f"{subject} must hold rows of equal length; {name}[0] has {k} texts, but "
+                f"{name}[{position}] has {len(row)}. Give each row as many, or train on rows of "
+                "different lengths as different tasks."
+            )
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
 def _refuse_missing(
     masks: list[npt.NDArray[np.bool_]], *, subject: str, name: str, suffixes: list[str]
 ) -> None:
@@ -204,13 +230,18 @@ def _refuse_missing(
     )
 
 
-def _check_width(n_columns: int, *, subject: str) -> None:
-    """Raise unless a table has one or two columns."""
-    if n_columns not in (1, 2):
-        raise ValueError(
-            f"{subject} must have one column of texts, or two columns of pairs; "
-            f"got {n_columns} columns. Select the text columns first."
-        )
+def _item_step(item: Any) -> str:
+    """Return what to do about an item that is not a text."""
+    if isinstance(item, (bytes, bytearray)):
+        return "Decode it: item.decode('utf-8')."
+    if isinstance(item, (list, tuple)):
+        return "Give either texts or pairs of two texts, not both."
+    if isinstance(item, Mapping):
+        return "Take its text, such as item['text']."
+    return "Convert it, or drop the row."
+
+
+# Containers
 
 
 def is_instance_of(value: Any, module: str, class_name: str) -> bool:
@@ -221,59 +252,167 @@ def is_instance_of(value: Any, module: str, class_name: str) -> bool:
 
 
 def is_missing(item: Any) -> bool:
-    """Return whether `item` stands for a missing text: None, NaN, NaT, pandas' NA."""
+    """Return whether an item is missing: None, NaN (float, numpy, Decimal), NaT, pandas' NA.
+
+    polars' and pyarrow's null are None, numpy's masked items its `masked` or None.
+    """
     if item is None or item is np.ma.masked:
         return True
     if isinstance(item, (float, np.floating)):
         return math.isnan(item)
+    if isinstance(item, Decimal):
+        return item.is_nan()
     if isinstance(item, (np.datetime64, np.timedelta64)):
         return bool(np.isnat(item))
     return type(item).__name__ in ("NAType", "NaTType")
 
 
-def _next_step(X: Any) -> str:
-    """Return how to turn a container of the wrong kind into a list of texts."""
+def find_missing(items: Sequence[Any]) -> list[int]:
+    """Return the positions of missing items."""
+    if set(map(type, items)) <= {str, int, bool}:  # at C speed
+        return []
+    return [position for position, item in enumerate(items) if is_missing(item)]
+
+
+def read_items(values: Any, *, subject: str, of: str = "labels") -> list[Any]:
+    """Return the items of a container with one entry a row as a new list; they are not checked.
+
+    The same containers as `read_columns`, of one column. Raises TypeError for another container,
+    ValueError for several columns.
+    """
+    columns = _list_columns(values, subject=subject, of=of)
+    if len(columns) != 1:
+        shape = getattr(values, "shape", None)
+        raise ValueError(
+            f"{subject} must have one dimension; got {len(columns)} columns"
+            f"{'' if shape is None else f', shape {tuple(shape)}'}. Pass one of the {of} a row."
+        )
+    return columns[0]
+
+
+def _list_columns(X: Any, *, subject: str, of: str) -> list[list[Any]]:
+    """Return the columns of any supported container as new lists; items are not checked."""
+    if isinstance(X, str):
+        raise TypeError(
+            f"{subject} must be a list, array or column of {of}; got a bare str. "
+            f"Wrap it: [{of.removesuffix('s').partition(' ')[0]}]."
+        )
+    if isinstance(X, Sequence) and not isinstance(X, (bytes, bytearray, memoryview)):
+        items = list(X)
+        if items and hasattr(items[0], "as_py"):  # scalars of pyarrow, from a loop over an array
+            items = [item.as_py() if hasattr(item, "as_py") else item for item in items]
+        return [items]
+    if isinstance(X, np.ndarray):
+        return _list_array(X, subject=subject, of=of)
+    columns = _list_foreign(X, subject=subject, of=of)
+    if columns is None:
+        raise TypeError(
+            f"{subject} must be a list, array or column of {of}; "
+            f"got {describe_type(X)}. {_next_step(X, of)}"
+        )
+    if not columns:
+        raise ValueError(f"{subject} must have a column of {of}; got 0 columns.")
+    return columns
+
+
+def _list_foreign(X: Any, *, subject: str, of: str) -> list[list[Any]] | None:
+    """Return the columns of a container of another package; None for what is not supported."""
+    if is_instance_of(X, "pandas", "DataFrame"):
+        return [X.iloc[:, j].tolist() for j in range(X.shape[1])]
+    if is_instance_of(X, "pandas", "MultiIndex"):
+        return [X.get_level_values(j).tolist() for j in range(X.nlevels)]
+    if (
+        is_instance_of(X, "pandas", "Series")
+        or is_instance_of(X, "pandas", "Index")
+        or is_instance_of(X, "pandas.api.extensions", "ExtensionArray")
+    ):
+        return [list(X.tolist())]
+    if is_instance_of(X, "polars", "Series"):
+        return [X.to_list()]
+    if is_instance_of(X, "polars", "DataFrame"):
+        return [X.to_series(j).to_list() for j in range(X.shape[1])]
+    if is_instance_of(X, "pyarrow", "Array") or is_instance_of(X, "pyarrow", "ChunkedArray"):
+        return [X.to_pylist()]
+    if is_instance_of(X, "pyarrow", "Table") or is_instance_of(X, "pyarrow", "RecordBatch"):
+        return [column.to_pylist() for column in X.columns]
+    if is_instance_of(X, "narwhals", "Series") or is_instance_of(X, "narwhals", "DataFrame"):
+        return _list_foreign(X.to_native(), subject=subject, of=of)
+    if is_instance_of(X, "datasets", "Dataset"):
+        return [list(X[name]) for name in X.column_names]
+    is_lazy = hasattr(X, "__dask_graph__")  # its array would be computed unasked
+    if hasattr(X, "__array__") and not is_lazy and not hasattr(X, "tocsr"):
+        return _list_array(np.asarray(X), subject=subject, of=of)
+    return None
+
+
+def _list_array(X: npt.NDArray[Any], *, subject: str, of: str) -> list[list[Any]]:
+    """Return the columns of an ndarray of shape (n,) or (n, k)."""
+    # np.matrix would keep its slices 2-D; a masked array turns masked items into None itself.
+    array = X if isinstance(X, np.ma.MaskedArray) else np.asarray(X)
+    if array.ndim not in (1, 2) or (array.ndim == 2 and not array.shape[1]):
+        got = f"{array.ndim} dimensions" if array.ndim != 2 else "0 columns"
+        raise ValueError(
+            f"{subject} must be an array of shape (n,) or (n, n_columns); "
+            f"got {got}, shape {array.shape}. Reshape it to a column of {of}."
+        )
+    kind = array.dtype.kind
+    # A column without any text usually arrives as float NaN.
+    is_empty = not array.size or (kind == "f" and bool(np.isnan(array).all()))
+    if of == "texts" and kind not in "OUT" and not is_empty:
+        step = "Decode it: np.char.decode(X, 'utf-8')." if kind == "S" else "Pass the raw texts."
+        raise TypeError(
+            f"{subject} must be an array of str; got an array of dtype {array.dtype}. {step}"
+        )
+    if kind == "c":
+        raise ValueError(f"Complex data not supported: {subject} must hold {of}.")
+    if kind in "mM":  # as a list, dates would turn into ints, which pass for labels
+        return [list(column) for column in (array[:, None] if array.ndim == 1 else array).T]
+    if array.ndim == 1:
+        return [array.tolist()]
+    return [array[:, j].tolist() for j in range(array.shape[1])]
+
+
+def _next_step(X: Any, of: str) -> str:
+    """Return how to turn a container of the wrong kind into one that is read."""
     if isinstance(X, (bytes, bytearray, memoryview)):
         return "Decode and wrap it: [data.decode('utf-8')]."
+    if is_instance_of(X, "datasets", "DatasetDict"):
+        return "Pass a column of one split, such as X['train']['text']."
     if isinstance(X, Mapping):
-        return "Pass its texts: list(X.values())."
+        return f"Pass its {of}: list(X.values())."
     if hasattr(X, "tocsr"):
-        return "Pass the raw texts, not a sparse matrix of features."
+        return f"Pass the raw {of}, not a sparse matrix of features."
     if isinstance(X, Set):
         return "It has no order; pass sorted(X)."
-    if is_instance_of(X, "polars", "LazyFrame"):
-        return "Collect it first: X.collect()."
+    if is_instance_of(X, "datasets", "IterableDataset"):
+        return "Take one column of it, such as [row['text'] for row in X]."
+    # What is lazy, or knows how to become one of the above.
+    for method in ("collect", "compute", "to_pylist", "to_list", "to_pandas", "to_numpy", "tolist"):
+        if callable(getattr(X, method, None)) and not isinstance(X, type):
+            return f"{'Collect' if method == 'collect' else 'Convert'} it first: X.{method}()."
     if isinstance(X, (Iterator, Iterable)):
         return "Make it a list first: list(X)."
-    return "Pass the raw texts as a list."
+    return f"Pass the raw {of} as a list."
 
 
-def _item_step(item: Any) -> str:
-    """Return what to do about an item that is not a text."""
-    if isinstance(item, (bytes, bytearray)):
-        return "Decode it: item.decode('utf-8')."
-    if isinstance(item, (list, tuple)):
-        return "Give either texts or pairs of two texts, not both."
-    return "Convert it, or drop the row."
-
-
-# Labels
+# Labels, scores and vectors
 
 
 def check_labels(X: Any, y: Any, *, owner: str) -> npt.NDArray[Any]:
     """Return the labels of the rows of X, (n,) or (n, n_labels), of at least two classes."""
     # Not at the top: scikit-learn imports pandas, which texts alone never need.
     from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import check_consistent_length, column_or_1d
+    from sklearn.utils.validation import check_consistent_length
 
     if y is None:
         raise ValueError(
             f"{owner} requires y to be passed, but the target y is None. Pass one label a text."
         )
-    labels = np.asarray(y)
-    if labels.ndim != 2 or labels.shape[1] == 1:
-        labels = column_or_1d(y, warn=True)
-        refuse_missing_labels(labels, owner=owner)
+    labels = _read_indicators(y)
+    if labels is not None:
+        check_classification_targets(labels)
+    else:
+        labels = read_label_array(y, name="y", owner=owner)
         if len(labels) and len(np.unique(labels)) < 2:
             raise ValueError(
                 f"The `y` parameter of `{owner}` must hold at least 2 classes; got 1 class: "
@@ -284,43 +423,96 @@ def check_labels(X: Any, y: Any, *, owner: str) -> npt.NDArray[Any]:
                 f"Unknown label type: continuous. The `y` parameter of `{owner}` must hold class "
                 "labels; got fractions."
             )
-    else:
-        check_classification_targets(labels)
     # A bare str has a length, too; others report it, and what has no length.
     if not isinstance(X, (str, bytes)) and (hasattr(X, "__len__") or hasattr(X, "shape")):
         check_consistent_length(X, labels)
     return labels
 
 
-def refuse_missing_labels(labels: npt.NDArray[Any], *, owner: str) -> None:
-    """Raise ValueError for None and NaN among labels, TypeError for labels of several types."""
-    if labels.dtype.kind == "O":
-        absent = [i for i, label in enumerate(labels) if is_missing(label)]
-        kinds = {isinstance(label, str) for label in labels}
-        if not absent and len(kinds) > 1:
-            raise TypeError(
-                f"The `y` parameter of `{owner}` must hold labels of one type; got str and others."
-            )
-    else:
-        absent = np.flatnonzero(np.isnan(labels)).tolist() if labels.dtype.kind == "f" else []
+def _read_indicators(y: Any) -> npt.NDArray[Any] | None:
+    """Return an indicator matrix (n, n_labels) of several labels a text; None for anything else."""
+    if hasattr(y, "tocsr"):
+        y = y.toarray()
+    shape = getattr(y, "shape", None)
+    if shape is None:
+        is_list = isinstance(y, (list, tuple)) and len(y) > 0
+        if not is_list or not all(isinstance(row, (list, tuple, np.ndarray)) for row in y):
+            return None
+    elif len(shape) != 2:
+        return None
+    try:
+        matrix = np.asarray(y)
+    except ValueError:  # lists of labels, of different lengths
+        return None
+    is_matrix = matrix.ndim == 2 and matrix.shape[1] != 1 and matrix.dtype.kind in "iubf"
+    return matrix if is_matrix else None
+
+
+def read_label_array(y: Any, *, name: str, owner: str, item: str | None = None) -> npt.NDArray[Any]:
+    """Return labels as an array, (n,): str, bool or numbers, none missing, all of one type.
+
+    `item` is what a position is counted in, where that is not `name`. Raises TypeError and
+    ValueError.
+    """
+    from sklearn.utils.validation import column_or_1d
+
+    if isinstance(y, np.ndarray) and not isinstance(y, np.ma.MaskedArray):
+        if y.ndim == 2 and y.shape[1] == 1:
+            y = column_or_1d(y, warn=True)
+        if y.ndim == 1 and y.dtype.kind in "iubU":
+            return y
+    items = read_items(y, subject=f"The `{name}` parameter of `{owner}`")
+    check_label_items(items, name=name, owner=owner, item=item)
+    is_plain = is_instance_of(y, "pandas", "Series") or isinstance(y, np.ndarray)
+    array = np.asarray(y if is_plain else items)
+    is_text = bool(items) and isinstance(items[0], str)
+    return array if array.dtype.kind in ("OU" if is_text else "iubf") else np.asarray(items)
+
+
+def check_label_items(
+    items: Sequence[Any], *, name: str, owner: str, item: str | None = None
+) -> None:
+    """Raise for a missing label, one that is no str, bool or number, and str beside numbers."""
+    if set(map(type, items)) in (set(), {str}, {int}, {bool}):  # at C speed
+        return
+    subject, item = f"The `{name}` parameter of `{owner}`", name if item is None else item
+    absent = find_missing(items)
     if absent:
         raise ValueError(
-            f"The `y` parameter of `{owner}` must hold no missing labels, such as None or NaN; "
-            f"got {len(absent)}, the first at y[{absent[0]}]. Drop these rows."
+            f"{subject} must hold no missing labels, such as None or NaN; got {len(absent)}, the "
+            f"first at {item}[{absent[0]}]. Drop these rows."
         )
+    for position, label in enumerate(items):
+        if isinstance(label, (list, tuple, set, frozenset, np.ndarray)):
+            raise TypeError(
+                f"{subject} must hold one label a text; {item}[{position}] is "
+                f"{describe_type(label)}. {_SEVERAL_LABELS_STEP}"
+            )
+        if not isinstance(label, (str, numbers.Real, np.bool_)):
+            raise TypeError(
+                f"{subject} must hold labels of str, int or bool; {item}[{position}] is "
+                f"{describe_type(label)}. Convert the labels to str."
+            )
+        if isinstance(label, str) != isinstance(items[0], str):
+            raise TypeError(
+                f"{subject} must hold labels of one type; {item}[0] is "
+                f"{describe_type(items[0])}, but {item}[{position}] is {describe_type(label)}. "
+                "Convert the labels to str."
+            )
 
 
-def refuse_foreign_labels(y: Any, classes: Any, *, owner: str) -> None:
-    """Raise ValueError if `fit` saw none of the labels, which are then of another kind."""
-    labels = np.asarray(y)
-    if labels.ndim != 1 or not len(labels) or isinstance(classes, list):
-        return
-    if not set(np.asarray(classes).tolist()).intersection(labels.tolist()):
+def check_known_labels(y: Any, classes: Any, *, owner: str) -> Any:
+    """Return the labels to score by; raise ValueError if `fit` saw none of them."""
+    if isinstance(classes, list) or _read_indicators(y) is not None:  # several labels a text
+        return y
+    labels = read_label_array(y, name="y", owner=f"{owner}.score")
+    if len(labels) and not set(np.asarray(classes).tolist()).intersection(labels.tolist()):
         raise ValueError(
             f"The `y` parameter of `{owner}.score` must hold labels that `fit` saw, at least "
             f"some; got none of them. They are {name_some(classes)}, of dtype "
             f"{np.asarray(classes).dtype}; those in y are of dtype {labels.dtype}."
         )
+    return labels
 
 
 def name_some(labels: Any) -> str:
@@ -332,21 +524,18 @@ def name_some(labels: Any) -> str:
 def read_labels(labels: Any, n: int, *, name: str, owner: str) -> npt.NDArray[Any]:
     """Return class labels as an array of str, int or bool, (n,); whole floats become int."""
     subject = f"The `{name}` parameter of `{owner}`"
-    array = np.asarray(labels)
-    if array.shape != (n,):
+    items = read_items(labels, subject=subject)
+    if len(items) != n:
         raise ValueError(
-            f"{subject} must be of shape ({n},), one label a text; got shape {array.shape}."
+            f"{subject} must be of shape ({n},), one label a text; got shape ({len(items)},)."
         )
-    items = list(labels) if isinstance(labels, (list, tuple)) else array.tolist()
-    kinds = {kind_of(item) for item in items}
-    if None in kinds:
-        position = next(i for i, item in enumerate(items) if kind_of(item) is None)
-        raise TypeError(
-            f"{subject} must hold labels of str, int or bool; {name}[{position}] is of type "
-            f"{type(items[position]).__name__}. Drop missing labels, round or bin numbers."
-        )
-    if len(kinds) > 1:
-        raise TypeError(f"{subject} must hold labels of one type; got {sorted(map(str, kinds))}.")
+    check_label_items(items, name=name, owner=owner)
+    for position, item in enumerate(items):
+        if kind_of(item) is None:
+            raise TypeError(
+                f"{subject} must hold labels of str, int or bool; {name}[{position}] is "
+                f"{describe_type(item)} with a fraction; round or bin numbers."
+            )
     return np.array(
         [int(item) if isinstance(item, (float, np.floating)) else item for item in items]
     )
@@ -363,3 +552,46 @@ def kind_of(label: Any) -> str | None:
     if isinstance(label, (float, np.floating)) and float(label).is_integer():
         return "int"
     return None
+
+
+def read_numbers(y: Any, *, name: str, owner: str, n: int | None = None) -> npt.NDArray[np.float64]:
+    """Return scores or grades as float64, (n,), finite and none missing."""
+    from sklearn.utils.validation import column_or_1d
+
+    subject = f"The `{name}` parameter of `{owner}`"
+    if y is None:
+        raise ValueError(f"{owner} requires {name} to be passed, but the target {name} is None.")
+    if isinstance(y, np.ndarray) and y.ndim == 2 and y.shape[1] == 1:
+        y = column_or_1d(y, warn=True)
+    items = read_items(y, subject=subject, of="numbers")
+    absent = find_missing(items)
+    if absent:
+        raise ValueError(
+            f"{subject} must hold no missing numbers, such as None or NaN; got {len(absent)}, the "
+            f"first at {name}[{absent[0]}]. Drop these rows."
+        )
+    numeric = (numbers.Real, Decimal, np.bool_)
+    position = next((i for i, item in enumerate(items) if not isinstance(item, numeric)), None)
+    if position is not None:
+        raise TypeError(
+            f"{subject} must hold numbers; {name}[{position}] is "
+            f"{describe_type(items[position])}. Convert it, or drop the row."
+        )
+    if n is not None and len(items) != n:
+        raise ValueError(f"{subject} must hold numbers of shape ({n},); got ({len(items)},).")
+    values = np.fromiter(map(to_float, items), dtype=np.float64, count=len(items))
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise ValueError(
+            f"{subject} must hold finite numbers; got {int((~finite).sum())} that are not, the "
+            f"first at {name}[{int(finite.argmin())}]. Drop or clip them."
+        )
+    return values
+
+
+def to_float(value: Any) -> float:
+    """Return a real number as a float, one beyond its range as an infinity."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

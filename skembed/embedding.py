@@ -135,7 +135,9 @@ def check_text_column(
     texts, *others = _read_columns(X, vectorizer, owner=owner, name=name, min_rows=min_rows)
     if others:
         raise ValueError(
-            f"The `{name}` parameter of `{owner}` must have one text a row; got pairs."
+            f"The `{name}` parameter of `{owner}` must have one text a row; got "
+            f"{'pairs' if len(others) == 1 else f'{len(others) + 1} columns'}. Choose one column, "
+            "or join each row into one text."
         )
     return texts
 
@@ -149,11 +151,12 @@ def check_pair_columns(
     """
     columns = _read_columns(X, vectorizer, owner=owner, name=name, min_rows=min_rows)
     if len(columns) != 2:
-        if not columns[0]:
+        if len(columns) == 1 and not columns[0]:
             return [], []
+        got = "one text" if len(columns) == 1 else f"{len(columns)} texts"
         raise ValueError(
             f"The `{name}` parameter of `{owner}` must hold pairs of texts, such as "
-            "[(text, text), ...] or two columns; got one text a row."
+            f"[(text, text), ...] or two columns; got {got} a row."
         )
     return columns[0], columns[1]
 
@@ -161,7 +164,7 @@ def check_pair_columns(
 def _read_columns(
     X: Any, vectorizer: Any, *, owner: str, name: str, min_rows: int
 ) -> list[list[str | None]]:
-    """Return one or two columns of texts; missing ones by the vectorizer's policy."""
+    """Return the columns of texts; missing ones by the vectorizer's policy."""
     subject = f"The `{name}` parameter of `{owner}` must hold"
     kind = getattr(getattr(X, "dtype", None), "kind", None)
     if kind in ("f", "i", "u") and getattr(X, "ndim", 0) == 2:

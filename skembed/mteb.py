@@ -11,6 +11,7 @@ from typing import Any
 import joblib
 from sklearn.utils.validation import check_is_fitted
 
+from skembed._inputs import is_missing
 from skembed._validation import check_choice, check_string, import_optional, name_our_words
 from skembed.embedding import FloatArray, check_vectorizer, embed
 from skembed.instructions import INSTRUCTIONS, resolve_instruction
@@ -144,7 +145,9 @@ class MTEBEncoder:
                 f"`{_OWNER}.encode` takes no option {unknown[0]!r}. Set it on the vectorizer, and "
                 "leave it out of mteb's `encode_kwargs`."
             )
-        texts = [str(text) for batch in inputs for text in batch["text"]]
+        texts = [
+            None if is_missing(text) else str(text) for batch in inputs for text in batch["text"]
+        ]
         prompts = task_metadata.prompt
         query, document = self.instructions_for(task_metadata.name, task_metadata.type, prompts)
         vectorizer = _instruct(self.vectorizer, query, document)

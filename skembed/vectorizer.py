@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
-from skembed._inputs import TextColumns, check_texts, count_columns
+from skembed._inputs import TextColumns, check_texts, column_names, holds_rows
 from skembed._validation import (
     CheckedParameters,
     check_bool,
@@ -38,7 +38,7 @@ from skembed.inference.settings import (
     pack_model,
 )
 from skembed.streaming.stream import ROWS_PER_SHARD, StreamReport, write_embeddings
-from skembed.training.examples import Examples, TrainingTask, check_examples, read_task
+from skembed.training.examples import Examples, TrainingTask, read_task
 from skembed.training.fit import check_run, fit_adapter
 from skembed.training.trainer import ContrastiveTrainer, check_trainer
 
@@ -85,7 +85,7 @@ class NVEmbedVectorizer(
     missing : {"error", "empty", "zero", "nan"}, default="error"
         Result for None and NaN: an error, the vector of the empty text, zeros, or NaN.
     trainer : "auto", None or ContrastiveTrainer, default="auto"
-        Training by `fit`. "auto" trains LoRA adapters with default parameters, on pairs and rows
+        Training by `fit`. "auto" trains LoRA adapters with default parameters, on lists of tuples
         only; a ContrastiveTrainer trains on labelled texts, too; None never trains.
     device : str or list of str, default="auto"
         "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best one. A list such as ["cuda:0",
@@ -113,7 +113,7 @@ class NVEmbedVectorizer(
     Attributes
     ----------
     n_features_in_ : int
-        Text columns seen by `fit`: 1, or 2 for pairs.
+        Text columns seen by `fit`: 1, or as many as the tuples or the table have.
     feature_names_in_ : ndarray of str, shape (n_features_in_,)
         Their names, when `fit` saw a frame.
     embedding_dim_ : int
@@ -206,10 +206,13 @@ class NVEmbedVectorizer(
         Parameters
         ----------
         X : list, tuple, ndarray, Series or frame of str, n_texts rows
-            Single texts; pairs (anchor, positive); or rows (anchor, positive, negative, ...) of
-            equal length. Anchors are embedded as queries, all others as documents.
+            Single texts; or a list of tuples, which are pairs (anchor, positive) or rows (anchor,
+            positive, negative, ...) of equal length: anchors are embedded as queries, all others
+            as documents. A frame or array of several columns holds features, whatever y is: the
+            model stays frozen.
         y : array-like, optional
-            Class labels of single texts, or the graded similarity of pairs. Ignored while frozen.
+            Class labels of single texts, or the graded similarity of pairs as floats. Ignored
+            while frozen.
 
         Returns
         -------
@@ -230,15 +233,15 @@ class NVEmbedVectorizer(
         """
         checked = self._checked()
         trainer, missing = checked.trainer, checked.missing
-        # A trainer always trains, "auto" on pairs and rows.
-        if isinstance(trainer, ContrastiveTrainer) or (trainer and count_columns(X) > 1):
+        subject = f"The `X` parameter of `{OWNER}`"
+        # A trainer always trains; "auto" on pairs and rows, which are lists of tuples alone.
+        if isinstance(trainer, ContrastiveTrainer) or (trainer and holds_rows(X, subject=subject)):
             trainer = ContrastiveTrainer() if trainer == "auto" else trainer
             query, document = checked.instruction, checked.document_instruction
             task = TrainingTask(X, y, instruction=query, document_instruction=document)
             template = checked.instruction_template
             examples = read_task(task, trainer, template=template, owner=OWNER, missing=missing)
-            n_columns = 1 if examples.kind == "labels" else 2
-            return self._train([examples], trainer, X, n_columns=n_columns)
+            return self._train([examples], trainer, X, n_columns=examples.columns.shape[1])
         columns = check_texts(X, owner=OWNER, missing=missing)
         if hasattr(self, "adapter_"):
             warnings.warn(
@@ -325,8 +328,8 @@ class NVEmbedVectorizer(
     def _set_fitted(self, settings: Settings, X: Any, n_columns: int) -> NVEmbedVectorizer:
         """Set the attributes that every `fit` sets; return the estimator."""
         self.n_features_in_ = n_columns
-        names: Any = getattr(X, "columns", ())
-        if len(names) == n_columns and all(isinstance(name, str) for name in names):
+        names = column_names(X)
+        if names is not None and len(names) == n_columns:
             self.feature_names_in_ = np.asarray(names, dtype=object)
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
@@ -334,44 +337,18 @@ class NVEmbedVectorizer(
         self.model_ = describe_model(settings.model)
         return self
 
-    def fit_transform(self, X: Any, y: Any = None) -> np.ndarray:
-        """Fit, then transform the same texts; of rows of three and more, anchors and positives.
-
-        Parameters
-        ----------
-        X : list, tuple, ndarray, Series or frame of str, n_texts rows
-            As `fit`.
-        y : array-like, optional
-            As `fit`.
-
-        Returns
-        -------
-        ndarray of float32, shape (n_texts, dim) or (n_texts, 2 * dim)
-            As `transform`.
-
-        Raises
-        ------
-        TypeError, ValueError, ImportError, SkembedError
-            As `fit`.
-        """
-        self.fit(X, y)
-        if count_columns(X) > 2:
-            examples = check_examples(X, owner=OWNER)
-            X = [tuple(examples.texts[i] for i in row[:2]) for row in examples.columns.tolist()]
-        return self.transform(X)
-
     def transform(self, X: Any) -> np.ndarray:
-        """Embed texts, `instruction` in front; the second text of a pair as a document.
+        """Embed texts, `instruction` in front; of several columns, all but the first as documents.
 
         Parameters
         ----------
         X : list, tuple, ndarray, Series or frame of str, n_texts rows
-            One text a row, or two for pairs.
+            One text a row, or k: a list of k-tuples, an array or a frame of k columns.
 
         Returns
         -------
-        ndarray of float32, shape (n_texts, dim) or (n_texts, 2 * dim)
-            In input order, rows of unit length if `normalize`; both vectors of a pair side by side.
+        ndarray of float32, shape (n_texts, k * dim)
+            In input order, column after column, each vector of unit length if `normalize`.
 
         Raises
         ------
@@ -398,7 +375,8 @@ class NVEmbedVectorizer(
         # A model trained on pairs embeds single texts, too, and the other way round.
         if len(columns.columns) != seen and not hasattr(self, "adapter_"):
             raise ValueError(
-                f"X has {len(columns.columns)} text columns, but {OWNER} was fitted with {seen}."
+                f"X has {len(columns.columns)} text columns, but {OWNER} was fitted with {seen}. "
+                "Pass the same columns, or fit again."
             )
         return self._embed(columns, ("query", "document"))
 
@@ -542,6 +520,34 @@ class NVEmbedVectorizer(
             overwrite=overwrite,
         )
 
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Return the names of the columns of `transform`.
+
+        Parameters
+        ----------
+        input_features : array-like of str, optional
+            Not used; must be the names that `fit` saw, where it saw a frame.
+
+        Returns
+        -------
+        ndarray of object (str), shape (n_features_out,)
+            ``"title_0"``, ``"title_1"``, ... where `fit` saw a frame with a column "title", else
+            ``"nvembedvectorizer0"``, ``"nvembedvectorizer1"``, ...
+
+        Raises
+        ------
+        NotFittedError
+            If called before `fit`.
+        ValueError
+            If `input_features` are not those of `fit`.
+        """
+        names = super().get_feature_names_out(input_features)
+        columns = getattr(self, "feature_names_in_", None)
+        if columns is None:
+            return names
+        dim = len(names) // len(columns)
+        return np.array([f"{column}_{i}" for column in columns for i in range(dim)], dtype=object)
+
     @property
     def _n_features_out(self) -> int:
         """Columns of `transform`, for `get_feature_names_out`."""
@@ -645,7 +651,8 @@ class NVEmbedVectorizer(
         columns = check_texts(X, owner=OWNER, missing=self.missing)
         if len(columns.columns) != 1:
             raise ValueError(
-                f"`{OWNER}.encode_{side}` takes one text a row; got pairs. Use `transform`."
+                f"`{OWNER}.encode_{side}` takes one text a row; got {len(columns.columns)} "
+                "columns. Use `transform`."
             )
         return self._embed(columns, (side,), stacklevel=6)
 

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.base import ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from skembed._inputs import refuse_foreign_labels
+from skembed._inputs import check_known_labels, read_columns
 from skembed._validation import CheckedParameters, check_path, unwrap
 from skembed.embedding import FloatArray, check_text_column, check_vectorizer, embed, is_transformer
 from skembed.vectorizer import NVEmbedVectorizer
@@ -125,8 +125,8 @@ class TextClassifierMixin(TextEstimatorMixin, ClassifierMixin):
             If `fit` saw none of the labels.
         """
         check_is_fitted(self)
-        refuse_foreign_labels(y, self.classes_, owner=type(self).__name__)
-        return float(super().score(X, y, sample_weight))
+        labels = check_known_labels(y, self.classes_, owner=type(self).__name__)
+        return float(super().score(X, labels, sample_weight))
 
 
 def check_encoder(value: Any, *, name: str, owner: str) -> Any:
@@ -187,9 +187,15 @@ def _holds_text(X: Any) -> bool:
     kind = getattr(getattr(X, "dtype", None), "kind", None)
     if isinstance(X, (str, bytes)) or kind in ("U", "T"):
         return True
-    if hasattr(X, "to_numpy"):  # a frame or a column, of pandas or polars
-        X = X[:1].to_numpy()
-    first = X[0] if isinstance(X, (list, tuple, np.ndarray)) and len(X) else None
+    if kind in ("f", "i", "u", "b"):
+        return False
+    if not isinstance(X, (list, tuple)):
+        try:
+            columns, _ = read_columns(X[:1], subject="X")
+        except (TypeError, ValueError, KeyError, IndexError):  # no container of texts
+            return False
+        X = [item for column in columns for item in column[:1]]
+    first = X[0] if len(X) else None
     if isinstance(first, (list, tuple, np.ndarray)):
         first = first[0] if np.ndim(first) and len(first) else None
     return isinstance(first, str) and not _is_number(first)

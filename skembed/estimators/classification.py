@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator, clone, is_clusterer, is_regressor
 from sklearn.linear_model import LogisticRegression
+from sklearn.utils import get_tags
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import has_fit_parameter
 
@@ -137,6 +138,7 @@ class EmbeddingClassifier(TextClassifierMixin, BaseEstimator):
         """
         head = self._checked().head
         labels = check_labels(X, y, owner=type(self).__name__)
+        _check_several(head, labels)
         options = {}
         if sample_weight is not None:
             if not has_fit_parameter(head, "sample_weight"):
@@ -199,3 +201,16 @@ class EmbeddingClassifier(TextClassifierMixin, BaseEstimator):
         """
         vectors = self._embed_vectors(X)
         return np.asarray(self.head_.decision_function(vectors))
+
+
+def _check_several(head: Any, labels: npt.NDArray[Any]) -> None:
+    """Raise ValueError for several labels a text and a head of scikit-learn that takes one."""
+    if labels.ndim == 1 or not type(head).__module__.startswith("sklearn."):
+        return
+    tags = get_tags(head)
+    if not tags.target_tags.multi_output and not tags.classifier_tags.multi_label:
+        raise ValueError(
+            "The `head` parameter of `EmbeddingClassifier` must take several labels a text, as `y` "
+            f"is of shape {labels.shape}; {type(head).__name__} takes one. Wrap it: "
+            "head=sklearn.multiclass.OneVsRestClassifier(LogisticRegression())."
+        )

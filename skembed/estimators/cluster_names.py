@@ -26,7 +26,10 @@ def pick_representatives(
         rows = np.flatnonzero(labels == cluster)
         nearest = rows[np.argsort(distances[rows], kind="stable")].tolist()
         if texts is not None:
-            nearest = list({texts[row]: row for row in reversed(nearest)}.values())[::-1]
+            first: dict[str, int] = {}
+            for row in nearest:
+                first.setdefault(texts[row], row)  # in the order of the nearest row of each text
+            nearest = list(first.values())
         representatives[cluster] = nearest[:n]
     return representatives
 

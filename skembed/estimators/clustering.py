@@ -12,8 +12,9 @@ from sklearn.base import BaseEstimator, ClusterMixin, clone
 from sklearn.cluster import HDBSCAN, AgglomerativeClustering, KMeans, MiniBatchKMeans
 from sklearn.metrics import pairwise_distances_argmin_min, silhouette_score, v_measure_score
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
+from skembed._inputs import read_label_array
 from skembed._validation import (
     check_choice,
     check_int,
@@ -109,7 +110,8 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
     n_clusters : int, "auto" or sequence of int, optional
         Number of clusters; "auto" tries a range of up to 64 and takes the best silhouette, a
         sequence tries these. None is "auto" for a name, and leaves an instance as it is. Density
-        methods take None only.
+        methods take None only. Never more than there are different embeddings: identical texts
+        are one cluster.
     reducer : "umap", transformer or None, default=None
         Reduction of the embeddings before they are clustered. "umap" is UMAP to 5 dimensions by
         cosine, as the extra ``plot`` installs it.
@@ -322,7 +324,7 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         X : list, tuple, ndarray, Series or one-column frame of str, n_texts rows
             The texts, or embeddings; as `fit` got them.
         y : array-like, shape (n_texts,)
-            True labels; any values.
+            True labels: str, int or bool.
 
         Returns
         -------
@@ -331,16 +333,18 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
 
         Raises
         ------
-        ValueError
-            If there are no labels, or not as many as texts.
+        TypeError, ValueError
+            If there are no labels, or not as many as texts; or one is missing, or they are of
+            several types.
         """
         check_is_fitted(self)
         if y is None:
             raise ValueError(
                 f"{type(self).__name__}.score requires y to be passed, but the target y is None."
             )
-        check_consistent_length(X, y)
-        return float(v_measure_score(column_or_1d(y), self.predict(X)))
+        labels = read_label_array(y, name="y", owner=f"{type(self).__name__}.score")
+        check_consistent_length(X, labels)
+        return float(v_measure_score(labels, self.predict(X)))
 
     def plot_silhouettes(self, ax: Any = None) -> Any:
         """Draw the mean silhouette by number of clusters, the chosen one marked.
@@ -395,13 +399,14 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
         self, space: FloatArray, checked: Any, *, seed: int
     ) -> tuple[Any, Ints, dict[int, float]]:
         """Return the clusterer fitted with the best number, its labels and the silhouettes."""
-        counts = self._list_counts(len(space), checked)
-        count, silhouettes = counts[0], {}
+        counts, silhouettes = self._list_counts(len(space), checked), {}
+        sample = space
+        if len(counts) > 1 and len(space) > MAX_SILHOUETTE_ROWS:
+            rng = np.random.default_rng(seed)
+            sample = space[rng.choice(len(space), MAX_SILHOUETTE_ROWS, replace=False)]
+        counts = self._limit_counts(counts, sample, checked)
+        count = counts[0]
         if len(counts) > 1:
-            sample = space
-            if len(space) > MAX_SILHOUETTE_ROWS:
-                rng = np.random.default_rng(seed)
-                sample = space[rng.choice(len(space), MAX_SILHOUETTE_ROWS, replace=False)]
             for k in counts:
                 labels = _fit_labels(self._make_clusterer(k, seed, checked), sample)
                 silhouettes[int(k or 0)] = _compute_silhouette(sample, labels)
@@ -438,6 +443,29 @@ class EmbeddingClusterer(TextEstimatorMixin, ClusterMixin, BaseEstimator):
                 f"{subject} must be at most the number of texts, {n}; got {counts[-1]}."
             )
         return list(counts)
+
+    def _limit_counts(
+        self, counts: list[int | None], space: FloatArray, checked: Any
+    ) -> list[int | None]:
+        """Return the numbers of clusters that there are different embeddings for.
+
+        Without any, as many as there are; with a warning where `n_clusters` asked for more.
+        """
+        asked = [k for k in counts if k is not None]
+        if not asked:
+            return counts
+        n_distinct = _count_distinct(space, asked[-1])
+        possible = [k for k in asked if k <= n_distinct]
+        if possible != asked and checked.n_clusters not in (None, "auto"):
+            warnings.warn(
+                f"The texts have {n_distinct} different embeddings, fewer than the "
+                f"{asked[-1]} clusters asked for, so there are {n_distinct} clusters at most. "
+                "Lower `n_clusters`, or silence this with warnings.filterwarnings('ignore', "
+                "category=skembed.SkembedWarning).",
+                SkembedWarning,
+                stacklevel=4,
+            )
+        return [*possible] or [n_distinct]
 
     def _make_clusterer(self, n_clusters: int | None, seed: int, checked: Any) -> Any:
         """Return a fresh clusterer, its number of clusters and seed set."""
@@ -494,6 +522,16 @@ def _auto_counts(n: int, *, owner: str) -> list[int | None]:
         )
     highest = max(2, min(_MAX_AUTO_CLUSTERS, n // 2))
     return [int(k) for k in np.unique(np.rint(np.geomspace(2, highest, 14)))]
+
+
+def _count_distinct(space: FloatArray, most: int) -> int:
+    """Return the number of different rows, counted up to `most`."""
+    seen: set[bytes] = set()
+    for row in space:
+        seen.add((row + 0.0).tobytes())  # -0.0 equals 0.0
+        if len(seen) >= most:
+            break
+    return len(seen)
 
 
 def _make_reducer(reducer: Any, n: int, *, seed: int, owner: str) -> Any:

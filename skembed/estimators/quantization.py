@@ -265,7 +265,7 @@ class EmbeddingQuantizer(CheckedParameters, TransformerMixin, BaseEstimator):
         codes : ndarray of int8 or uint8, shape (n_documents, n_features_out)
             The documents, from `transform`; may be mapped from a file.
         top_k : int, default=10
-            Number of documents to find, at most as many as there are.
+            Number of documents to find; all of them where there are fewer.
         finer : ndarray of float, shape (n_documents, dim), or tuple, optional
             The same documents as embeddings, or as a pair of another fitted EmbeddingQuantizer and
             its codes; may be mapped from a file (``numpy.load(path, mmap_mode="r")``). None gives
@@ -294,7 +294,7 @@ class EmbeddingQuantizer(CheckedParameters, TransformerMixin, BaseEstimator):
         n = len(coarse.values)
         if not n:
             raise ValueError(f"The `codes` parameter of `{owner}` must hold documents; got none.")
-        top_k = check_int(top_k, name="top_k", owner=owner, low=1, high=n)
+        top_k = min(n, check_int(top_k, name="top_k", owner=owner, low=1))
         rescore = check_int(rescore, name="rescore", owner=owner, low=1)
         finest = coarse if finer is None else self._check_finer(finer, n, owner=owner)
         n_candidates = min(n, top_k * (1 if finer is None else rescore) + N_SPARE)

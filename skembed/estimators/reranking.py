@@ -11,6 +11,7 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from skembed._inputs import find_missing, read_items, read_numbers
 from skembed._validation import check_choice
 from skembed.embedding import check_pair_columns, check_text_column, embed, embed_pairs
 from skembed.estimators.base import (
@@ -128,10 +129,12 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
             pairs = check_embeddings(self, X, reset=True)
             dim = _half_width(pairs.shape[1])
             if y is not None:
-                _check_relevance(y, len(pairs), owner=_OWNER)
+                read_numbers(y, name="y", owner=_OWNER, n=len(pairs))
             return self._set_fitted(None, dim, trained=False)
         queries, documents = check_pair_columns(X, vectorizer=vectorizer, owner=_OWNER, min_rows=1)
-        relevance = None if y is None else _check_relevance(y, len(queries), owner=_OWNER)
+        relevance = None
+        if y is not None:
+            relevance = read_numbers(y, name="y", owner=_OWNER, n=len(queries))
         trained = relevance is not None and trains_on_labels(vectorizer)
         if relevance is not None and trained:
             numbers = _number_groups(groups, queries, owner=_OWNER, n=len(queries))
@@ -265,7 +268,7 @@ class Reranker(TextEstimatorMixin, BaseEstimator):
         documents.
         """
         scores = self.predict(X)
-        relevance = _check_relevance(y, len(scores), owner=f"{_OWNER}.score")
+        relevance = read_numbers(y, name="y", owner=f"{_OWNER}.score", n=len(scores))
         vectorizer = getattr(self, "vectorizer_", None)
         keys: Sequence[Any] = ()
         if groups is None and vectorizer is None:
@@ -312,31 +315,17 @@ def _half_width(width: int) -> int:
     return width // 2
 
 
-def _check_relevance(y: Any, n: int, *, owner: str) -> npt.NDArray[np.float64]:
-    """Return relevance as float64, (n,)."""
-    subject = f"The `y` parameter of `{owner}`"
-    array = np.asarray(y)
-    try:
-        if array.dtype.kind not in "fiubO":
-            raise TypeError
-        relevance = array.astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{subject} must hold the relevance of each document as a number; "
-            f"got dtype {array.dtype}."
-        ) from error
-    if array.shape != (n,):
-        raise ValueError(f"{subject} must be of shape ({n},); got shape {array.shape}.")
-    if not np.isfinite(relevance).all():
-        row = int(np.argmin(np.isfinite(relevance)))
-        raise ValueError(f"{subject} must hold finite numbers; y[{row}] is {relevance[row]}.")
-    return relevance
-
-
 def _number_groups(groups: Any, keys: Sequence[Any], *, owner: str, n: int) -> Indices:
     """Return a number for the group of each row, (n,); without groups, of each distinct key."""
     if groups is not None:
-        keys = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+        subject = f"The `groups` parameter of `{owner}`"
+        keys = read_items(groups, subject=subject, of="groups")
+        absent = find_missing(keys)
+        if absent:
+            raise ValueError(
+                f"{subject} must name the query of each row; got {len(absent)} missing, the first "
+                f"at groups[{absent[0]}]. Drop these rows."
+            )
     if len(keys) != n:
         raise ValueError(
             f"The `groups` parameter of `{owner}` must name the query of each of {n} rows; "

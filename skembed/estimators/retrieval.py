@@ -195,6 +195,8 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             self.__dict__.pop(name, None)
             if hasattr(fresh, name):
                 setattr(self, name, getattr(fresh, name))
+        # What was built stays what it is: `set_params` takes effect at the next `fit`.
+        self._seen = {name: getattr(checked, name) for name in _SAVED_PARAMETERS}
         self._index, self.ids_, self._has_automatic_ids = index, index.ids, ids is None
         return self
 
@@ -206,13 +208,14 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         queries : list, tuple, ndarray, Series or one-column frame of str, n_queries rows
             The queries; embeddings of shape (n_queries, dim) where `vectorizer` is None.
         top_k : int, default=10
-            Number of documents to find, at most as many as there are.
+            Number of documents to find; all of them where there are fewer.
 
         Returns
         -------
         TopK
-            `scores`, float32, and `indices`, int64, each of shape (n_queries, top_k), the best
-            first, of equal scores the higher id; ``ids_[indices]`` are the documents' ids.
+            `scores`, float32, and `indices`, int64, each of shape (n_queries, k), the best first,
+            of equal scores the higher id; ``ids_[indices]`` are the documents' ids. k is `top_k`,
+            or the number of documents.
 
         Raises
         ------
@@ -225,11 +228,11 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         n = len(self.ids_)
         if not n:
             raise ValueError(f"This {_OWNER} holds no documents. Call `add` or `fit` first.")
-        top_k = check_int(top_k, name="top_k", owner=_OWNER, low=1, high=n)
+        top_k = min(n, check_int(top_k, name="top_k", owner=f"{_OWNER}.search", low=1))
         checked = self._checked()
         device = choose_search_device(checked.device, owner=_OWNER)
         vectors = self._embed_vectors(queries, name="queries", min_rows=0)
-        vectors = prepare_vectors(vectors, checked.similarity, owner=f"{_OWNER}.search")
+        vectors = prepare_vectors(vectors, self._seen["similarity"], owner=f"{_OWNER}.search")
         return self._index.search(vectors, top_k, rescore=checked.rescore, device=device)
 
     def add(self, documents: Any, *, ids: Any = None) -> Retriever:
@@ -270,7 +273,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         if getattr(self, "vectorizer_", None) is not None:
             documents = join_titles(documents, owner=owner, name="documents")
         vectors = self._embed_vectors(documents, side="document", name="documents")
-        vectors = prepare_vectors(vectors, self._checked().similarity, owner=owner)
+        vectors = prepare_vectors(vectors, self._seen["similarity"], owner=owner)
         if new_ids is None:
             first = self._index.next_label
             new_ids = np.arange(first, first + len(vectors), dtype=np.int64)
@@ -345,7 +348,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         """
         check_is_fitted(self)
         judged = read_judgments(y, query_ids, ids=self.ids_, owner=f"{_OWNER}.score")
-        top = self.search(X, min(_NDCG_CUTOFF, max(1, len(self.ids_))))
+        top = self.search(X, _NDCG_CUTOFF)
         if len(top.scores) != len(judged):
             raise ValueError(
                 f"The `y` parameter of `{_OWNER}.score` must judge each of {len(top.scores)} "
@@ -384,7 +387,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         model, probe = fingerprint_model(getattr(self, "vectorizer_", None), owner=_OWNER)
         settings, arrays = self._index.pack()
         settings |= {
-            "parameters": {key: getattr(checked, key) for key in _SAVED_PARAMETERS},
+            "parameters": {**self._seen, "rescore": checked.rescore},
             "ids_counted": self._has_automatic_ids,
             "vectorizer": checked.vectorizer if is_model_name else None,
             "model": model,
@@ -462,6 +465,8 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         retriever._set_vectorizer(model, settings["dim"])
         if model is None:
             retriever.n_features_in_ = settings["dim"]
+        checked = retriever._checked()
+        retriever._seen = {name: getattr(checked, name) for name in _SAVED_PARAMETERS}
         retriever._index = index
         retriever._has_automatic_ids = settings["ids_counted"]
         retriever.ids_ = index.ids

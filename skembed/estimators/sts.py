@@ -16,8 +16,9 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.isotonic import IsotonicRegression
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import normalize
-from sklearn.utils.validation import check_array, check_consistent_length, column_or_1d
+from sklearn.utils.validation import check_consistent_length
 
+from skembed._inputs import read_numbers
 from skembed._validation import check_choice, check_real, check_seed
 from skembed.embedding import check_pair_columns, embed_pairs
 from skembed.estimators.base import (
@@ -152,7 +153,7 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
             If cosines do not rise with the scores, so that the curve is flat.
         """
         calibration = self._checked().calibration
-        scores = None if y is None else _check_scores(y, owner=type(self).__name__)
+        scores = None if y is None else read_numbers(y, name="y", owner=type(self).__name__)
         cosines, rows = self._fit_cosines(X, scores)
         if scores is None or calibration is None:
             self.calibration_ = None
@@ -208,7 +209,7 @@ class SimilarityRegressor(TextEstimatorMixin, RegressorMixin, BaseEstimator):
         owner = type(self).__name__
         if sample_weight is not None:
             raise ValueError(f"The `sample_weight` parameter of `{owner}.score` must be None.")
-        predicted, scores = self.predict(X), _check_scores(y, owner=f"{owner}.score")
+        predicted, scores = self.predict(X), read_numbers(y, name="y", owner=f"{owner}.score")
         check_consistent_length(predicted, scores)
         if len(scores) < 2 or np.ptp(predicted) == 0 or np.ptp(scores) == 0:
             return 0.0
@@ -307,14 +308,6 @@ def _check_even(n_columns: int, *, owner: str) -> None:
             f"The `X` parameter of `{owner}` must have an even number of columns, the embeddings "
             f"of two texts side by side; got n_features = {n_columns}."
         )
-
-
-def _check_scores(y: Any, *, owner: str) -> Floats:
-    """Return the scores as float64, (n,); ValueError for missing ones."""
-    if y is None:
-        raise ValueError(f"{owner} requires y to be passed, but the target y is None.")
-    scores = column_or_1d(y, warn=True)
-    return np.asarray(check_array(scores, ensure_2d=False, dtype=np.float64, input_name="y"))
 
 
 def _warn_flat(curve: Any, cosines: Floats, scores: Floats) -> None:

@@ -11,9 +11,15 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.base import BaseEstimator
 from sklearn.preprocessing import normalize
-from sklearn.utils.validation import check_consistent_length, column_or_1d
+from sklearn.utils.validation import check_consistent_length
 
-from skembed._inputs import check_labels, check_texts, name_some, refuse_missing_labels
+from skembed._inputs import (
+    check_label_items,
+    check_labels,
+    check_texts,
+    name_some,
+    read_label_array,
+)
 from skembed._validation import check_real, check_string, parameter_error
 from skembed.embedding import FloatArray, check_text_column, embed
 from skembed.estimators.base import (
@@ -278,6 +284,7 @@ def _read_descriptions(X: Any, y: Any, *, owner: str) -> tuple[Any, _Labels]:
                 f"The `y` parameter of `{owner}.fit` must be None where X maps labels to "
                 "descriptions. To add examples, pass the mapping as `descriptions`."
             )
+        check_label_items(list(X), name="descriptions", owner=owner, item="list(descriptions)")
         rows, names = _flatten_mapping(X, owner=owner)
     elif X is None:
         raise ValueError(
@@ -318,8 +325,7 @@ def _flatten_mapping(descriptions: Mapping[Any, Any], *, owner: str) -> tuple[An
 
 def _check_example_labels(X: Any, y: Any, classes: _Labels, *, owner: str) -> _Labels:
     """Return the labels of the examples X, each one of the classes, (n,)."""
-    labels: _Labels = column_or_1d(y)
-    refuse_missing_labels(labels, owner=owner)
+    labels: _Labels = read_label_array(y, name="y", owner=owner)
     check_consistent_length(X, labels)
     described = set(classes.tolist())
     unknown = [i for i, label in enumerate(labels.tolist()) if label not in described]

@@ -41,8 +41,9 @@ def evaluate(
     vectorizers : object, list of objects, or dict of str to object
         Anything that embeds texts: transformers, objects with `encode` such as a
         SentenceTransformer, callables. Queries and documents go through `encode_query` and
-        `encode_document` if present. Used as they are, never fitted: fit those that need it. The
-        keys of a dict are the names in the table; without a dict, the names are the classes.
+        `encode_document` if present. Vectors may be sparse, such as those of a TF-IDF pipeline.
+        Used as they are, never fitted: fit those that need it. The keys of a dict are the names in
+        the table; without a dict, the names are the classes.
     tasks : task or list of tasks
         `ClassificationTask`, `ClusteringTask`, `STSTask`, `RetrievalTask`, `RerankingTask`; each
         with a name of its own.
@@ -167,7 +168,7 @@ def _make_row(
         n=len(outcome.values),
         unit=outcome.unit,
         seconds=vectorizer.seconds,
-        texts_per_s=vectorizer.n_texts / max(vectorizer.seconds, 1e-9),
+        texts_per_s=vectorizer.texts_per_s(),
         metrics=outcome.metrics,
         values=outcome.values,
         replicates=outcome.replicates,

@@ -5,6 +5,7 @@ The operations and their order are mteb's, so that scores agree to the last digi
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,10 @@ from sklearn.metrics.pairwise import (
     paired_euclidean_distances,
     paired_manhattan_distances,
 )
+from sklearn.preprocessing import normalize
 
+from skembed._inputs import is_instance_of
+from skembed.cache.embedding_cache import EmbeddingCache, resolve_cache
 from skembed.embedding import embed
 from skembed.evaluation.task_data import (
     ClassificationData,
@@ -75,15 +79,28 @@ class TimedVectorizer:
     def __init__(self, vectorizer: Any) -> None:
         self.vectorizer = vectorizer
         self.seconds = 0.0
-        self.n_texts = 0
+        self.n_texts = 0  # without those that came out of its cache
 
-    def embed(self, texts: list[str], side: str | None = None) -> Vectors:
-        """Return the vectors of texts, float32, (n_texts, dim)."""
-        start = time.perf_counter()
-        vectors = embed(self.vectorizer, texts, side, owner="evaluate")
+    def embed(self, texts: list[str], side: str | None = None) -> Any:
+        """Return the vectors of texts, (n_texts, dim): float32, or CSR from a sparse encoder."""
+        cache = self._find_cache()
+        misses, start = 0 if cache is None else cache.misses, time.perf_counter()
+        vectors = embed(self.vectorizer, texts, side, owner="evaluate", sparse=True)
         self.seconds += time.perf_counter() - start
-        self.n_texts += len(texts)
+        self.n_texts += len(texts) if cache is None else cache.misses - misses
         return vectors
+
+    def texts_per_s(self) -> float:
+        """Return the texts embedded in a second; NaN where all came out of a cache."""
+        return self.n_texts / max(self.seconds, 1e-9) if self.n_texts else math.nan
+
+    def _find_cache(self) -> EmbeddingCache | None:
+        """Return the cache of this package's vectorizer, alone or first in a Pipeline."""
+        steps = getattr(self.vectorizer, "steps", None)
+        first = steps[0][1] if isinstance(steps, list) and steps else self.vectorizer
+        if not is_instance_of(first, "skembed.vectorizer", "NVEmbedVectorizer"):
+            return None
+        return resolve_cache(first.cache)
 
 
 def run_protocol(
@@ -113,7 +130,7 @@ def _run_classification(
     labels = data.labels if data.test_labels is None else data.test_labels
     by_draw = []
     for draw in data.draws:
-        rows = np.setdiff1d(used, draw) if pooled else np.arange(len(test))
+        rows = np.setdiff1d(used, draw) if pooled else np.arange(test.shape[0])
         classifier = _make_classifier(task)
         with warnings.catch_warnings():
             if task.classifier is None:  # the protocol has 100 iterations, enough or not
@@ -220,17 +237,19 @@ def _run_ranking(
 
 
 def _search_corpus(
-    queries: Vectors, documents: Vectors, ranks: Ints, top_k: int
+    queries: Any, documents: Any, ranks: Ints, top_k: int
 ) -> list[tuple[Ints, Vectors]]:
     """Return the rows and cosines of the best documents of each query, in chunks of the corpus."""
-    best = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in queries]
-    for start in range(0, len(documents), CHUNK_SIZE):
+    n, m = queries.shape[0], documents.shape[0]
+    best = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in range(n)]
+    for start in range(0, m, CHUNK_SIZE):
         chunk = documents[start : start + CHUNK_SIZE]
-        n_rows = max(1, BLOCK_BYTES // (4 * len(chunk)))
-        for first in range(0, len(queries), n_rows):
+        size = chunk.shape[0]
+        n_rows = max(1, BLOCK_BYTES // (4 * size))
+        for first in range(0, n, n_rows):
             scores = _cosines(queries[first : first + n_rows], chunk)  # (B, C)
             for i, row in enumerate(scores, start=first):
-                new = _choose_best(row, ranks[start : start + len(chunk)], top_k)
+                new = _choose_best(row, ranks[start : start + size], top_k)
                 rows = np.concatenate([best[i][0], new + start])
                 values = np.concatenate([best[i][1], row[new]])
                 order = _choose_best(values, ranks[rows], top_k)
@@ -239,7 +258,7 @@ def _search_corpus(
 
 
 def _rank_candidates(
-    queries: Vectors, documents: Vectors, data: RankingData, top_k: int
+    queries: Any, documents: Any, data: RankingData, top_k: int
 ) -> list[tuple[Ints, Vectors]]:
     """Return the best candidates of each query, as positions in its list or rows of the corpus."""
     ranks, ranked = _rank_ids(data.document_ids), []
@@ -253,10 +272,13 @@ def _rank_candidates(
     return ranked
 
 
-def _cosines(queries: Vectors, documents: Vectors) -> Vectors:
+def _cosines(queries: Any, documents: Any) -> Vectors:
     """Return cosine similarities (Q, N) by the same operations as mteb."""
     import torch
 
+    if hasattr(queries, "tocsr"):
+        unit = normalize(queries) @ normalize(documents).T
+        return np.asarray(unit.toarray(), dtype=np.float32)
     sides = (torch.from_numpy(np.ascontiguousarray(side)) for side in (queries, documents))
     left, right = (torch.nn.functional.normalize(side, p=2, dim=1) for side in sides)
     with torch.autocast("cpu", enabled=False):
@@ -285,7 +307,7 @@ def _bootstrap(n: int, n_bootstraps: int, seed: int, score: Callable[[Ints], flo
     return np.array([score(generator.integers(n, size=n)) for _ in range(n_bootstraps)])
 
 
-def _check_width(left: Vectors, right: Vectors) -> None:
+def _check_width(left: Any, right: Any) -> None:
     """Raise unless two sides have vectors of one width."""
     if left.shape[1] != right.shape[1]:
         raise ValueError(

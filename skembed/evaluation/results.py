@@ -48,7 +48,8 @@ class TaskScore:
     seconds : float
         Time spent in the vectorizer.
     texts_per_s : float
-        Texts given to the vectorizer in a second. Texts from a cache cost next to nothing.
+        Texts that the vectorizer embedded in a second, without those from its cache; NaN where all
+        came from there.
     metrics : dict of str to float
         All metrics.
     values : ndarray of float64, shape (n,)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from skembed._inputs import check_texts
+from skembed._inputs import check_texts, read_items
 from skembed.embedding import FloatArray
 from skembed.metrics.agreement import spearman, v_measure
 from skembed.metrics.qrels import read_judged, search_to_run
@@ -131,7 +131,7 @@ def reranking_scorer(estimator: Any, X: Any, y: Any) -> float:
     queries, _ = _read_pairs(X, owner="reranking_scorer")
     relevance: dict[str, dict[int, Any]] = {}
     run: dict[str, dict[int, float]] = {}
-    for row, (query, grade) in enumerate(zip(queries, np.asarray(y).tolist(), strict=True)):
+    for row, (query, grade) in enumerate(zip(queries, _read_grades(y, len(queries)), strict=True)):
         relevance.setdefault(query, {})[row] = grade
         run.setdefault(query, {})[row] = float(scores[row])
     return map_at_k(relevance, run)
@@ -175,7 +175,7 @@ def retrieval_scorer(estimator: Any, X: Any, y: Any = None) -> float:
     queries, documents = _read_pairs(X, owner="retrieval_scorer")
     rows = {query: row for row, query in reversed(list(enumerate(queries)))}
     columns = {document: row for row, document in reversed(list(enumerate(documents)))}
-    grades = [1] * len(queries) if y is None else np.asarray(y).tolist()
+    grades = [1] * len(queries) if y is None else _read_grades(y, len(queries))
     relevance: dict[str, dict[str, Any]] = {query: {} for query in rows}
     for query, document, grade in zip(queries, documents, grades, strict=True):
         relevance[query][document] = max(grade, relevance[query].get(document, grade))
@@ -224,9 +224,20 @@ def _embed_pairs(estimator: Any, X: Any, *, owner: str) -> tuple[FloatArray, Flo
     return vectors[:, :half], vectors[:, half:]
 
 
+def _read_grades(y: Any, n: int) -> list[Any]:
+    """Return the grade of each of n rows."""
+    grades = read_items(y, subject="The `y` parameter of a scorer", of="grades")
+    if len(grades) != n:
+        raise ValueError(
+            f"The `y` parameter of a scorer must hold a grade for each of {n} rows; "
+            f"got {len(grades)}."
+        )
+    return grades
+
+
 def _read_pairs(X: Any, *, owner: str) -> list[list[str]]:
     """Return the two columns of pairs of texts, n each."""
     columns = check_texts(X, owner=owner).columns
     if len(columns) != 2:
-        raise ValueError(f"The `X` parameter of `{owner}` must hold pairs; got single texts.")
+        raise ValueError(f"The `X` parameter of `{owner}` must hold pairs of texts.")
     return columns

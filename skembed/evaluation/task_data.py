@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from skembed._inputs import check_texts, read_labels
+from skembed._inputs import check_texts, read_labels, read_numbers
 from skembed._validation import (
     LARGEST_SEED,
     Rule,
@@ -239,21 +239,13 @@ def _read_sts(task: STSTask, owner: str) -> STSData:
     if len(columns) != 2:
         raise ValueError(
             f"The `pairs` parameter of `{owner}` must hold pairs of texts; got "
-            f"{len(columns[0])} single texts."
+            f"{len(columns[0])} {'single texts' if len(columns) == 1 else 'rows of other lengths'}."
         )
-    scores = np.asarray(task.scores)
-    if scores.shape != (len(columns[0]),) or scores.dtype.kind not in "fiub":
-        raise ValueError(
-            f"The `scores` parameter of `{owner}` must be numbers of shape ({len(columns[0])},), "
-            f"one a pair; got {scores.dtype} of shape {scores.shape}."
-        )
-    scores = scores.astype(np.float64)
-    is_finite = np.isfinite(scores).all()
-    if not is_finite or len(np.unique(scores)) < 2:
-        got = "less than two" if is_finite else "NaN or infinity"
+    scores = read_numbers(task.scores, name="scores", owner=owner, n=len(columns[0]))
+    if len(np.unique(scores)) < 2:
         raise ValueError(
             f"The `scores` parameter of `{owner}` must hold two different finite numbers or more; "
-            f"got {got}."
+            "got less than two."
         )
     return STSData(columns[0], columns[1], scores)
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skembed._inputs import check_texts, read_labels
+from skembed._inputs import read_items as read_entries
 from skembed.metrics.qrels import join_title, read_ids
 from skembed.similarity import Ints
 
@@ -28,7 +29,7 @@ def read_column(texts: Any, *, name: str, owner: str) -> list[str]:
 
 def read_levels(labels: Any, n: int, *, owner: str) -> list[tuple[Ints, _Labels]]:
     """Return, for each level of a hierarchy, the rows that reach it and their labels."""
-    items = list(labels)
+    items = read_entries(labels, subject=f"The `labels` parameter of `{owner}`")
     if len(items) != n:
         raise ValueError(
             f"The `labels` parameter of `{owner}` must hold one label a text, {n}; "
@@ -71,7 +72,8 @@ def read_items(items: Any, ids: Any, *, kind: str, owner: str) -> tuple[list[str
             raise ValueError(
                 f"The `{kind}_ids` parameter of `{owner}` must be None where `{name}` is a mapping."
             )
-        ids, items = list(items), [join_title(item) for item in items.values()]
+        ids = list(items)
+        items = join_title(list(items.values()), owner=owner, name=name)
     texts = read_column(items, name=name, owner=owner)
     if ids is None:
         ids = range(len(texts))

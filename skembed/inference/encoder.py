@@ -37,14 +37,15 @@ class Encoder:
     ) -> tuple[np.ndarray, EmbedReport]:
         """Embed each column for its side: float32 (n_texts, n_columns * dim), and the counts.
 
-        `batch_tokens` applies where the parameter is "auto"; `progress` overrides `verbose`.
+        The last of the `sides` is that of all further columns, too. `batch_tokens` applies where
+        the parameter is "auto"; `progress` overrides `verbose`.
         """
         # The lease outlives this encoder, and keeps the cache open for the next call.
         self.lease.cache = self.cache
         missing = self.settings.parameters.missing
         parts, total = [], EmbedReport()
-        sides = sides[: len(columns.columns)]  # callers name two sides; single texts have one
-        for texts, absent, side in zip(columns.columns, columns.missing, sides, strict=True):
+        for i, (texts, absent) in enumerate(zip(columns.columns, columns.missing, strict=True)):
+            side = sides[min(i, len(sides) - 1)]
             vectors, report = self._embed_column(texts, side, batch_tokens, progress)
             if missing in ("zero", "nan"):
                 vectors[absent] = 0.0 if missing == "zero" else np.nan

@@ -128,7 +128,7 @@ def _correlate(
     correlation: Callable[..., Any], y_true: npt.ArrayLike, y_pred: npt.ArrayLike, *, owner: str
 ) -> float:
     """Return one of scipy's correlations in float64; NaN for a constant, without a warning."""
-    pair = check_label_pair(y_true, y_pred, owner=owner)
+    pair = check_label_pair(y_true, y_pred, owner=owner, are_scores=True)
     if any(values.dtype.kind not in "fiub" for values in pair):
         raise TypeError(f"`{owner}` takes numbers; got {pair[0].dtype} and {pair[1].dtype}.")
     if len(pair[0]) < 2:

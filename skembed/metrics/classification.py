@@ -14,6 +14,7 @@ from sklearn.metrics import (
     recall_score,
 )
 
+from skembed._inputs import read_label_array
 from skembed._validation import check_choice
 
 __all__ = ["accuracy", "average_precision", "check_label_pair", "classification_metrics", "f1"]
@@ -158,10 +159,18 @@ def classification_metrics(y_true: npt.ArrayLike, y_pred: npt.ArrayLike) -> dict
 
 
 def check_label_pair(
-    y_true: npt.ArrayLike, y_pred: npt.ArrayLike, *, owner: str
+    y_true: npt.ArrayLike, y_pred: npt.ArrayLike, *, owner: str, are_scores: bool = False
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return two arrays of equal shape (n,), n > 0; raise ValueError for other shapes."""
-    true, predicted = np.asarray(y_true), np.asarray(y_pred)
+    if are_scores:
+        true, predicted = np.asarray(y_true), np.asarray(y_pred)
+    else:
+        true, predicted = (
+            np.asarray(values)
+            if _is_plain(values)
+            else read_label_array(values, name=name, owner=owner)
+            for name, values in (("y_true", y_true), ("y_pred", y_pred))
+        )
     if true.ndim != 1 or not len(true):
         raise ValueError(
             f"The `y_true` parameter of `{owner}` must be of shape (n,) with n > 0; "
@@ -173,3 +182,8 @@ def check_label_pair(
             f"got {predicted.shape}."
         )
     return true, predicted
+
+
+def _is_plain(values: Any) -> bool:
+    """Return whether labels are an array in which none can be missing, or of a shape to refuse."""
+    return isinstance(values, np.ndarray) and (values.dtype.kind in "iubU" or values.ndim != 1)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from skembed._inputs import check_texts, count_columns, kind_of
+from skembed._inputs import (
+    clean_column,
+    column_names,
+    find_missing,
+    kind_of,
+    read_columns,
+    read_items,
+)
 from skembed._validation import check_int64
 from skembed.similarity import Ids, Ints
 
@@ -103,39 +110,51 @@ def check_grades(grades: Any, *, owner: str) -> Ints:
 
 
 def join_titles(X: Any, *, owner: str, name: str = "X") -> Any:
-    """Return one text for each document: the title, a space, the text; other input as it is.
+    """Return one text for each document: the title, a space, the text; one column as it is.
 
     From a frame with a column "text", only that one and "title" are read. A missing title is left
     out; a document that lacks both is None.
     """
-    names = list(getattr(X, "columns", ()))
-    if len(names) > 1 and "text" in names:
-        X = X[["title", "text"]] if "title" in names else X[["text"]]
-    if count_columns(X) != 2:
-        return X
-    (titles, texts), (no_title, no_text) = check_texts(X, owner=owner, missing="empty", name=name)
+    subject = f"The `{name}` parameter of `{owner}`"
+    columns, _ = read_columns(X, subject=subject, name=name)
+    names = column_names(X) or []
+    if len(columns) > 1 and "text" in names:
+        wanted = ["title", "text"] if "title" in names else ["text"]
+        columns = [columns[names.index(each)] for each in wanted]
+        if len(columns) == 1:
+            return columns[0]
+    return _join(*columns, subject=subject, name=name) if len(columns) == 2 else X
+
+
+def join_title(items: Sequence[Any], *, owner: str, name: str) -> list[str | None]:
+    """Return one text for each item: of a mapping, title, space and text."""
+    is_mapping = [isinstance(item, Mapping) for item in items]
+    if not any(is_mapping):
+        return list(items)
+    pairs = list(zip(items, is_mapping, strict=True))
+    titles = [item.get("title") if has_title else None for item, has_title in pairs]
+    texts = [item.get("text") if has_title else item for item, has_title in pairs]
+    return _join(titles, texts, subject=f"The `{name}` parameter of `{owner}`", name=name)
+
+
+def _join(titles: list[Any], texts: list[Any], *, subject: str, name: str) -> list[str | None]:
+    """Return title and text of each document as one text; None where both are missing."""
+    no_title = clean_column(titles, subject=subject, name=name, suffix=" (title)")
+    no_text = clean_column(texts, subject=subject, name=name, suffix=" (text)")
     return [
-        None if lacks_both else f"{title} {text}".strip()
+        None if lacks_both else f"{title} {text}".strip() if title else text
         for title, text, lacks_both in zip(titles, texts, no_title & no_text, strict=True)
     ]
-
-
-def join_title(item: Any) -> Any:
-    """Return title and text of a mapping as one text; other input as it is."""
-    if not isinstance(item, Mapping):
-        return item
-    title, text = item.get("title") or "", item.get("text")
-    return f"{title} {text}" if title and isinstance(text, str) else text
 
 
 def read_ids(ids: Any, n: int | None = None, *, name: str = "ids", owner: str) -> list[Any]:
     """Return n distinct ids as a list, all str or all int."""
     subject = f"The `{name}` parameter of `{owner}`"
-    if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
+    refused = (str, bytes, Mapping, set, frozenset)  # a set has no order
+    if isinstance(ids, refused) or not (isinstance(ids, Iterable) or hasattr(ids, "__array__")):
         raise TypeError(f"{subject} must be a list of ids; got {type(ids).__name__}.")
-    values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    if not isinstance(values, list):
-        raise ValueError(f"{subject} must be of shape (n,); got a single value.")
+    is_view = isinstance(ids, (Iterator, KeysView, ValuesView))  # they have an order
+    values = list(ids) if is_view else read_items(ids, subject=subject, of="ids")
     if n is not None and len(values) != n:
         raise ValueError(f"{subject} must hold {n} ids; got {len(values)}.")
     kinds = [kind_of(value) for value in values]
@@ -302,14 +321,14 @@ def _read_aligned(
 
 def _read_rows(frame: Any, *, subject: str) -> dict[Any, dict[Any, Any]]:
     """Return the judgments of a frame of three columns."""
-    if len(frame.columns) != 3:
+    columns, _ = read_columns(frame, subject=subject)
+    if len(columns) != 3:
         raise ValueError(
             f"{subject} must have three columns, query id, document id and grade; "
-            f"got {len(frame.columns)}."
+            f"got {len(columns)}."
         )
-    rows = frame.iter_rows() if hasattr(frame, "iter_rows") else frame.itertuples(index=False)
     judged: dict[Any, dict[Any, Any]] = {}
-    for query, document, grade in rows:
+    for query, document, grade in zip(*columns, strict=True):
         grades = judged.setdefault(query, {})
         if document in grades:
             raise ValueError(
@@ -328,6 +347,11 @@ def read_judged(judged: Any, query: Any, *, subject: str) -> dict[Any, int]:
                 f"{type(judged).__name__} for query {query!r}."
             )
         judged = dict.fromkeys(judged, 1)
+    if find_missing(list(judged)):
+        raise ValueError(
+            f"{subject} must hold ids of documents, none missing; query {query!r} has one of None "
+            "or NaN. Drop it."
+        )
     for grade in judged.values():
         if kind_of(grade) not in ("int", "bool"):
             raise TypeError(
@@ -340,7 +364,7 @@ def read_judged(judged: Any, query: Any, *, subject: str) -> dict[Any, int]:
 def read_grades(grades: Any, n: int, *, where: str, owner: str) -> list[int]:
     """Return the n grades of one list of candidates as int."""
     subject = f"The `relevance` parameter of `{owner}`"
-    grades = list(grades)
+    grades = read_items(grades, subject=subject, of="grades")
     if len(grades) != n:
         raise ValueError(
             f"{subject} must hold one grade a candidate; {where} has {n} candidates and "

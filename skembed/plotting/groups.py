@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from skembed._inputs import refuse_missing_labels
+from skembed._inputs import read_label_array
 
 __all__ = [
     "MARKERS",
@@ -93,23 +93,15 @@ def read_groups(
 
 def _read_labels(y: Any, n: int, *, owner: str) -> npt.NDArray[Any]:
     """Return labels of one type, or finite numbers, (n,)."""
-    labels = np.asarray(y)
+    labels = read_label_array(y, name="y", owner=owner)
     subject = f"The `y` parameter of `{owner}`"
     if labels.shape != (n,):
         raise ValueError(
             f"{subject} must be of shape ({n},), one label a text; got shape {labels.shape}."
         )
-    if labels.dtype.kind not in "OUTbiuf":
-        raise TypeError(
-            f"{subject} must hold labels of str, int or bool, or floats; got dtype {labels.dtype}."
-        )
-    refuse_missing_labels(labels, owner=owner)
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
         position = int(np.argmin(np.isfinite(labels)))
         raise ValueError(f"{subject} must hold finite numbers; y[{position}] is not finite.")
-    # numpy silently turns a list such as ["a", 1] into str; an object array keeps the types.
-    if isinstance(y, (list, tuple)) and labels.dtype.kind == "U":
-        refuse_missing_labels(np.array(y, dtype=object), owner=owner)
     return np.array(labels.tolist()) if labels.dtype.kind == "O" else labels
 
 

@@ -85,12 +85,18 @@ class DocumentIndex:
         stored = self.stored.append(vectors)
         fine = None if self.fine is None else self.fine.append(vectors)
         labels = np.arange(self.next_label, self.next_label + len(ids), dtype=np.int64)
-        self.next_label += len(ids)  # a graph that fails has used up these labels
         if self.graph is not None:
-            self.graph.add(labels, StoredVectors.encode(vectors, "float32"))
+            try:
+                self.graph.add(labels, StoredVectors.encode(vectors, "float32"))
+            except BaseException:
+                self.graph.remove(labels)  # those that it took before it failed
+                raise
         self._set_ids(np.concatenate([self.ids, ids]))
         self.stored, self.fine = stored, fine
-        self.labels = np.concatenate([self.labels, labels])
+        self.labels, self.next_label = (
+            np.concatenate([self.labels, labels]),
+            self.next_label + len(ids),
+        )
 
     def remove(self, positions: Indices) -> None:
         """Remove the documents at these positions."""

@@ -81,8 +81,9 @@ def check_block(block: Block, start: int, *, owner: str, missing: str) -> TextCo
         message = re.sub(r"\bX\[(\d+)\]", lambda m: f"X[{int(m[1]) + start}]", str(error), count=2)
         note = f" The {start} rows before are written." if start else ""
         raise type(error)(message + note) from None
-    if block.n_columns == 2 and len(columns.columns) == 1:  # no rows: they cannot tell
-        return TextColumns(columns.columns * 2, columns.missing * 2)
+    n = block.n_columns or 1
+    if n > 1 and len(columns.columns) == 1:  # no rows: they cannot tell
+        return TextColumns(columns.columns * n, columns.missing * n)
     return columns
 
 

@@ -29,7 +29,14 @@ from skembed.inference.engine import NUMERICS_VERSION
 from skembed.inference.settings import OWNER, SIDES
 from skembed.progress import progress_bar
 from skembed.streaming.manifest import Manifest, read_manifest, write_manifest
-from skembed.streaming.sources import Block, TextSource, check_block, extend_digest, open_source
+from skembed.streaming.sources import (
+    ID_COLUMN,
+    Block,
+    TextSource,
+    check_block,
+    extend_digest,
+    open_source,
+)
 from skembed.streaming.targets import (
     ParquetTarget,
     Target,
@@ -200,7 +207,7 @@ class _Run:
         """Return everything that decides vectors and files."""
         encoding = self.encoder.settings
         n_columns = len(columns.columns)
-        if n_columns == 2 and self.sides[0] != "query":
+        if n_columns > 1 and self.sides[0] != "query":
             raise ValueError(
                 f"The `side` parameter of `{METHOD}` must be 'query' for pairs, which are embedded "
                 f"as a query and a document; got {self.sides[0]!r}."
@@ -359,6 +366,12 @@ def _check_keep(keep_columns: Any, ids: Any, target: Target) -> list[str]:
         raise parameter_error(
             keep_columns, name="keep_columns", owner=METHOD, expected=expected, kind=kind
         )
+    repeated = [name for name in columns if columns.count(name) > 1]
+    if repeated:
+        raise ValueError(
+            f"The `keep_columns` parameter of `{METHOD}` must name each column once; got "
+            f"{repeated[0]!r} again."
+        )
     for name, given in (("keep_columns", bool(columns)), ("ids", ids is not None)):
         if given and target.layout == "npy":
             raise ValueError(
@@ -369,6 +382,12 @@ def _check_keep(keep_columns: Any, ids: Any, target: Target) -> list[str]:
         raise ValueError(
             f"The `embedding_column` parameter of `{METHOD}` must be no column of `keep_columns`; "
             f"got {target.embedding_column!r}."
+        )
+    is_taken = isinstance(target, ParquetTarget) and target.embedding_column == ID_COLUMN
+    if is_taken and ids is not None:
+        raise ValueError(
+            f"The `embedding_column` parameter of `{METHOD}` must differ from {ID_COLUMN!r}, the "
+            "column of `ids`. Choose another name."
         )
     return columns
 

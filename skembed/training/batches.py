@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from skembed.model.tokenization import PackedBatch, TextTokenizer, pack_texts
-from skembed.training.examples import Examples
+from skembed.training.examples import Examples, find_comparable
 from skembed.training.trainer import ContrastiveTrainer
 
 __all__ = ["Batch", "BatchPlan", "ClassIndex", "POSITIVES_PER_EPOCH", "TaskSampler", "TextTable"]
@@ -107,6 +107,9 @@ class TaskSampler:
             given = columns[rows, 2:]
             if self.mined is not None:
                 given = np.hstack([given, self.mined[rows]])
+            if self.examples.in_batch_negatives and not (given >= 0).any():
+                rows = self._add_comparable(rows, rng)
+                given = np.full((len(rows), given.shape[1]), -1)
             if given.shape[1] > n_negatives:  # another choice at each draw
                 keys = rng.random(given.shape) + (given < 0)
                 chosen = np.argsort(keys, axis=1)[:, :n_negatives]
@@ -114,6 +117,31 @@ class TaskSampler:
             return columns[rows, 0], columns[rows, 1], given
         positive, negatives = self._draw_classes(self.classes, rows, numbers, n_negatives, rng)
         return columns[rows, 0], columns[positive, 0], negatives
+
+    def _add_comparable(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return the rows (b,), with one or two more where they have nothing to tell apart.
+
+        That is where each anchor belongs to all their positives: with few distinct positives,
+        chance makes such batches.
+        """
+        columns = self.examples.columns
+        texts = np.unique(columns[rows, 1])
+        anchors = np.unique(columns[rows, 0])
+        position, known = self.known_of(anchors)
+        n_own = np.bincount(position[np.isin(known, texts)], minlength=len(anchors))
+        if (n_own + np.isin(anchors, texts) < len(texts)).any():
+            return rows
+        open_rows = np.flatnonzero(find_comparable(self.examples))
+        if not len(open_rows):
+            return rows
+        first = rows[np.isin(rows, open_rows)][:1]
+        if not len(first):
+            first = rng.choice(open_rows, size=1)
+            rows = np.append(rows, first)
+        anchor = columns[first, 0]
+        own = np.append(self.known_of(anchor)[1], anchor)
+        others = np.flatnonzero(~np.isin(columns[:, 1], own))
+        return np.append(rows, rng.choice(others, size=1))
 
     def _draw_classes(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -11,7 +10,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from skembed._inputs import clean_column, extract_columns, is_instance_of, is_missing
+from skembed._inputs import (
+    check_label_items,
+    clean_column,
+    find_missing,
+    is_missing,
+    read_columns,
+    read_items,
+    read_numbers,
+    to_float,
+    tuples_step,
+)
 from skembed._validation import describe_type
 from skembed.similarity import Floats, Ints
 
@@ -20,50 +29,27 @@ __all__ = [
     "clean_texts",
     "extract_rows",
     "extract_targets",
+    "index_labels",
     "index_texts",
-    "read_labels",
     "read_scores",
 ]
 
 
-def extract_rows(X: Any, *, subject: str, name: str) -> list[list[Any]]:
-    """Return the columns of any supported container as fresh lists; items unchecked."""
-    if isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] > 2:
-        parts: list[Any] = [X[:, j] for j in range(X.shape[1])]
-    elif is_instance_of(X, "pandas", "DataFrame") and X.shape[1] > 2:
-        parts = [X.iloc[:, j] for j in range(X.shape[1])]
-    elif is_instance_of(X, "polars", "DataFrame") and X.shape[1] > 2:
-        parts = [X.to_series(j) for j in range(X.shape[1])]
-    else:
-        parts = [X]
-    columns = [column for part in parts for column in extract_columns(part, subject=subject)]
-    if len(columns) == 1 and columns[0] and isinstance(columns[0][0], (list, tuple)):
-        return _transpose(columns[0], subject=subject, name=name)
-    return columns
+def extract_rows(X: Any, *, subject: str, name: str, allow_columns: bool) -> list[list[Any]]:
+    """Return single texts, or the columns of rows, as fresh lists; items unchecked.
 
-
-def _transpose(rows: list[Any], *, subject: str, name: str) -> list[list[Any]]:
-    """Turn n rows of k texts into k columns of n."""
-    k = len(rows[0])
-    if k < 2:
+    Rows are a list of tuples: columns of a table are refused unless `allow_columns`.
+    """
+    columns, is_rows = read_columns(X, subject=subject, name=name)
+    if len(columns) > 1 and not is_rows and not allow_columns:
         raise ValueError(
-            f"{subject} must hold texts, pairs, or rows of anchor, positive and negatives; "
-            f"{name}[0] is {describe_type(rows[0])} of {k}. Pass single texts as a flat list."
+            f"{subject} must hold texts with class labels `y`, or a list of tuples (pairs, or "
+            f"rows of anchor, positive and negatives), to train on; got {describe_type(X)} of "
+            f"{len(columns)} columns, which are features. Make tuples of its rows: "
+            f"{tuples_step(X).replace('X', name)}. With trainer=None, or 'auto', `fit` leaves the "
+            "model frozen and `transform` embeds each column."
         )
-    for position, row in enumerate(rows):
-        if not isinstance(row, (list, tuple)):
-            raise TypeError(
-                f"{subject} must hold either texts or rows of texts; {name}[0] is "
-                f"{describe_type(rows[0])}, but {name}[{position}] is {describe_type(row)}. "
-                "Make every item a row, or none."
-            )
-        if len(row) != k:
-            raise ValueError(
-                f"{subject} must hold rows of equal length; {name}[0] has {k} texts, but "
-                f"{name}[{position}] has {len(row)}. Give each row as many negatives, or train on "
-                "rows of different lengths as different tasks."
-            )
-    return [list(column) for column in zip(*rows, strict=True)]
+    return columns
 
 
 def clean_texts(raw: list[list[Any]], *, subject: str, name: str, missing: str) -> None:
@@ -136,13 +122,13 @@ def extract_targets(y: Any, *, n: int, k: int, owner: str, name: str) -> list[An
             f"got {describe_type(y)}, and rows of {k} texts. Labels go with single texts, scores "
             "with pairs."
         )
-    targets = _list_targets(y, subject=subject)
+    targets = read_items(y, subject=subject, of="labels or scores")
     if len(targets) != n:
         raise ValueError(
             f"{subject} must have as many entries as there are examples, {n}; got {len(targets)}. "
             f"Pass one for each item of `{name}`."
         )
-    absent = [position for position, item in enumerate(targets) if is_missing(item)]
+    absent = find_missing(targets)
     if absent:
         raise ValueError(
             f"{subject} must hold no missing entries (None, NaN); got {len(absent)}, the first at "
@@ -151,44 +137,24 @@ def extract_targets(y: Any, *, n: int, k: int, owner: str, name: str) -> list[An
     return targets
 
 
-def _list_targets(y: Any, *, subject: str) -> list[Any]:
-    """Return the items of any supported container of targets as a list."""
-    if isinstance(y, np.ndarray):
-        if y.ndim != 1:
-            raise ValueError(
-                f"{subject} must have one dimension; got an array of shape {y.shape}. "
-                "Pass one label or score for each example."
-            )
-        # As a list, dates would turn into ints, which pass for labels.
-        return list(y) if y.dtype.kind in "mM" else y.tolist()
-    if is_instance_of(y, "pandas", "Series") or is_instance_of(y, "pandas", "Index"):
-        return list(y.tolist())
-    if is_instance_of(y, "polars", "Series"):
-        return list(y.to_list())
-    if isinstance(y, Sequence) and not isinstance(y, (str, bytes, bytearray, memoryview)):
-        return list(y)
-    raise TypeError(
-        f"{subject} must be a list, array or column of labels or scores; "
-        f"got {describe_type(y)}. Make it a list: one entry for each example."
-    )
-
-
 def read_scores(targets: list[Any], owner: str, name: str) -> Floats:
-    """Return the graded similarities as float64 (n,): finite, and not all equal."""
+    """Return the graded similarities as float64 (n,): given as floats, finite, and not all equal.
+
+    Whole numbers, bools and str are refused: they may be class labels.
+    """
     subject = f"The `y` parameter of `{owner}`"
-    for position, item in enumerate(targets):
-        if not isinstance(item, (numbers.Real, np.bool_)):
-            raise TypeError(
-                f"{subject} must hold numbers (graded similarity) where `{name}` holds pairs; "
-                f"y[{position}] is {describe_type(item)}. Class labels go with single texts."
-            )
-    scores = np.fromiter(map(_to_float, targets), dtype=np.float64, count=len(targets))
-    finite = np.isfinite(scores)
-    if not finite.all():
-        raise ValueError(
-            f"{subject} must hold finite scores; got {int((~finite).sum())} that are not, the "
-            f"first at y[{int(finite.argmin())}]. Drop or clip them."
+    kinds = (str, bool, np.bool_)
+    position = next((i for i, item in enumerate(targets) if isinstance(item, kinds)), None)
+    if position is None and all(isinstance(item, numbers.Integral) for item in targets):
+        position = 0
+    if position is not None:
+        raise TypeError(
+            f"{subject} must hold floats (graded similarity) where `{name}` holds pairs; "
+            f"y[{position}] is {describe_type(targets[position])}. If these are grades, pass "
+            "floats: np.asarray(y, dtype=float). Class labels go with single texts: join each row "
+            f"into one, [' '.join(row) for row in {name}]."
         )
+    scores = read_numbers(targets, name="y", owner=owner)
     if (scores == scores[0]).all():
         raise ValueError(
             f"{subject} must hold scores that differ, so that there is something to rank; all "
@@ -197,16 +163,9 @@ def read_scores(targets: list[Any], owner: str, name: str) -> Floats:
     return scores
 
 
-def _to_float(value: Any) -> float:
-    """Return a real number as a float, one beyond its range as an infinity."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def read_labels(targets: list[Any], owner: str) -> tuple[Ints, npt.NDArray[Any]]:
+def index_labels(targets: list[Any], owner: str) -> tuple[Ints, npt.NDArray[Any]]:
     """Return the index of each label (n,) and the distinct labels, sorted."""
+    check_label_items(targets, name="y", owner=owner)
     if set(map(type, targets)) not in ({str}, {int}, {bool}):
         targets = list(_iterate_labels(targets, owner))
     distinct = sorted(set(targets))
@@ -218,30 +177,19 @@ def read_labels(targets: list[Any], owner: str) -> tuple[Ints, npt.NDArray[Any]]
 
 
 def _iterate_labels(targets: list[Any], owner: str) -> Iterator[str | bool | int | float]:
-    """Yield each label as a built-in value; refuse anything else, and a mixture."""
-    subject = f"The `y` parameter of `{owner}`"
-    is_text = isinstance(targets[0], str)
+    """Yield each checked label as a built-in value; refuse fractions."""
     for position, item in enumerate(targets):
-        if not isinstance(item, (str, numbers.Real, np.bool_)):
-            raise TypeError(
-                f"{subject} must hold class labels (str, int or bool) for single texts; "
-                f"y[{position}] is {describe_type(item)}. Convert the labels to str."
-            )
-        if isinstance(item, str) != is_text:
-            raise TypeError(
-                f"{subject} must hold labels of one type; y[0] is {describe_type(targets[0])}, "
-                f"but y[{position}] is {describe_type(item)}. Convert the labels to str."
-            )
         if isinstance(item, str):
             yield str.__str__(item)
         elif isinstance(item, np.bool_):
             yield bool(item)
         elif isinstance(item, numbers.Integral):
             yield item if isinstance(item, bool) else int(item)
-        elif (number := _to_float(item)).is_integer():
+        elif (number := to_float(item)).is_integer():
             yield number
         else:
             raise ValueError(
-                f"{subject} must hold class labels for single texts, and numbers among them must "
-                f"be whole; y[{position}] is {number:g}. Graded scores go with pairs of texts."
+                f"The `y` parameter of `{owner}` must hold class labels for single texts, and "
+                f"numbers among them must be whole; y[{position}] is {number:g}. Graded "
+                "scores go with pairs of texts."
             )

@@ -6,9 +6,9 @@ Three kinds of examples, told apart by the number of columns and by `y`:
 kind     examples                                         y
 ======== ================================================ ==================================
 labels   single texts                                     a class label for each
-rows     (anchor, positive) or (anchor, positive,         None
+rows     tuples (anchor, positive) or (anchor, positive,  None
          negative, ...)
-scores   pairs                                            a number for each: graded similarity
+scores   tuples of two texts                              a float for each: graded similarity
 ======== ================================================ ==================================
 
 Nothing here loads a model. Time and memory are linear in the number of examples: texts of one
@@ -40,13 +40,13 @@ from skembed.training.example_input import (
     clean_texts,
     extract_rows,
     extract_targets,
+    index_labels,
     index_texts,
-    read_labels,
     read_scores,
 )
 from skembed.training.trainer import ContrastiveTrainer
 
-__all__ = ["Examples", "TrainingTask", "check_examples", "read_task"]
+__all__ = ["Examples", "TrainingTask", "check_examples", "find_comparable", "read_task"]
 
 
 # eq=False: arrays and frames have no single truth value to compare by.
@@ -59,11 +59,11 @@ class TrainingTask:
 
     Parameters
     ----------
-    examples : list, tuple, ndarray, Series or DataFrame of str
-        Texts (with class labels `y`), pairs or rows (anchor, positive, negative, ...), or
-        pairs with graded scores `y`.
+    examples : list, tuple, ndarray or Series of str, or list of tuple of str
+        Texts (with class labels `y`); tuples: pairs or rows (anchor, positive, negative, ...), or
+        pairs with graded scores `y`. Not a table of several columns, which are features.
     y : list, tuple, ndarray or Series, optional
-        Class labels (str, int, bool) for texts, numbers for pairs; None for rows.
+        Class labels (str, int, bool) for texts, floats for pairs; None for rows.
     instruction : str, optional
         Task text, or name of a known task, for single texts and for anchors (the first column
         of rows and pairs). None: no instruction.
@@ -171,6 +171,18 @@ class Examples:
         return texts, labels
 
 
+def find_comparable(examples: Examples) -> npt.NDArray[np.bool_]:
+    """Return a mask of the rows whose anchor has a negative among all positives of the task, (n,).
+
+    A text is no negative of an anchor that it belongs to in any row, nor of itself.
+    """
+    anchors, texts = examples.columns[:, 0], np.unique(examples.columns[:, 1])
+    starts, known = examples.known_positives()
+    is_candidate = np.append(0, np.cumsum(np.isin(known, texts)))
+    n_own = is_candidate[starts[anchors + 1]] - is_candidate[starts[anchors]]
+    return np.asarray(n_own + np.isin(anchors, texts) < len(texts))
+
+
 def check_examples(
     X: Any,
     y: Any = None,
@@ -178,15 +190,17 @@ def check_examples(
     owner: str = "NVEmbedVectorizer",
     name: str = "X",
     missing: str = "error",
+    allow_columns: bool = True,
 ) -> Examples:
     """Read training examples from the parameter `name` of `owner` and its `y`.
 
-    Raises TypeError and ValueError for whatever cannot be trained on. `missing` is the estimator's
-    policy for `transform`: each of them refuses missing or blank training texts.
+    Pairs and rows are a list of tuples, or with `allow_columns` the columns of a table. Raises
+    TypeError and ValueError for whatever cannot be trained on. `missing` is the estimator's policy
+    for `transform`: each of them refuses missing or blank training texts.
     """
     check_choice(missing, name="missing", owner=owner, allowed=MISSING_POLICIES)
     subject = f"The `{name}` parameter of `{owner}`"
-    raw = extract_rows(X, subject=subject, name=name)
+    raw = extract_rows(X, subject=subject, name=name, allow_columns=allow_columns)
     clean_texts(raw, subject=subject, name=name, missing=missing)
     n, k = len(raw[0]), len(raw)
     if n < 2:
@@ -201,7 +215,7 @@ def check_examples(
     if k == 2:
         scores = read_scores(targets, owner, name)
         return Examples("scores", texts, columns, scores=scores, loss="cosent")
-    labels, classes = read_labels(targets, owner)
+    labels, classes = index_labels(targets, owner)
     examples = Examples("labels", texts, columns, labels=labels, classes=classes)
     _check_classes(labels, classes, np.bincount(examples.label_pairs()[1]), owner)
     return examples
@@ -258,7 +272,9 @@ def read_task(
     document = build_prefix(template, *instructions, side="document", owner=owner)
     name = "X" if index is None else "examples"
     examples = replace(
-        check_examples(task.examples, task.y, owner=owner, name=name, missing=missing),
+        check_examples(
+            task.examples, task.y, owner=owner, name=name, missing=missing, allow_columns=False
+        ),
         query_prefix=query,
         document_prefix=document,
         in_batch_negatives=in_batch,

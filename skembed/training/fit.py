@@ -24,7 +24,7 @@ from skembed.model.network import without_autocast
 from skembed.model.sources import ModelSource
 from skembed.search.negatives import select_negatives
 from skembed.training.batches import BatchPlan, ClassIndex, TaskSampler, TextTable
-from skembed.training.examples import Examples
+from skembed.training.examples import Examples, find_comparable
 from skembed.training.loop import run_training
 from skembed.training.state import Checkpoints, check_folder, hold_folder
 from skembed.training.trainer import OWNER, ContrastiveTrainer
@@ -49,7 +49,21 @@ class FitResult:
 
 
 def check_run(examples: Sequence[Examples], trainer: ContrastiveTrainer) -> None:
-    """Refuse a split or a checkpoint folder that cannot be used, before a model is loaded."""
+    """Refuse what cannot be trained on, and a split or checkpoint folder that cannot be used.
+
+    Before a model is loaded, and whatever the seed.
+    """
+    for number, task in enumerate(examples):
+        alone = len(examples) == 1 or not trainer.blend_tasks
+        own = task.columns.shape[1] > 2 or trainer.mine_negatives is not None
+        if task.kind == "rows" and alone and not own and not find_comparable(task).any():
+            where = "" if len(examples) == 1 else f" of tasks[{number}]"
+            raise ValueError(
+                f"The pairs{where} must hold an anchor and a positive that do not belong together, "
+                "so that there is something to tell apart; every anchor belongs to every positive "
+                f"({len(np.unique(task.columns[:, 1]))} different). Add pairs with other positives,"
+                " or give negatives: (anchor, positive, negative)."
+            )
     if trainer.validation_fraction:
         for task in examples:
             split_validation(task, trainer.validation_fraction, trainer.random_state)

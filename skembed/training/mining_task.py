@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from skembed._inputs import check_texts
+from skembed._inputs import check_texts, read_columns
 from skembed.exceptions import SkembedWarning
 from skembed.similarity import Indices
 from skembed.training.examples import Examples, check_examples
@@ -56,6 +56,12 @@ class MiningTask:
 
 def read_task(X: Any, y: Any, corpus: Any) -> MiningTask:
     """Return the task for pairs or for labelled texts, whichever X and y hold."""
+    columns, _ = read_columns(X, subject=f"The `X` parameter of `{OWNER}`")
+    if len(columns) > 1 and y is not None:
+        raise ValueError(
+            f"The `y` parameter of `{OWNER}` must be None for pairs, whose second text is the "
+            "positive; got scores or labels. Keep the pairs with high scores, and leave out `y`."
+        )
     examples = check_examples(X, y, owner=OWNER)
     if examples.labels is not None:
         if corpus is not None:
@@ -64,11 +70,6 @@ def read_task(X: Any, y: Any, corpus: Any) -> MiningTask:
                 "texts have no known class. Add them to `X` and `y`, or mine with pairs."
             )
         return _read_labelled(examples, examples.labels)
-    if examples.scores is not None:
-        raise ValueError(
-            f"The `y` parameter of `{OWNER}` must be None for pairs, whose second text is the "
-            "positive; got scores. Keep the pairs with high scores, and leave out `y`."
-        )
     if examples.columns.shape[1] != 2:
         raise ValueError(
             f"The `X` parameter of `{OWNER}` must hold pairs (anchor, positive) or single texts; "

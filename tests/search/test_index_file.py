@@ -195,7 +195,9 @@ def test_forged_arrays(kind: str, folder: Path) -> None:
         good = np.load(folder / entry["file"])
         for bad in ARRAYS[name](good):
             replace_array(folder, name, bad)
-            with pytest.raises(ValueError, match="The index in .* is damaged: .* Rebuild the index"):
+            with pytest.raises(
+                ValueError, match="The index in .* is damaged: .* Rebuild the index"
+            ):
                 Retriever.load(folder)
         replace_array(folder, name, good)
     Retriever.load(folder)
