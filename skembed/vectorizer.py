@@ -595,8 +595,9 @@ class NVEmbedVectorizer(
 
         With an adapter: the adapter alone, in peft's format, and the pooling layer if it was
         trained; the base model is named, not copied. Frozen, or with `merge`: weights, tokenizer
-        and settings in NV-Embed's layout, in the types they are stored in. Each file is written
-        whole or not at all, the configuration last; an incomplete folder refuses to load.
+        and settings in NV-Embed's layout, in the types they are stored in. All is written before
+        anything old goes, so that a full disk leaves what was there; a folder in which a killed
+        process left two models half and half refuses to load.
 
         Parameters
         ----------

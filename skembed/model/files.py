@@ -35,6 +35,7 @@ __all__ = [
     "list_states",
     "read_steadily",
     "replace_together",
+    "unpack_folder",
     "wait_for_save",
 ]
 
@@ -147,7 +148,7 @@ def replace_together(folder: Path, last: str, *, is_stale: Callable[[str], bool]
     Everything is written before anything old goes, so that a full disk leaves the old files. Then
     the old `last` goes first and the new one comes last: a folder without it refuses to load, so
     that a kill between leaves no mixture. Old files for which `is_stale` is true go, too. Every
-    error of the disk is an OSError that names the folder.
+    error of the disk is an OSError that names a path in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)

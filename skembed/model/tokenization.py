@@ -155,7 +155,8 @@ class TextTokenizer:
 
         Raises ValueError if the instruction alone fills `max_length`.
         """
-        pool_start = self.count_prefix(prefix)
+        with _translate_panics(self.path, "fails on the instruction"):
+            pool_start = self.count_prefix(prefix)
         if pool_start >= max_length:
             raise ValueError(
                 f"The instruction takes {pool_start} tokens with the begin-of-sequence token, and "

@@ -97,7 +97,8 @@ class ContrastiveTrainer(CheckedParameters, BaseEstimator):
     lora_dropout : float, default=0.1
         Dropout in front of the LoRA matrices, in [0, 1).
     target_modules : str or list of str, default="all-linear"
-        Linear layers of the backbone that get an adapter, in peft's terms.
+        Linear layers of the backbone that get an adapter, in peft's terms: the ends of their
+        names, or a regular expression for whole names (without look-behind and back-references).
     train_pooling : bool, default=True
         Train the pooling layer in full beside the adapters; it then belongs to the estimator (and
         to its pickle: 740 million weights for NV-Embed-v2, 1.5 million for skembed-mini).

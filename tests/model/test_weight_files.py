@@ -292,27 +292,27 @@ def test_a_model_replaced_before_it_is_loaded(
 
 
 def test_weights_replaced_while_they_load_give_no_mixture(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    fresh_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a few tensors another model takes the place; the next call has it whole."""
     from skembed.model.weight_files import WeightFiles
 
-    other = load_file(folder / WEIGHTS_FILE)
+    other = load_file(fresh_dir / WEIGHTS_FILE)
     negate(other)
     read, count = WeightFiles.read, iter(range(10**6))
 
     def interrupted(self: WeightFiles, name: str) -> Tensor:
         if next(count) == 5:
-            save_file(other, folder / "new")
-            (folder / "new").replace(folder / WEIGHTS_FILE)
+            save_file(other, fresh_dir / "new")
+            (fresh_dir / "new").replace(fresh_dir / WEIGHTS_FILE)
         return read(self, name)
 
     monkeypatch.setattr(WeightFiles, "read", interrupted)
     with pytest.raises(CheckpointError, match="changed while|were replaced"):
-        embed(folder)
+        embed(fresh_dir)
     monkeypatch.undo()
-    expected = embed(folder)
-    save_file(other, folder / WEIGHTS_FILE)
-    assert np.array_equal(embed(folder), expected)
+    expected = embed(fresh_dir)
+    save_file(other, fresh_dir / WEIGHTS_FILE)
+    assert np.array_equal(embed(fresh_dir), expected)
     assert not np.array_equal(embed(GOLDEN), expected)
     assert len(TEXTS) == len(expected)
