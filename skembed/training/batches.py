@@ -111,9 +111,31 @@ class TaskSampler:
                 keys = rng.random(given.shape) + (given < 0)
                 chosen = np.argsort(keys, axis=1)[:, :n_negatives]
                 given = np.take_along_axis(given, chosen, axis=1)
+            if self.examples.in_batch_negatives and not (given >= 0).any():
+                given = self._draw_missing(rows, rng)
             return columns[rows, 0], columns[rows, 1], given
         positive, negatives = self._draw_classes(self.classes, rows, numbers, n_negatives, rng)
         return columns[rows, 0], columns[positive, 0], negatives
+
+    def _draw_missing(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return a negative text of each example (b, 1), or none (b, 0) where the batch has some.
+
+        With few distinct positives, those of a batch may be known positives of all its anchors.
+        """
+        anchors, in_batch = self.examples.columns[rows, 0], self.examples.columns[rows, 1]
+        distinct = np.unique(in_batch)
+        position, known = self.known_of(anchors)
+        n_known = np.bincount(position[np.isin(known, distinct)], minlength=len(rows))
+        if (n_known + np.isin(anchors, distinct) < len(distinct)).any():
+            return np.empty((len(rows), 0), dtype=np.int64)
+        candidates = np.unique(self.examples.columns[:, 1])
+        starts, forbidden = self.forbidden_candidates(candidates)
+        negatives = np.full((len(rows), 1), -1)
+        for i, row in enumerate(rows.tolist()):
+            others = np.delete(candidates, forbidden[starts[row] : starts[row + 1]])
+            if len(others):
+                negatives[i] = rng.choice(others)
+        return negatives
 
     def _draw_classes(
         self,

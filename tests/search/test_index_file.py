@@ -159,7 +159,7 @@ def find_changes(one: Any, other: Any, name: str = "") -> Iterator[str]:
 def test_a_forged_manifest(kind: str, folder: Path, saved: Any) -> None:
     """Any change with a checksum that fits is refused, or one that leads to the same result."""
     good, n_read = read_manifest(folder), 0
-    # Settings that a user may choose, or that only later calls see; without a graph, all are compared.
+    # Settings that a user may choose, or that only later calls see; a graph is of no consequence.
     harmless = {"ids_counted", "n_seen", "vectorizer", "model", "crc32", "foreign", "graph"}
     harmless |= {*good["settings"]["parameters"]}
     for changed in change_everywhere(good):
@@ -195,7 +195,9 @@ def test_forged_arrays(kind: str, folder: Path) -> None:
         good = np.load(folder / entry["file"])
         for bad in ARRAYS[name](good):
             replace_array(folder, name, bad)
-            with pytest.raises(ValueError, match="The index in .* is damaged: .* Rebuild the index"):
+            with pytest.raises(
+                ValueError, match="The index in .* is damaged: .* Rebuild the index"
+            ):
                 Retriever.load(folder)
         replace_array(folder, name, good)
     Retriever.load(folder)

@@ -38,8 +38,6 @@ from skembed.model import checkpoint
 from skembed.training import loop
 from skembed.training.state import STATE_FILE
 
-
-
 # States on disk
 
 
