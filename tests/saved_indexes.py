@@ -132,7 +132,7 @@ def _become_device(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], Any]] = {
     "missing": Path.unlink,
     "empty": lambda path: path.write_bytes(b""),
     "cut": _cut,

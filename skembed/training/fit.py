@@ -134,7 +134,7 @@ def _start_adapter(
     """Return the LoRA and pooling weights to begin with: fresh ones, or those of `initial`."""
     targets = trainer.target_modules
     settings = LoraSettings(
-        trainer.r,
+        int(trainer.r),
         float(trainer.lora_alpha),
         float(trainer.lora_dropout),
         targets if isinstance(targets, str) else tuple(targets),

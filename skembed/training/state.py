@@ -110,14 +110,19 @@ class Checkpoints:
 def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder for one run, and make it if need be.
 
-    Raises OSError if it cannot be written, BlockingIOError if another run holds it.
+    Raises ValueError if nothing can have its name, OSError if it cannot be written,
+    BlockingIOError if another run holds it.
     """
-    path = Path(folder).expanduser()
     with contextlib.ExitStack() as stack:
         try:
+            path = Path(folder).expanduser()
             path.mkdir(parents=True, exist_ok=True)
             lock = hold_lock(path / _LOCK_FILE, subject=f"The training state in {str(path)!r}")
             stack.enter_context(lock)
+        except (ValueError, RuntimeError) as error:  # a NUL; no such user
+            raise ValueError(
+                f"{OWNER} must name a folder; got {str(folder)!r:.100} ({error})."
+            ) from error
         except BlockingIOError:
             raise
         except OSError as error:

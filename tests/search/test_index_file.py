@@ -159,7 +159,7 @@ def find_changes(one: Any, other: Any, name: str = "") -> Iterator[str]:
 def test_a_forged_manifest(kind: str, folder: Path, saved: Any) -> None:
     """Any change with a checksum that fits is refused, or one that leads to the same result."""
     good, n_read = read_manifest(folder), 0
-    # Settings that a user may choose, or that only later calls see; without a graph, all are compared.
+    # Settings that a user may choose, or that only later calls see; a graph is of no consequence.
     harmless = {"ids_counted", "n_seen", "vectorizer", "model", "crc32", "foreign", "graph"}
     harmless |= {*good["settings"]["parameters"]}
     for changed in change_everywhere(good):
