@@ -211,7 +211,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         n = len(self.ids_)
         if not n:
             raise ValueError(f"This {_OWNER} holds no documents. Call `add` or `fit` first.")
-        top_k = min(n, check_int(top_k, name="top_k", owner=f"{_OWNER}.search", low=1))
+        top_k = min(n, check_int(top_k, name="top_k", owner=_OWNER, low=1))
         rescore = check_int(self.rescore, name="rescore", owner=_OWNER, low=1)
         device = choose_search_device(self.device, owner=_OWNER)
         vectors = self._embed_vectors(queries, name="queries", min_rows=0)
