@@ -488,7 +488,7 @@ def check_label_items(
                 f"{subject} must hold one label a text; {item}[{position}] is "
                 f"{describe_type(label)}. {_SEVERAL_LABELS_STEP}"
             )
-        if not isinstance(label, (str, numbers.Real, np.bool_)):
+        if not isinstance(label, str) and not _is_number(label):
             raise TypeError(
                 f"{subject} must hold labels of str, int or bool; {item}[{position}] is "
                 f"{describe_type(label)}. Convert the labels to str."
@@ -547,7 +547,7 @@ def kind_of(label: Any) -> str | None:
         return "str"
     if isinstance(label, (bool, np.bool_)):
         return "bool"
-    if isinstance(label, (int, np.integer)):
+    if isinstance(label, (int, np.integer)) and not isinstance(label, np.timedelta64):
         return "int"
     if isinstance(label, (float, np.floating)) and float(label).is_integer():
         return "int"
@@ -570,15 +570,15 @@ def read_numbers(y: Any, *, name: str, owner: str, n: int | None = None) -> npt.
             f"{subject} must hold no missing numbers, such as None or NaN; got {len(absent)}, the "
             f"first at {name}[{absent[0]}]. Drop these rows."
         )
-    numeric = (numbers.Real, Decimal, np.bool_)
-    position = next((i for i, item in enumerate(items) if not isinstance(item, numeric)), None)
+    is_number = [_is_number(item) or isinstance(item, Decimal) for item in items]
+    position = is_number.index(False) if not all(is_number) else None
     if position is not None:
         raise TypeError(
             f"{subject} must hold numbers; {name}[{position}] is "
             f"{describe_type(items[position])}. Convert it, or drop the row."
         )
     if n is not None and len(items) != n:
-        raise ValueError(f"{subject} must hold numbers of shape ({n},); got ({len(items)},).")
+        raise ValueError(f"{subject} must hold numbers of shape ({n},); got shape ({len(items)},).")
     values = np.fromiter(map(to_float, items), dtype=np.float64, count=len(items))
     finite = np.isfinite(values)
     if not finite.all():
@@ -587,6 +587,11 @@ def read_numbers(y: Any, *, name: str, owner: str, n: int | None = None) -> npt.
             f"first at {name}[{int(finite.argmin())}]. Drop or clip them."
         )
     return values
+
+
+def _is_number(item: Any) -> bool:
+    """Return whether an item is a real number or a bool; numpy's durations are ints to Python."""
+    return isinstance(item, (numbers.Real, np.bool_)) and not isinstance(item, np.timedelta64)
 
 
 def to_float(value: Any) -> float:

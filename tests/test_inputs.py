@@ -120,6 +120,17 @@ def test_pairs(convert):
     assert_columns(run(convert(list(zip(TEXTS, OTHERS, strict=True)))), TEXTS, OTHERS)
 
 
+def test_any_number_of_columns():
+    pd, pl = pytest.importorskip("pandas"), pytest.importorskip("polars")
+    rows = [("a", "b", "c"), ("d", "e", "f")]
+    names = ["x", "y", "z"]
+    for X in (rows, np.array(rows), pd.DataFrame(rows, columns=names)):
+        assert_columns(run(X), ["a", "d"], ["b", "e"], ["c", "f"])
+    frame = pl.DataFrame(rows, schema=names, orient="row")
+    assert_columns(run(frame), ["a", "d"], ["b", "e"], ["c", "f"])
+    assert_columns(run(np.empty((0, 5))), [], [], [], [], [])
+
+
 def test_two_texts_are_not_a_pair():
     assert_columns(run(["ab", "cd"]), ["ab", "cd"])
     assert_columns(run(("ab", "cd")), ["ab", "cd"])
@@ -345,9 +356,7 @@ def test_a_generator_is_not_consumed():
     [
         (np.array(SECRET), r"got 0 dimensions, shape \(\)"),
         (np.full((2, 2, 2), SECRET), r"got 3 dimensions, shape \(2, 2, 2\)"),
-        (np.full((2, 3), SECRET), r"got 3 columns"),
         (np.empty((2, 0), dtype=object), r"got 0 columns"),
-        (np.empty((0, 5)), r"got 5 columns"),
     ],
 )
 def test_wrong_array_shapes(X, message):
@@ -362,8 +371,6 @@ def test_wrong_frames():
     for frame_type in (pd.DataFrame, pl.DataFrame):
         with pytest.raises(ValueError, match="got 0 columns"):
             run(frame_type())
-        with pytest.raises(ValueError, match="got 3 columns"):
-            run(frame_type({"a": ["x"], "b": ["y"], "c": ["z"]}))
         with pytest.raises(TypeError, match=r"X\[0\]\[1\] is an int"):
             run(frame_type({"a": ["x", "y"], "b": [2, 3]}))
     with pytest.raises(TypeError, match=r"got a LazyFrame\. Collect it first"):
@@ -404,7 +411,6 @@ def test_wrong_items(item, message):
         ([(SECRET, "b"), SECRET], TypeError, r"X\[0\] is a tuple, but X\[1\] is a str"),
         ([(SECRET, "b"), None], TypeError, r"X\[0\] is a tuple, but X\[1\] is None"),
         ([(SECRET, "b"), ("c",)], ValueError, r"X\[1\] has 1\."),
-        ([(SECRET, "b", "c")], ValueError, r"X\[0\] has 3\. .*`fit` only"),
         ([[SECRET], ["b"]], ValueError, r"a pair has two texts; X\[0\] has 1\. Flatten"),
         ([[]], ValueError, r"X\[0\] has 0"),
         ([(SECRET, ["b"])], TypeError, r"X\[0\]\[1\] is a list"),

@@ -228,7 +228,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         n = len(self.ids_)
         if not n:
             raise ValueError(f"This {_OWNER} holds no documents. Call `add` or `fit` first.")
-        top_k = min(n, check_int(top_k, name="top_k", owner=f"{_OWNER}.search", low=1))
+        top_k = min(n, check_int(top_k, name="top_k", owner=_OWNER, low=1))
         checked = self._checked()
         device = choose_search_device(checked.device, owner=_OWNER)
         vectors = self._embed_vectors(queries, name="queries", min_rows=0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from skembed._inputs import check_texts, read_labels
+from skembed._inputs import check_texts, is_missing, read_labels
 from skembed._inputs import read_items as read_entries
 from skembed.metrics.qrels import join_title, read_ids
 from skembed.similarity import Ints
@@ -35,7 +35,8 @@ def read_levels(labels: Any, n: int, *, owner: str) -> list[tuple[Ints, _Labels]
             f"The `labels` parameter of `{owner}` must hold one label a text, {n}; "
             f"got {len(items)}."
         )
-    nested = [isinstance(item, (list, tuple, np.ndarray)) for item in items]
+    kinds = (list, tuple, np.ndarray)
+    nested = [isinstance(item, kinds) and not is_missing(item) for item in items]
     if any(nested) != all(nested):
         raise TypeError(
             f"The `labels` parameter of `{owner}` must hold either labels or lists of labels."

@@ -289,7 +289,8 @@ def _align_judgments(y: Any, query_ids: Sequence[Any] | None, *, owner: str) -> 
         raise TypeError(
             f"The `y` parameter of `{owner}` must be a list of judgments; got {type(y).__name__}."
         )
-    return y.tolist() if hasattr(y, "tolist") else list(y)
+    is_view = isinstance(y, (Iterator, KeysView, ValuesView))
+    return list(y) if is_view else read_items(y, subject=f"The `y` parameter of `{owner}`")
 
 
 def _read_aligned(

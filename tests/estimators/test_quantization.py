@@ -364,8 +364,8 @@ def test_wrong_width(precision: str, corpus: np.ndarray) -> None:
 def test_bad_searches(corpus: np.ndarray) -> None:
     quantizer = EmbeddingQuantizer().fit(corpus)
     codes = quantizer.transform(corpus)
-    with pytest.raises(ValueError, match=r"`top_k` .* must be an int in \[1, 3000\]; got 3001"):
-        quantizer.search(corpus, codes, top_k=3001)
+    with pytest.raises(ValueError, match=r"`top_k` .* must be an int in \[1, inf\); got 0"):
+        quantizer.search(corpus, codes, top_k=0)
     with pytest.raises(ValueError, match="`rescore` .* must be an int"):
         quantizer.search(corpus, codes, rescore=0)
     with pytest.raises(ValueError, match="must hold documents; got none"):

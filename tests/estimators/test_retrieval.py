@@ -534,12 +534,31 @@ def test_bad_parameters(
         Retriever(None, **parameters).fit(corpus)
 
 
-@pytest.mark.parametrize("top_k", [0, M + 1])
-def test_top_k_is_at_most_the_corpus(top_k: int, corpus: np.ndarray) -> None:
+def test_top_k_is_clipped_to_the_corpus(corpus: np.ndarray) -> None:
     retriever = Retriever(None).fit(corpus)
-    message = rf"`top_k` parameter of `Retriever` must be an int in \[1, {M}\]; got {top_k}"
-    with pytest.raises(ValueError, match=message):
-        retriever.search(corpus[:1], top_k)
+    expected = retriever.search(corpus[:2], M)
+    for top_k in (M + 1, 10 * M):
+        found = retriever.search(corpus[:2], top_k)
+        np.testing.assert_array_equal(found.indices, expected.indices)
+    small = Retriever(None).fit(corpus[:4])
+    assert small.search(corpus[:2]).scores.shape == (2, 4)
+    assert small.remove([0, 2]).search(corpus[:2]).indices.shape == (2, 2)
+    with pytest.raises(ValueError, match=r"`top_k` parameter of `Retriever` .*; got 0"):
+        retriever.search(corpus[:1], 0)
+
+
+def test_set_params_changes_an_index_at_the_next_fit(corpus: np.ndarray, tmp_path: Path) -> None:
+    scaled = corpus * np.linspace(1, 9, len(corpus), dtype=np.float32)[:, None]
+    retriever = Retriever(None).fit(scaled)
+    expected = retriever.search(scaled[:3], 5)
+    retriever.set_params(similarity="dot", storage="int8", algorithm="hnsw")
+    np.testing.assert_array_equal(retriever.search(scaled[:3], 5).scores, expected.scores)
+    retriever.save(tmp_path / "index")
+    loaded = Retriever.load(tmp_path / "index")
+    assert (loaded.similarity, loaded.storage) == ("cosine", "float32")
+    np.testing.assert_array_equal(loaded.search(scaled[:3], 5).scores, expected.scores)
+    retriever.set_params(algorithm="exact", storage="float32").fit(scaled)
+    assert np.abs(retriever.search(scaled[:3], 5).scores - expected.scores).max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,12 @@ from evaluation_data import (
     Words,
     make_tasks,
 )
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, Normalizer
+from tiny import make_vectorizer
 
+from skembed import EmbeddingCache
 from skembed.evaluation import protocols as _protocols
 from skembed.evaluation.harness import evaluate
 from skembed.evaluation.results import EvaluationError, EvaluationResult
@@ -148,11 +153,33 @@ def test_bad_vectors(result: Any, message: str) -> None:
     assert isinstance(caught.value.__cause__, (ValueError, TypeError))
 
 
-def test_sparse_vectors_and_two_widths() -> None:
-    from sklearn.feature_extraction.text import TfidfVectorizer
+def test_sparse_vectors_score_as_dense_ones() -> None:
+    words = TfidfVectorizer().fit(TEXTS)
+    dense = make_pipeline(words, FunctionTransformer(lambda X: X.toarray(), accept_sparse=True))
+    tasks = make_tasks()
+    rows = list(zip(evaluate(words, tasks), evaluate(dense, tasks), strict=True))
+    assert len(rows) == len(tasks)
+    for sparse_row, dense_row in rows:
+        # Rounding orders pairs without a common word, which the dense side has equal.
+        names = [name for name in dense_row.metrics if "spearman" not in name]
+        expected = {name: dense_row.metrics[name] for name in names}
+        assert {n: sparse_row.metrics[n] for n in names} == pytest.approx(expected, abs=2e-5)
 
-    with pytest.raises(EvaluationError, match="TypeError: .* got a sparse matrix. Reduce it, for"):
-        evaluate(TfidfVectorizer().fit(TEXTS), STSTask(PAIRS, SCORES))
+
+def test_speed_leaves_out_what_came_from_the_cache() -> None:
+    cache = EmbeddingCache()
+    emb = make_vectorizer(cache=cache)
+    task = STSTask(PAIRS, SCORES)
+    distinct = len({text for pair in PAIRS for text in pair})
+    first = evaluate({"emb": emb}, task, n_bootstraps=0)[0]
+    assert first.texts_per_s == pytest.approx(distinct / first.seconds)
+    for again in (emb, make_pipeline(emb, Normalizer())):
+        assert np.isnan(evaluate({"emb": again}, task, n_bootstraps=0)[0].texts_per_s)
+    uncached = evaluate({"emb": make_vectorizer(cache=None)}, task, n_bootstraps=0)[0]
+    assert uncached.texts_per_s == pytest.approx(2 * len(PAIRS) / uncached.seconds)
+
+
+def test_two_widths() -> None:
     widths = iter([2, 3])
     uneven = Returns(lambda n: np.ones((n, next(widths))))
     with pytest.raises(EvaluationError, match="ValueError: .* of one width; got 2 and 3"):

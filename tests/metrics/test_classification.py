@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 from sklearn import metrics as reference
 
@@ -63,8 +64,10 @@ def test_a_label_never_predicted_warns_of_nothing() -> None:
     [
         (lambda: metrics.accuracy([], []), ValueError, r"shape \(n,\) with n > 0; got shape \(0,"),
         (lambda: metrics.accuracy([1], [1, 2]), ValueError, r"shape of `y_true`, \(1,\); got"),
-        (lambda: metrics.v_measure([[1]], [[1]]), ValueError, r"got shape \(1, 1\)"),
-        (lambda: metrics.ami([1], [[1]]), ValueError, "second parameter of `ami`"),
+        (lambda: metrics.v_measure([[1]], [[1]]), TypeError, r"y_true\[0\] is a list"),
+        (lambda: metrics.ami([1], np.ones((1, 1))), ValueError, "second parameter of `ami`"),
+        (lambda: metrics.accuracy(["a", math.nan], ["a", "b"]), ValueError, r"at y_true\[1\]"),
+        (lambda: metrics.v_measure(["a", 1], [0, 1]), TypeError, r"of one type.*y_true\[1\]"),
         (lambda: metrics.f1([1], [1], average="samples"), ValueError, "`average` parameter of"),
         (lambda: metrics.average_precision([1, 1], [0, 1]), ValueError, "two labels; got 1"),
         (lambda: metrics.spearman([1], [1]), ValueError, "at least two scores; got 1"),

@@ -146,12 +146,13 @@ def test_long_names_keep_both_ends() -> None:
     ("y", "error", "message"),
     [
         ([1, 2], ValueError, r"`y` parameter of `Test` must be of shape \(3,\).*got shape \(2,\)"),
-        ([[1], [2], [3]], ValueError, r"got shape \(3, 1\)"),
+        ([[1], [2], [3]], TypeError, r"one label a text; y\[0\] is a list"),
         (["a", None, "b"], ValueError, r"no missing labels.*first at y\[1\]"),
         ([1.0, np.nan, 2.0], ValueError, r"no missing labels.*first at y\[1\]"),
         ([1.0, 2.0, np.inf], ValueError, r"finite numbers; y\[2\]"),
         (["a", 1, "b"], TypeError, "labels of one type"),
-        ([1j, 2j, 3j], TypeError, "got dtype complex128"),
+        ([1j, 2j, 3j], TypeError, r"y\[0\] is a complex"),
+        (["a", np.nan, "b"], ValueError, r"no missing labels.*first at y\[1\]"),
     ],
 )
 def test_bad_labels(y: Any, error: type[Exception], message: str) -> None:

@@ -176,10 +176,11 @@ def test_scores_of_any_container(convert):
     assert check_examples(PAIRS, convert(SCORES)).scores.tolist() == SCORES
 
 
-def test_scores_of_frames_ints_and_bools():
+def test_scores_of_frames_and_numbers_beside_floats():
     pd, pl = pytest.importorskip("pandas"), pytest.importorskip("polars")
     for y in (pd.Series(SCORES, index=[5, 5, 0]), pl.Series(SCORES)):
         assert check_examples(PAIRS, y).scores.tolist() == SCORES
-    assert check_examples(PAIRS, [0, 3, 5]).scores.tolist() == [0.0, 3.0, 5.0]
-    assert check_examples(PAIRS, np.array([True, False, True])).scores.tolist() == [1.0, 0.0, 1.0]
-    assert check_examples(PAIRS, [True, False, np.True_]).scores.tolist() == [1.0, 0.0, 1.0]
+    assert check_examples(PAIRS, [0, 3, 5.5]).scores.tolist() == [0.0, 3.0, 5.5]
+    whole = np.array([0, 3, 5], dtype=np.float32)
+    assert check_examples(PAIRS, whole).scores.tolist() == [0.0, 3.0, 5.0]
+    assert check_examples(PAIRS, pd.Series([0.0, 3.0, 5.0])).scores.tolist() == [0.0, 3.0, 5.0]

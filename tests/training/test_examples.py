@@ -71,7 +71,7 @@ def test_scores():
 
 
 def test_scored_pair_may_be_of_equal_texts():
-    assert check_examples([("a", "a"), ("a", "b")], [5, 1]).columns.tolist() == [[0, 0], [0, 1]]
+    assert check_examples([("a", "a"), ("a", "b")], [5.0, 1.0]).columns.tolist() == [[0, 0], [0, 1]]
 
 
 def test_lone_surrogates_are_replaced_and_then_one_text():
@@ -141,7 +141,7 @@ def test_fingerprint_is_of_the_data_not_the_container():
     assert len(prints) == 1
     assert len(prints.pop()) == 32
     assert (
-        check_examples(PAIRS, [0, 1, 2]).fingerprint()
+        check_examples(PAIRS, [0.0, 1, 2]).fingerprint()
         == check_examples(PAIRS, np.array([-0.0, 1, 2], dtype=np.float32)).fingerprint()
     )
 
@@ -172,7 +172,7 @@ def test_fingerprint_tells_any_change():
         (ROWS, None),
         ([("a", "b", "c"), ("d", "e", "f")], None),
         ([("a", "b"), ("c", "d"), ("e", "f")], None),
-        (PAIRS, [1, 2, 3]),
+        (PAIRS, [1.0, 2.0, 3.0]),
         (PAIRS, [1, 2, 3.5]),
     ]
     prints = [check_examples(X, y).fingerprint() for X, y in changed]
@@ -243,8 +243,8 @@ BAD_X = {
     "one text": (["a"], [0], ValueError, "at least 2 training examples; got 1"),
     "3-D": (np.array([[["a"]]]), None, ValueError, "got 3 dimensions"),
     "no columns": (np.empty((2, 0), dtype=object), None, ValueError, "got 0 columns"),
-    "nested column": ([["a"], ["b"]], [0, 1], ValueError, r"X\[0\] is a list of 1\. .*flat list"),
-    "empty row": ([()] * 2, None, ValueError, r"X\[0\] is a tuple of 0"),
+    "nested column": ([["a"], ["b"]], [0, 1], ValueError, r"X\[0\] has 1\. Flatten nested lists"),
+    "empty row": ([()] * 2, None, ValueError, r"X\[0\] has 0\."),
     "longer row": ([("a", "b"), ("c", "d", "e")], None, ValueError, r"2 texts, but X\[1\] has 3"),
     "shorter row": ([*ROWS, ("c", "d")], None, ValueError, r"3 texts, but X\[3\] has 2"),
     "text among rows": ([("a", "b"), "c"], None, TypeError, r"a tuple, but X\[1\] is a str"),
@@ -294,14 +294,13 @@ BAD_Y = {
     "rows with": (ROWS, [1, 2, 3], ValueError, "must be None for rows.*rows of 3 texts"),
     "too short": (TEXTS, LABELS[:3], ValueError, "as there are examples, 4; got 3"),
     "too long": (PAIRS, [*SCORES, 1.0], ValueError, "as there are examples, 3; got 4"),
-    "bare str": (TEXTS, "card", TypeError, "got a str"),
+    "bare str": (TEXTS, "card", TypeError, "got a bare str"),
     "bytes": (TEXTS, b"card", TypeError, "got a bytes"),
     "number": (TEXTS, 1, TypeError, "got an int"),
     "dict": (TEXTS, dict(zip(TEXTS, LABELS, strict=True)), TypeError, "got a dict"),
     "set": (TEXTS, set(LABELS), TypeError, "got a set"),
     "iterator": (TEXTS, iter(LABELS), TypeError, "Make it a list"),
     "2-D": (TEXTS, np.zeros((4, 2), dtype=int), ValueError, r"one dimension; .*shape \(4, 2\)"),
-    "column": (TEXTS, np.array([[0], [0], [1], [1]]), ValueError, r"shape \(4, 1\)"),
     "0-D": (TEXTS, np.array(1), ValueError, r"shape \(\)"),
     "None label": (TEXTS, ["a", None, "b", None], ValueError, r"got 2, the first at y\[1\]"),
     "NaN label": (TEXTS, ["a", "a", "b", NAN], ValueError, r"got 1, the first at y\[3\]"),
@@ -309,15 +308,17 @@ BAD_Y = {
     "NaN score": (PAIRS, [0.5, NAN, 1], ValueError, r"no missing.*the first at y\[1\]"),
     "None score": (PAIRS, [0.5, 1, None], ValueError, r"no missing.*the first at y\[2\]"),
     "inf score": (PAIRS, [0.5, float("inf"), -float("inf")], ValueError, r"got 2.*at y\[1\]"),
-    "huge score": (PAIRS, [0, 1, 10**400], ValueError, r"finite scores; got 1.*at y\[2\]"),
+    "huge score": (PAIRS, [0, 1.5, 10**400], ValueError, r"finite numbers; got 1.*y\[2\]"),
     "equal scores": (PAIRS, [2.5] * 3, ValueError, r"all 3 are 2\.5.*Leave out `y`"),
     "labels on pairs": (PAIRS, list("abc"), TypeError, r"y\[0\] is a str.*go with single texts"),
+    "whole numbers on pairs": (PAIRS, [0, 1, 2], TypeError, r"y\[0\] is an int.*dtype=float"),
+    "bools on pairs": (PAIRS, [0.5, 1.5, True], TypeError, r"y\[2\] is a bool.*' '\.join\(row\)"),
     "digits on pairs": (PAIRS, [1, 2, "3"], TypeError, r"y\[2\] is a str"),
     "complex on pairs": (PAIRS, [1, 2, 3j], TypeError, r"y\[2\] is a complex"),
     "fraction": (TEXTS, [1.0, 1.0, 0.5, 0.5], ValueError, r"y\[2\] is 0\.5.*scores go with pairs"),
     "infinite label": (TEXTS, [1.0, 1.0, 0, float("inf")], ValueError, r"y\[3\] is inf"),
     "huge fraction": (TEXTS, [1, 1, 0, Fraction(10**400, 3)], ValueError, r"y\[3\] is inf"),
-    "tuple label": (TEXTS, [("a",)] * 4, TypeError, r"labels.*y\[0\] is a tuple"),
+    "tuple label": (TEXTS, [("a",)] * 4, TypeError, r"one label a text; y\[0\] is a tuple"),
     "bytes label": (TEXTS, np.array([b"a", b"a", b"b", b"b"]), TypeError, r"y\[0\] is a bytes"),
     "date": (TEXTS, np.arange(4).astype("M8[ns]"), TypeError, r"y\[0\] is a datetime64"),
     "decimal": (TEXTS, [decimal.Decimal(1)] * 4, TypeError, r"y\[0\] is a Decimal"),
@@ -481,7 +482,7 @@ def test_bad_name_of_a_task():
         ([("a", "b"), ("c", "c")], None, r"`examples` parameter of.*first examples\[1\]"),
         (TEXTS, None, r"`y` parameter of `tasks\[2\]`.*as `examples`"),
         (TEXTS, [0, 0, 0, 1], r"`y` parameter of `tasks\[2\]`.*1 of 2 classes"),
-        (PAIRS, [1, 1, 1], r"`y` parameter of `tasks\[2\]`.*all 3 are 1"),
+        (PAIRS, [1.0, 1.0, 1.0], r"`y` parameter of `tasks\[2\]`.*all 3 are 1"),
     ],
 )
 def test_bad_examples_of_a_task(X, y, message):

@@ -455,7 +455,7 @@ def test_progress_bar_only_when_asked(capsys: pytest.CaptureFixture[str]) -> Non
         (["a", "b"], None, {}, ValueError, "`y` .* class label for each text"),
         ([("a", "b", "c"), ("d", "e", "f")], None, {}, ValueError, "`X` .* got rows of 3 texts"),
         (PAIRS, [0.1, 0.2, 0.3, 0.4, 0.5], {}, ValueError, "`y` .* None for pairs.* got scores"),
-        (PAIRS, list("abcde"), {}, TypeError, "`y` parameter of `mine_hard_negatives`"),
+        (PAIRS, list("abcde"), {}, ValueError, "`y` parameter of `mine_hard_negatives`"),
         (["a", "b"], [0], {}, ValueError, "`y` .* got 1"),
         (["a", "b", "c"], [0, 0, 0], {}, ValueError, "one class|two classes|2 classes"),
         (["a", "b", "c", "d"], [0, 0, 1, None], {}, ValueError, r"`y` .* y\[3\]"),
