@@ -17,9 +17,10 @@ from skembed._inputs import TextColumns, check_texts, count_columns
 from skembed._validation import check_bool, check_choice
 from skembed.cache.embedding_cache import EmbeddingCache, resolve_cache
 from skembed.exceptions import SkembedWarning
+from skembed.inference.card import read_settings
 from skembed.inference.encoder import Encoder, warn_truncated
 from skembed.inference.registry import Lease
-from skembed.inference.saving import read_settings, save_vectorizer
+from skembed.inference.saving import save_vectorizer
 from skembed.inference.settings import (
     OWNER,
     Parameters,
@@ -28,8 +29,9 @@ from skembed.inference.settings import (
     describe_model,
     find_settings,
     load_resolved,
-    pack_model,
 )
+from skembed.inference.sharing import LeaseMixin
+from skembed.model.sources import resolve_source
 from skembed.streaming.stream import ROWS_PER_SHARD, StreamReport, write_embeddings
 from skembed.training.examples import Examples, TrainingTask, check_examples, read_task
 from skembed.training.fit import check_run, fit_adapter
@@ -37,8 +39,12 @@ from skembed.training.trainer import ContrastiveTrainer, check_trainer
 
 __all__ = ["NVEmbedVectorizer"]
 
+_BARE = "{instruction}"  # a template; the model's own is known when its folder was read
 
-class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+
+class NVEmbedVectorizer(
+    LeaseMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+):
     r"""Embed texts with a bidirectional Mistral and latent-attention pooling (NV-Embed).
 
     Works like any scikit-learn transformer: in a Pipeline, under cross-validation and grid search.
@@ -50,22 +56,26 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     model : str or path, default="skembed-mini"
         The bundled model, a local folder, or a hub id such as ``"nvidia/NV-Embed-v2"``. A folder
         holds NV-Embed's layout, a plain Mistral model, or what `save_pretrained` wrote.
-    instruction : str, optional
+    instruction : str or None, default="auto"
         Task that the texts are compared for, put in front of each and kept out of the pool;
         or the name of a known task ("STS", "Banking77", "NFCorpus"; see `skembed.instructions`).
-    document_instruction : str, optional
-        The same for `encode_document` and the second text of a pair. None leaves documents bare,
-        except where `instruction` names a task that has an instruction on both sides.
-    instruction_template : str, default="Instruct: {instruction}\\nQuery: "
-        Format of an instruction in front of a text.
+        None puts nothing in front. "auto", here and below, is what the model's folder says (see
+        Notes); else None.
+    document_instruction : str or None, default="auto"
+        The same for `encode_document` and the second text of a pair. None leaves documents bare;
+        so does "auto" where the folder says nothing, unless `instruction` names a task that has
+        an instruction on both sides.
+    instruction_template : str, default="auto"
+        Format of an instruction in front of a text; else "Instruct: {instruction}\\nQuery: ".
     pooling : {"latent", "mean", "eos", "multilayer"}, optional
         From token vectors to one vector. None takes the checkpoint's.
-    max_length : int, default=512
-        Longest text in tokens, instruction included; the rest is cut off and warned about.
-    truncate_dim : int, optional
-        Keep the first dimensions only, before normalisation.
-    normalize : bool, default=True
-        Scale each vector to unit length.
+    max_length : int or "auto", default="auto"
+        Longest text in tokens, instruction included; the rest is cut off and warned about. Else
+        512.
+    truncate_dim : int or None, default="auto"
+        Keep the first dimensions only, before normalisation; else all.
+    normalize : bool or "auto", default="auto"
+        Scale each vector to unit length; else True.
     missing : {"error", "empty", "zero", "nan"}, default="error"
         Result for None and NaN: an error, the vector of the empty text, zeros, or NaN.
     trainer : "auto", None or ContrastiveTrainer, default="auto"
@@ -84,7 +94,8 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         Store of vectors: none, in bounded memory of the process, or in an SQLite file that
         several processes may share.
     revision : str, optional
-        Commit, tag or branch of a hub id. Known models are pinned to their published commit.
+        Commit, tag or branch of a hub id. None takes the published commit of a known model, and
+        of others the commit that the main branch has at first use: clones and pickles keep it.
     store_weights : bool, default=False
         Put the model's files into pickles, so that they open on a machine without the model.
     n_jobs : int, optional
@@ -104,7 +115,9 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         Width of one embedding after truncation.
     model_ : dict
         Model in use: `name`, `revision`, `fingerprint` (the adapter's included), `architecture`,
-        `pooling`, `hidden_size`, `dtype`, `device` and `attention_path`.
+        `pooling`, `hidden_size`, `dtype`, `device`, `attention_path`; `instructions` (whether it
+        learned any), and `auto`, the values of the parameters that are "auto". A fitted estimator
+        whose model has other weights at its next use raises CheckpointError.
     adapter_ : Adapter
         Weights that a training `fit` learned.
     history_ : TrainingHistory
@@ -119,6 +132,10 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     -----
     The same text gives the same vector in any batch, order or subset: within 1e-5 in float32 and
     within 5e-3 per component in bfloat16.
+
+    "auto" is what skembed.json says, which `save_pretrained` writes, and then the files of
+    sentence-transformers: prompts, `max_seq_length`, a Normalize module. A model that learned no
+    instructions, such as the bundled one, gets none unless you name one, with a warning.
 
     Unlike the reference, the mean over tokens is taken in float32 and the latent layer runs in a
     folded form (see `skembed.pooling`); both are exact algebra.
@@ -142,13 +159,13 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         self,
         model: str | os.PathLike[str] = "skembed-mini",
         *,
-        instruction: str | None = None,
-        document_instruction: str | None = None,
-        instruction_template: str = "Instruct: {instruction}\nQuery: ",
+        instruction: str | None = "auto",
+        document_instruction: str | None = "auto",
+        instruction_template: str = "auto",
         pooling: str | None = None,
-        max_length: int = 512,
-        truncate_dim: int | None = None,
-        normalize: bool = True,
+        max_length: int | str = "auto",
+        truncate_dim: int | str | None = "auto",
+        normalize: bool | str = "auto",
         missing: str = "error",
         trainer: str | ContrastiveTrainer | None = "auto",
         device: str | Sequence[str] = "auto",
@@ -213,12 +230,11 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         trainer = self._check_parameters()
         # A trainer always trains, "auto" on pairs and rows.
         if trainer is not None and (trainer is self.trainer or count_columns(X) > 1):
-            query, document = self.instruction, self.document_instruction
-            task = TrainingTask(X, y, instruction=query, document_instruction=document)
-            template, missing = self.instruction_template, self.missing
-            examples = read_task(task, trainer, template=template, owner=OWNER, missing=missing)
+            task = TrainingTask(X, y)
+            missing = self.missing
+            examples = read_task(task, trainer, template=_BARE, owner=OWNER, missing=missing)
             n_columns = 1 if examples.kind == "labels" else 2
-            return self._train([examples], trainer, X, n_columns=n_columns)
+            return self._train([examples], trainer, X, n_columns=n_columns, own_prefix=True)
         columns = check_texts(X, owner=OWNER, missing=self.missing)
         if hasattr(self, "adapter_"):
             warnings.warn(
@@ -229,7 +245,8 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
                 stacklevel=2,
             )
             del self.adapter_, self.history_
-        return self._set_fitted(self._make_encoder().settings, X, len(columns.columns))
+        settings = self._make_encoder(anew=True).settings
+        return self._set_fitted(settings, X, len(columns.columns))
 
     def fit_tasks(self, tasks: Sequence[TrainingTask]) -> NVEmbedVectorizer:
         """Fine-tune on several tasks at once, each with instructions of its own.
@@ -260,38 +277,54 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
                 f"The `tasks` parameter of `{OWNER}.fit_tasks` must be a list of TrainingTask; got "
                 f"{type(tasks).__name__ if not isinstance(tasks, Sequence) else 'an empty one'}."
             )
-        template = self.instruction_template
         examples = [
-            read_task(task, trainer, template=template, owner=OWNER, index=index)
+            read_task(task, trainer, template=_BARE, owner=OWNER, index=index)
             for index, task in enumerate(tasks)
         ]
-        return self._train(examples, trainer, None, n_columns=1)
+        return self._train(examples, trainer, None, n_columns=1, own_prefix=False)
 
     def _train(
-        self, examples: list[Examples], trainer: ContrastiveTrainer, X: Any, *, n_columns: int
+        self,
+        examples: list[Examples],
+        trainer: ContrastiveTrainer,
+        X: Any,
+        *,
+        n_columns: int,
+        own_prefix: bool,
     ) -> NVEmbedVectorizer:
-        """Train an adapter and use it; nothing here changes if training fails."""
+        """Train an adapter and use it; nothing here changes if training fails.
+
+        The examples' prefixes are task texts; with `own_prefix` those of `transform` replace them.
+        """
         check_run(examples, trainer)
         initial = getattr(self, "adapter_", None) if trainer.warm_start else None
         lease = self._shared_lease()
         settings = find_settings(self._parameters(), lease, initial)
         if settings.warning:
             warnings.warn(settings.warning, SkembedWarning, stacklevel=3)
-        resolved = settings.model
+        resolved, max_length = settings.model, settings.parameters.max_length
+        template = settings.parameters.instruction_template
+        fronts = {side: request.prefix for side, request in settings.requests.items()}
+        examples = [e.complete_prefixes(template, fronts if own_prefix else None) for e in examples]
         (base,) = load_resolved(replace(resolved, adapter=None, replicas=()), lease)
         result = fit_adapter(
             base,
             resolved.source,
             examples,
             trainer,
-            max_length=self.max_length,
+            max_length=max_length,
             initial=resolved.adapter,
             progress=True if trainer.verbose or self.verbose else None,
         )
-        self.adapter_, self.history_ = result.adapter, result.history
-        trained = replace(settings, model=replace(resolved, adapter=result.adapter))
+        adapter = result.adapter
+        adapter.instructions = settings.learned or any(
+            e.query_prefix or e.document_prefix for e in examples
+        )
+        self.adapter_, self.history_ = adapter, result.history
+        model = replace(resolved, adapter=adapter)
+        trained = replace(settings, model=model, learned=adapter.instructions)
         self._set_fitted(trained, X, n_columns)
-        warn_truncated(result.n_truncated, result.n_texts, self.max_length, stacklevel=4)
+        warn_truncated(result.n_truncated, result.n_texts, max_length, stacklevel=4)
         if result.history.stopped == "interrupted":
             warnings.warn(
                 f"Training was interrupted after {len(result.history)} steps; the adapter is the "
@@ -310,7 +343,7 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         self.embedding_dim_ = settings.dim
-        self.model_ = describe_model(settings.model)
+        self.model_ = describe_model(settings)
         return self
 
     def fit_transform(self, X: Any, y: Any = None) -> np.ndarray:
@@ -341,6 +374,8 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
 
     def transform(self, X: Any) -> np.ndarray:
         """Embed texts, `instruction` in front; the second text of a pair as a document.
+
+        Where no `instruction` is given, the default prompt of the model's folder, if it has one.
 
         Parameters
         ----------
@@ -379,10 +414,10 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             raise ValueError(
                 f"X has {len(columns.columns)} text columns, but {OWNER} was fitted with {seen}."
             )
-        return self._embed(columns, ("query", "document"))
+        return self._embed(columns, ("text", "document"))
 
     def encode_query(self, X: Any) -> np.ndarray:
-        """Embed queries, `instruction` in front; the same as `transform` of single texts.
+        """Embed queries, `instruction` in front: as `transform`, or with the folder's own prompt.
 
         Parameters
         ----------
@@ -538,27 +573,6 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         tags.requires_fit = isinstance(self.trainer, ContrastiveTrainer)
         return tags
 
-    def __sklearn_clone__(self) -> NVEmbedVectorizer:
-        """Return a clone that shares the lease: folds and grid points find the weights loaded."""
-        clone = super().__sklearn_clone__()
-        clone.__dict__["_lease"] = self._shared_lease()
-        return clone
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return parameters and fitted values; the model's files too where `store_weights`."""
-        state = dict(super().__getstate__())
-        state.pop("_lease", None)
-        if self.store_weights:
-            state["_stored_files"] = pack_model(self._parameters(), self._shared_lease())
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, and note that the device may be another machine's."""
-        state = dict(state)
-        stored = state.pop("_stored_files", None)
-        super().__setstate__(state)
-        self.__dict__["_lease"] = Lease(stored, from_pickle=True)
-
     def save_pretrained(self, path: str | os.PathLike[str], *, merge: bool = False) -> None:
         """Write a folder that `from_pretrained`, or `model=path`, reads.
 
@@ -587,7 +601,10 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **parameters: Any) -> NVEmbedVectorizer:
-        """Return a vectorizer for a folder, with the settings saved in it.
+        """Return a vectorizer for a folder, with the settings saved in it as its parameters.
+
+        Its vectors are those of ``NVEmbedVectorizer(path)``, which leaves the parameters "auto".
+        This looks for the folder at once, and takes the saved `missing` too.
 
         Parameters
         ----------
@@ -605,10 +622,14 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         ------
         ModelNotFoundError
             If there is no such folder, or an adapter's base model cannot be found.
+        CheckpointError
+            If skembed.json in the folder holds a value that its parameter does not allow.
         TypeError
             If a parameter is not one of the class.
         """
-        saved = read_settings(path, parameters.get("revision"))
+        source = resolve_source(path, parameters.get("revision"))
+        saved = read_settings(source.adapter_folder or source.folder)
+        saved.pop("instructions", None)
         return cls(path, **{**saved, **parameters})
 
     def _encode_one_side(self, X: Any, side: str) -> np.ndarray:
@@ -623,8 +644,11 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
 
     def _embed(self, columns: TextColumns, sides: tuple[str, ...]) -> np.ndarray:
         """Embed each column for its side and put the vectors side by side."""
-        vectors, report = self._make_encoder(stacklevel=5).embed(columns, sides)
-        warn_truncated(report.n_truncated, report.n_embedded, self.max_length, stacklevel=5)
+        encoder = self._make_encoder(stacklevel=5)
+        vectors, report = encoder.embed(columns, sides)
+        if report.n_truncated:
+            max_length = encoder.settings.parameters.max_length
+            warn_truncated(report.n_truncated, report.n_embedded, max_length, stacklevel=5)
         return vectors
 
     def _check_trained(self) -> None:
@@ -637,12 +661,21 @@ class NVEmbedVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
                 "`trainer=None` to use the model frozen."
             )
 
-    def _make_encoder(self, *, stacklevel: int = 3) -> Encoder:
-        """Return the encoder for the current parameters; loads no base weights."""
+    def _make_encoder(self, *, stacklevel: int = 3, anew: bool = False) -> Encoder:
+        """Return the encoder for the current parameters; loads no base weights.
+
+        Refuses another model than `fit` saw, unless that is to be forgotten (`anew`).
+        """
         lease = self._shared_lease()
-        settings = find_settings(self._parameters(), lease, getattr(self, "adapter_", None))
+        adapter = getattr(self, "adapter_", None)
+        fitted = None if anew else getattr(self, "model_", None)
+        settings = find_settings(self._parameters(), lease, adapter, fitted)
         if settings.warning:
             warnings.warn(settings.warning, SkembedWarning, stacklevel=stacklevel)
+        advice = settings.advice
+        if advice and advice not in lease.warned:
+            lease.warned.add(advice)
+            warnings.warn(advice, SkembedWarning, stacklevel=stacklevel)
         return Encoder(settings, lease, resolve_cache(self.cache))
 
     def _check_parameters(self) -> ContrastiveTrainer | None:

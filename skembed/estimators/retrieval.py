@@ -10,8 +10,8 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 
 from skembed._validation import check_choice, check_int, check_string
-from skembed.estimators.base import TextEstimatorMixin, make_vectorizer
-from skembed.estimators.saved_index import check_fingerprint, fingerprint_model
+from skembed.estimators.base import TextEstimatorMixin, fit_vectorizer, make_vectorizer
+from skembed.estimators.saved_index import Saved, check_fingerprint, fingerprint_model
 from skembed.inference.devices import choose_search_device
 from skembed.metrics.qrels import (
     check_ids,
@@ -374,7 +374,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         cls,
         path: str | os.PathLike[str],
         *,
-        vectorizer: Any = "saved",
+        vectorizer: Any = Saved.NAME,
         mmap: bool = True,
         device: str = "auto",
     ) -> Retriever:
@@ -384,9 +384,9 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         ----------
         path : str or path
             The folder that `save` wrote.
-        vectorizer : "saved", str, path, transformer, encoder or None, default="saved"
+        vectorizer : str, path, transformer, encoder or None, optional
             Encoder of the queries; used as it is, not cloned. It must be the model that embedded
-            the documents. "saved" takes the name that the retriever had as its `vectorizer`.
+            the documents. Left out, it is the model that the retriever had by its name.
         mmap : bool, default=True
             Map the vectors from disk, read-only, instead of reading them; `add` and `remove`
             then make copies in memory.
@@ -404,11 +404,11 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             If there is no index.
         ValueError
             If the index is damaged, of another version or of another model, or `vectorizer`
-            is "saved" and the index was built with an object.
+            is left out and the index was built with an object.
         """
         settings, arrays = read_index(path, mmap=mmap)
         where = f"The index in {os.fspath(path)!r}"
-        if isinstance(vectorizer, str) and vectorizer == "saved":
+        if vectorizer is Saved.NAME:
             vectorizer = settings["vectorizer"]
             if vectorizer is None and settings["model"] is not None:
                 raise ValueError(
@@ -419,6 +419,8 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         retriever._check_parameters()
         is_model_name = isinstance(vectorizer, (str, os.PathLike))
         model = make_vectorizer(vectorizer, owner=_OWNER) if is_model_name else vectorizer
+        if is_model_name:  # so that it notices other weights later
+            fit_vectorizer(model, ["text"])
         check_fingerprint(model, settings["model"], arrays.get("probe"), where=where, owner=_OWNER)
         retriever._set_vectorizer(model, settings["dim"])
         if model is None:

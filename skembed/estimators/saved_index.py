@@ -6,14 +6,16 @@ one, and the vectors of a few fixed texts, which change with weights, pooling an
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 import numpy as np
 
 from skembed.embedding import embed
+from skembed.model.sources import has_same_content
 from skembed.similarity import Vectors
 
-__all__ = ["check_fingerprint", "fingerprint_model"]
+__all__ = ["Saved", "check_fingerprint", "fingerprint_model"]
 
 _PROBES = [
     "A llama is a domesticated South American camelid.",
@@ -24,6 +26,12 @@ _PROBES = [
 # Relative to the length of a vector. It allows a cosine of 0.999: float32 and bfloat16 of one model
 # differ by less.
 _LARGEST_DISTANCE = 0.045
+
+
+class Saved(Enum):
+    """The default of `Retriever.load`, apart from all names that a model or folder may have."""
+
+    NAME = "the model named in the index"
 
 
 def fingerprint_model(
@@ -59,8 +67,9 @@ def check_fingerprint(
         )
     loaded, vectors = fingerprint_model(vectorizer, owner=owner)
     models = [saved, loaded or {}]
-    fingerprints = {m["fingerprint"] for m in models if m.get("fingerprint")}
-    same = len(fingerprints) < 2 and vectors is not None and vectors.shape == probe.shape
+    known = [m["fingerprint"] for m in models if m.get("fingerprint")]
+    same = len(known) < 2 or has_same_content(*known)
+    same = same and vectors is not None and vectors.shape == probe.shape
     if same and vectors is not None:
         distances = np.linalg.norm(vectors - probe, axis=1)
         lengths = np.maximum(np.linalg.norm(vectors, axis=1), np.linalg.norm(probe, axis=1))

@@ -21,6 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from skembed.exceptions import CheckpointError, ModelNotFoundError
 from skembed.model.config import NVEmbedConfig
+from skembed.model.modules import (
+    MODULE_FILES,
+    find_pooling,
+    read_modules,
+    refuse_causal,
+    refuse_causal_name,
+)
 from skembed.model.pooling import POOLINGS
 from skembed.model.tokenization import find_tokenizer_file
 
@@ -31,18 +38,24 @@ __all__ = [
     "ADAPTER_CONFIG_FILE",
     "ADAPTER_WEIGHTS_FILE",
     "BUNDLED_MODELS",
+    "CARD_FILES",
     "CONFIG_FILE",
     "CONTENT_DIGITS",
     "DOWNLOADED_FILES",
     "INDEX_FILE",
+    "LENGTH_FILE",
     "MAX_FULL_HASH_BYTES",
     "ModelSource",
     "PINNED_REVISIONS",
     "POOLING_FILE",
+    "PROMPTS_FILE",
+    "SETTINGS_FILE",
     "TOKENIZER_FILES",
     "WEIGHTS_FILE",
     "find_weight_files",
     "fingerprint_weights",
+    "has_same_content",
+    "holds_files",
     "join_first",
     "pack_folder",
     "read_config",
@@ -67,8 +80,13 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"  # peft's names for its two files
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 POOLING_FILE = "pooling.safetensors"  # beside an adapter that trained the pooling layer
 INDEX_FILE = "model.safetensors.index.json"
+SETTINGS_FILE = "skembed.json"
+PROMPTS_FILE = "config_sentence_transformers.json"
+LENGTH_FILE = "sentence_bert_config.json"
+CARD_FILES = (SETTINGS_FILE, PROMPTS_FILE, LENGTH_FILE, *MODULE_FILES)  # how a model is to be used
 MAX_FULL_HASH_BYTES = 256 * 1024**2
 CONTENT_DIGITS = 16  # of a fingerprint: equal for all copies of a model
+_found: dict[tuple[Any, ...], ModelSource] = {}  # hub models of this process
 _unpacked: dict[str, tempfile.TemporaryDirectory[str]] = {}
 _unpack_lock = threading.Lock()
 
@@ -86,8 +104,9 @@ class ModelSource:
 def resolve_source(model: str | os.PathLike[str], revision: str | None = None) -> ModelSource:
     """Find the folder of a bundled model, a local folder or a hub id, downloading if need be.
 
-    Without a revision, a known model gets its pinned commit and any other the main branch's, which
-    is recorded. Raises ModelNotFoundError.
+    Without a revision, a known model gets its pinned commit and any other the main branch's. A
+    name of the hub means the same commit while the process lives. Raises ModelNotFoundError, and
+    CheckpointError for a model that cannot run here.
     """
     name = os.fspath(model)
     if name in BUNDLED_MODELS:
@@ -104,6 +123,7 @@ def resolve_source(model: str | os.PathLike[str], revision: str | None = None) -
             f"a folder, or a hub id such as 'nvidia/NV-Embed-v2'; got {name!r}, and there is no "
             f"such folder (looked for {folder.absolute()})."
         )
+    refuse_causal_name(name)
     return _download(name, revision or PINNED_REVISIONS.get(name))
 
 
@@ -156,6 +176,19 @@ def _looks_like_hub_id(name: str) -> bool:
 
 
 def _download(name: str, revision: str | None) -> ModelSource:
+    """Return a hub repository's folder: asked for once in a process, so that it cannot change."""
+    from huggingface_hub import snapshot_download
+
+    key = (snapshot_download, name, revision)  # with another client, another hub
+    found = _found.get(key)
+    if found is None or not (found.folder / CONFIG_FILE).is_file():  # the cache was cleaned
+        found = _fetch(name, revision if found is None else found.revision)
+        found = _found.setdefault(key, found)  # of two threads, the first one decides
+        logger.info("hub model %s resolved to commit %s", name, found.revision)
+    return found
+
+
+def _fetch(name: str, revision: str | None) -> ModelSource:
     """Download safetensors and JSON files of a hub repository, or find them in its cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -183,14 +216,24 @@ def _download(name: str, revision: str | None) -> ModelSource:
             "`revision` parameter, or pass a local folder."
         ) from error
     except transfer_errors as error:
+        _refuse_cached(name)
         raise ModelNotFoundError(
             f"There is no folder {name!r} here, and the hub model {repository} is not in the "
-            "local hub cache and could not be downloaded (offline?). Download it on a connected "
-            "machine with `hf download`, copy the folder, and pass its path as `model`; or use "
-            "the bundled 'skembed-mini'."
+            "local hub cache and could not be downloaded (offline?). If it is a Mistral model (no "
+            "other kind runs), download it on a connected machine with `hf download`, copy the "
+            "folder, and pass its path as `model`; or use the bundled 'skembed-mini'."
         ) from error
-    logger.info("hub model %s resolved to commit %s", name, folder.name)
     return ModelSource(name, folder, folder.name)
+
+
+def _refuse_cached(name: str) -> None:
+    """Raise CheckpointError if any copy in the hub's cache shows that a model is no Mistral."""
+    from huggingface_hub import constants
+
+    copies = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+    for path in sorted(copies.glob(f"*/{CONFIG_FILE}")):
+        values = read_json(path)
+        NVEmbedConfig.check_kind(values, f"the hub model {name!r} ({path.parent})")
 
 
 def read_config(source: ModelSource, pooling: str | None = None) -> NVEmbedConfig:
@@ -199,7 +242,12 @@ def read_config(source: ModelSource, pooling: str | None = None) -> NVEmbedConfi
     Raises CheckpointError where config.json is unreadable or of another kind of model.
     """
     path = source.folder / CONFIG_FILE
-    config = NVEmbedConfig.from_dict(read_json(path), str(source.folder))
+    values = read_json(path)
+    config = NVEmbedConfig.from_dict(values, str(source.folder))
+    modules = read_modules(source.folder)
+    refuse_causal(source.name, source.folder, values, modules)
+    if pooling is None and values.get("model_type") == "mistral":
+        pooling = find_pooling(modules, source.folder)
     if config.pooling not in POOLINGS:
         raise CheckpointError(
             f"The pooling in {path} must be one of {list(POOLINGS)}; got {config.pooling!r}."
@@ -268,6 +316,16 @@ def fingerprint_weights(source: ModelSource) -> str:
     return content.hexdigest() + state.hexdigest()
 
 
+def has_same_content(fingerprint: str, other: str) -> bool:
+    """Return whether two fingerprints, of a model or with an adapter's, are of the same content.
+
+    Times of files do not count: they differ between copies on two machines.
+    """
+    parts = fingerprint.partition("+"), other.partition("+")
+    (base, _, adapter), (other_base, _, other_adapter) = parts
+    return base[:CONTENT_DIGITS] == other_base[:CONTENT_DIGITS] and adapter == other_adapter
+
+
 def _hash_file(path: Path, digest: hashlib.blake2b) -> None:
     """Add one file's name and content, or samples of it, to a hash."""
     stat = path.stat()
@@ -292,15 +350,52 @@ def _content_hash(path: str, state: tuple[int, int, int, int]) -> bytes:
     return digest.digest()
 
 
-def pack_folder(source: ModelSource) -> dict[str, bytes]:
-    """Return name and content of all files of a model and its adapter, for a pickle."""
-    names = [CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES]
-    paths = [source.folder / name for name in names]
+def _list_packed(source: ModelSource) -> dict[str, Path]:
+    """Return the files of a model and its adapter that a pickle holds, by path in the folder.
+
+    What the adapter's folder has goes before the model's.
+    """
+    names = (CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES, *CARD_FILES)
+    paths = {path: source.folder for path in find_weight_files(source.folder)}
+    paths |= {source.folder / name: source.folder for name in names}
     if source.adapter_folder is not None:
-        adapter = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, POOLING_FILE)
-        paths += [source.adapter_folder / name for name in adapter]
-    paths = [path for path in paths if path.is_file()]
-    return {path.name: path.read_bytes() for path in [*paths, *find_weight_files(source.folder)]}
+        adapter = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, POOLING_FILE, *CARD_FILES)
+        paths |= {source.adapter_folder / name: source.adapter_folder for name in adapter}
+    return {p.relative_to(home).as_posix(): p for p, home in paths.items() if p.is_file()}
+
+
+def pack_folder(source: ModelSource) -> dict[str, bytes]:
+    """Return path and content of all files of a model and its adapter, for a pickle."""
+    return {name: path.read_bytes() for name, path in _list_packed(source).items()}
+
+
+def holds_files(source: ModelSource, files: Mapping[str, bytes]) -> bool:
+    """Return whether a model on this machine is the one that `pack_folder` put into a pickle.
+
+    Of files above 256 MiB samples are compared, as in a fingerprint.
+    """
+    try:
+        paths = _list_packed(source)
+        return paths.keys() == files.keys() and all(
+            _holds(path, files[name]) for name, path in paths.items()
+        )
+    except (OSError, CheckpointError):  # damaged, or just being replaced
+        return False
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Return whether a file has this content."""
+    size = path.stat().st_size
+    if size != len(content):
+        return False
+    with path.open("rb") as file:
+        if size <= MAX_FULL_HASH_BYTES:
+            return file.read() == content
+        for position in range(0, size, size // 4_096):
+            file.seek(position)
+            if file.read(4_096) != content[position : position + 4_096]:
+                return False
+    return True
 
 
 def unpack_folder(files: Mapping[str, bytes]) -> Path:
@@ -313,6 +408,8 @@ def unpack_folder(files: Mapping[str, bytes]) -> Path:
         if folder is None:
             folder = tempfile.TemporaryDirectory(prefix="skembed-")
             for name, content in files.items():
-                (Path(folder.name) / name).write_bytes(content)
+                path = Path(folder.name) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
             _unpacked[digest.hexdigest()] = folder
         return Path(folder.name)
