@@ -198,8 +198,8 @@ class MTEBEncoder:
             return own is None
         if own != "auto":  # None too, which a user has to write
             return False
-        model = _fit(self.vectorizer).model_
-        return bool(model["instructions"]) and not model["auto"]["instruction"]
+        card = _fit(self.vectorizer)._card
+        return bool(card["instructions"]) and not card["auto"]["instruction"]
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Return the cosine similarity of all rows with all rows; called by mteb.
@@ -296,7 +296,7 @@ def _fit(vectorizer: NVEmbedVectorizer) -> NVEmbedVectorizer:
 
     That reads the configuration, no weights.
     """
-    return vectorizer if hasattr(vectorizer, "model_") else copy.copy(vectorizer).fit(["text"])
+    return vectorizer if hasattr(vectorizer, "_card") else copy.copy(vectorizer).fit(["text"])
 
 
 def _describe(vectorizer: Any) -> dict[str, Any]:
@@ -307,6 +307,6 @@ def _describe(vectorizer: Any) -> dict[str, Any]:
     return {
         "name": Path(str(vectorizer.model_["name"])).name,
         "fingerprint": vectorizer.model_["fingerprint"],
-        "instructions": vectorizer.model_["instructions"],
+        "instructions": vectorizer._card["instructions"],
         "dim": int(vectorizer.embedding_dim_),
     }

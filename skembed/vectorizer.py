@@ -18,19 +18,17 @@ from skembed._validation import check_bool, check_choice
 from skembed.cache.embedding_cache import EmbeddingCache, resolve_cache
 from skembed.exceptions import SkembedWarning
 from skembed.inference.card import read_settings
-from skembed.inference.encoder import Encoder, warn_truncated
-from skembed.inference.registry import Lease
+from skembed.inference.encoder import EncoderMixin, warn_truncated
 from skembed.inference.saving import save_vectorizer
 from skembed.inference.settings import (
     OWNER,
-    Parameters,
     Settings,
     check_parameters,
+    describe_card,
     describe_model,
     find_settings,
     load_resolved,
 )
-from skembed.inference.sharing import LeaseMixin
 from skembed.model.sources import resolve_source
 from skembed.streaming.stream import ROWS_PER_SHARD, StreamReport, write_embeddings
 from skembed.training.examples import Examples, TrainingTask, check_examples, read_task
@@ -43,7 +41,7 @@ _BARE = "{instruction}"  # a template; the model's own is known when its folder 
 
 
 class NVEmbedVectorizer(
-    LeaseMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+    EncoderMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
 ):
     r"""Embed texts with a bidirectional Mistral and latent-attention pooling (NV-Embed).
 
@@ -115,9 +113,8 @@ class NVEmbedVectorizer(
         Width of one embedding after truncation.
     model_ : dict
         Model in use: `name`, `revision`, `fingerprint` (the adapter's included), `architecture`,
-        `pooling`, `hidden_size`, `dtype`, `device`, `attention_path`; `instructions` (whether it
-        learned any), and `auto`, the values of the parameters that are "auto". A fitted estimator
-        whose model has other weights at its next use raises CheckpointError.
+        `pooling`, `hidden_size`, `dtype`, `device` and `attention_path`. A fitted estimator whose
+        model has other weights at its next use raises CheckpointError.
     adapter_ : Adapter
         Weights that a training `fit` learned.
     history_ : TrainingHistory
@@ -296,7 +293,6 @@ class NVEmbedVectorizer(
 
         The examples' prefixes are task texts; with `own_prefix` those of `transform` replace them.
         """
-        check_run(examples, trainer)
         initial = getattr(self, "adapter_", None) if trainer.warm_start else None
         lease = self._shared_lease()
         settings = find_settings(self._parameters(), lease, initial)
@@ -306,6 +302,7 @@ class NVEmbedVectorizer(
         template = settings.parameters.instruction_template
         fronts = {side: request.prefix for side, request in settings.requests.items()}
         examples = [e.complete_prefixes(template, fronts if own_prefix else None) for e in examples]
+        check_run(examples, trainer)
         (base,) = load_resolved(replace(resolved, adapter=None, replicas=()), lease)
         result = fit_adapter(
             base,
@@ -343,7 +340,7 @@ class NVEmbedVectorizer(
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         self.embedding_dim_ = settings.dim
-        self.model_ = describe_model(settings)
+        self.model_, self._card = describe_model(settings.model), describe_card(settings)
         return self
 
     def fit_transform(self, X: Any, y: Any = None) -> np.ndarray:
@@ -540,7 +537,7 @@ class NVEmbedVectorizer(
         """
         self._check_trained()
         return write_embeddings(
-            self._make_encoder(),
+            self._make_encoder(embeds=True),
             X,
             path,
             format=format,
@@ -644,7 +641,7 @@ class NVEmbedVectorizer(
 
     def _embed(self, columns: TextColumns, sides: tuple[str, ...]) -> np.ndarray:
         """Embed each column for its side and put the vectors side by side."""
-        encoder = self._make_encoder(stacklevel=5)
+        encoder = self._make_encoder(stacklevel=5, embeds=True)
         vectors, report = encoder.embed(columns, sides)
         if report.n_truncated:
             max_length = encoder.settings.parameters.max_length
@@ -661,23 +658,6 @@ class NVEmbedVectorizer(
                 "`trainer=None` to use the model frozen."
             )
 
-    def _make_encoder(self, *, stacklevel: int = 3, anew: bool = False) -> Encoder:
-        """Return the encoder for the current parameters; loads no base weights.
-
-        Refuses another model than `fit` saw, unless that is to be forgotten (`anew`).
-        """
-        lease = self._shared_lease()
-        adapter = getattr(self, "adapter_", None)
-        fitted = None if anew else getattr(self, "model_", None)
-        settings = find_settings(self._parameters(), lease, adapter, fitted)
-        if settings.warning:
-            warnings.warn(settings.warning, SkembedWarning, stacklevel=stacklevel)
-        advice = settings.advice
-        if advice and advice not in lease.warned:
-            lease.warned.add(advice)
-            warnings.warn(advice, SkembedWarning, stacklevel=stacklevel)
-        return Encoder(settings, lease, resolve_cache(self.cache))
-
     def _check_parameters(self) -> ContrastiveTrainer | None:
         """Check all parameters, without files and devices; return the trainer, or None."""
         resolve_cache(self.cache)
@@ -687,12 +667,3 @@ class NVEmbedVectorizer(
             return self.trainer
         check_choice(self.trainer, name="trainer", allowed=("auto", None), owner=OWNER)
         return None if self.trainer is None else ContrastiveTrainer()
-
-    def _parameters(self) -> Parameters:
-        """Return the parameters that embedding depends on, unchecked."""
-        return Parameters(*(getattr(self, name) for name in Parameters._fields))
-
-    def _shared_lease(self) -> Lease:
-        """Return the lease that keeps weights loaded while this estimator or a clone lives."""
-        lease: Lease | None = self.__dict__.get("_lease")
-        return self.__dict__.setdefault("_lease", Lease()) if lease is None else lease

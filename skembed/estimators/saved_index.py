@@ -40,10 +40,14 @@ def fingerprint_model(
     """Return the name and fingerprint of a model, and the vectors of the probes, (4, dim)."""
     if vectorizer is None:
         return None, None
+    return _describe_model(vectorizer), embed(vectorizer, _PROBES, "document", owner=owner)
+
+
+def _describe_model(vectorizer: Any) -> dict[str, Any]:
+    """Return name and fingerprint of a model; None for each where it has none."""
     model = getattr(vectorizer, "model_", None)
     model = model if isinstance(model, dict) else {}
-    described = {"name": model.get("name"), "fingerprint": model.get("fingerprint")}
-    return described, embed(vectorizer, _PROBES, "document", owner=owner)
+    return {"name": model.get("name"), "fingerprint": model.get("fingerprint")}
 
 
 def check_fingerprint(
@@ -65,12 +69,13 @@ def check_fingerprint(
             f"{where} was built from embeddings, and does not know their model. Load it with "
             "vectorizer=None, and search with embeddings of the same model."
         )
-    loaded, vectors = fingerprint_model(vectorizer, owner=owner)
-    models = [saved, loaded or {}]
+    models = [saved, _describe_model(vectorizer)]
     known = [m["fingerprint"] for m in models if m.get("fingerprint")]
     same = len(known) < 2 or has_same_content(*known)
-    same = same and vectors is not None and vectors.shape == probe.shape
-    if same and vectors is not None:
+    if same:
+        vectors = embed(vectorizer, _PROBES, "document", owner=owner)
+        same = vectors.shape == probe.shape
+    if same:
         distances = np.linalg.norm(vectors - probe, axis=1)
         lengths = np.maximum(np.linalg.norm(vectors, axis=1), np.linalg.norm(probe, axis=1))
         same = bool((distances <= _LARGEST_DISTANCE * lengths).all())

@@ -27,7 +27,7 @@ def describe_change(
 ) -> CheckpointError:
     """Return the error, with both models and the way back; raise that of damaged weights.
 
-    `fitted` is the `model_` of `fit`; `fingerprint` is the base model's now, `adapter` its
+    `fitted` holds the `model_` of `fit`; `fingerprint` is the base model's now, `adapter` its
     adapter's; `changed` names the parameters whose "auto" means something else now.
     """
     WeightFiles(source.folder)  # a file that was cut off is no other model
@@ -45,10 +45,11 @@ def describe_change(
             back = "Install the release of skembed that it was fitted with"
         elif revision is not None and adapter is None:
             back = f"Pass revision={revision!r}"
+    also = " Its adapter was trained on another model." if adapter else ""
     return CheckpointError(
         f"This {_OWNER} was fitted with {_describe_model(name, revision, fitted['fingerprint'])}, "
-        f"and {what}. What was learned from the old vectors does not fit new ones. {back}, or call "
-        "`fit` again, on this and on all that learned from its vectors."
+        f"and {what}.{also} What was learned from old vectors does not fit new ones. {back}, or "
+        "call `fit` again, on this and on all that learned from its vectors."
     )
 
 

@@ -67,6 +67,7 @@ __all__ = [
     "Settings",
     "WATCHED_FILES",
     "check_parameters",
+    "describe_card",
     "describe_model",
     "find_settings",
     "list_local_files",
@@ -151,9 +152,9 @@ def find_settings(
 ) -> Settings:
     """Return the settings of an estimator, from its lease where nothing has changed.
 
-    An `adapter` that `fit` learned replaces that of the model's folder; `fitted` is the `model_`
-    of then. Raises TypeError and ValueError for parameters, ModelNotFoundError and CheckpointError
-    for the model's files, and if they are others than `fit` saw.
+    An `adapter` that `fit` learned replaces that of the model's folder; `fitted` is what it was
+    fitted with: `model_`, and `auto` of `_card`. Raises TypeError and ValueError for parameters,
+    ModelNotFoundError and CheckpointError for the model's files, also for others than `fit` saw.
     """
     key = _make_key(parameters, adapter)
     try:
@@ -180,7 +181,7 @@ def _check_fitted(fitted: Mapping[str, Any], settings: Settings) -> None:
     now, adapter = settings.model.key.fingerprint, settings.model.adapter
     own = "" if adapter is None else adapter.fingerprint
     same = base[:CONTENT_DIGITS] == now[:CONTENT_DIGITS] and learned == own
-    then = fitted.get("auto", {})
+    then = fitted["auto"]
     changed = [n for n, value in settings.automatic.items() if n in then and then[n] != value]
     if changed or not same:
         raise describe_change(fitted, settings.model.source, now, own, changed if same else ())
@@ -423,9 +424,8 @@ def name_base(source: ModelSource) -> str:
     return str(source.folder) if Path(source.name).expanduser().is_dir() else source.name
 
 
-def describe_model(settings: Settings) -> dict[str, Any]:
+def describe_model(resolved: ResolvedModel) -> dict[str, Any]:
     """Return the `model_` attribute of an estimator."""
-    resolved = settings.model
     key, backbone = resolved.key, resolved.config.backbone
     layers = backbone["num_hidden_layers"]
     return {
@@ -438,9 +438,12 @@ def describe_model(settings: Settings) -> dict[str, Any]:
         "dtype": key.dtype,
         "device": ", ".join(each.device for each in (key, *resolved.replicas)),
         "attention_path": key.attention_path,
-        "instructions": settings.learned,
-        "auto": dict(settings.automatic),
     }
+
+
+def describe_card(settings: Settings) -> dict[str, Any]:
+    """Return the `_card` attribute of an estimator."""
+    return {"instructions": settings.learned, "auto": dict(settings.automatic)}
 
 
 def load_resolved(resolved: ResolvedModel, lease: Lease | None = None) -> list[LoadedModel]:
