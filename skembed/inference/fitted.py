@@ -11,7 +11,12 @@ from typing import Any
 
 from skembed.exceptions import CheckpointError
 from skembed.model.checkpoint import WeightFiles
-from skembed.model.sources import BUNDLED_MODELS, CONTENT_DIGITS, ModelSource
+from skembed.model.sources import (
+    BUNDLED_MODELS,
+    CONTENT_DIGITS,
+    ModelSource,
+    has_same_content,
+)
 
 __all__ = ["describe_change"]
 
@@ -45,7 +50,9 @@ def describe_change(
             back = "Install the release of skembed that it was fitted with"
         elif revision is not None and adapter is None:
             back = f"Pass revision={revision!r}"
-    also = " Its adapter was trained on another model." if adapter else ""
+    base = fitted["fingerprint"].partition("+")[0]
+    is_other_base = bool(adapter) and not has_same_content(base, fingerprint)
+    also = " Its adapter was trained on another model." if is_other_base else ""
     return CheckpointError(
         f"This {_OWNER} was fitted with {_describe_model(name, revision, fitted['fingerprint'])}, "
         f"and {what}.{also} What was learned from old vectors does not fit new ones. {back}, or "

@@ -231,7 +231,7 @@ def _resolve(
             adapter = _read_adapter(source.adapter_folder, model, files, lease)
     requests = _make_requests(parameters, prompts, replace(model, adapter=adapter))
     advice = "" if learned else _advise_instructions(source, requests)
-    shown = _show_prompts(automatic, prompts)
+    shown = _show_automatic(automatic, prompts, card)
     dim = parameters.truncate_dim or config.hidden_size
     return Settings(
         parameters, model, requests, shown, prompts, learned, dim, files, warning, advice
@@ -262,9 +262,13 @@ def _fill_parameters(
     return values, card.find_prompts(given)
 
 
-def _show_prompts(automatic: Mapping[str, Any], prompts: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of "auto" with prompts in place of the instructions they stand for."""
+def _show_automatic(
+    automatic: Mapping[str, Any], prompts: Mapping[str, str], card: ModelCard
+) -> dict[str, Any]:
+    """Return the values of "auto", with the folder's own word on instructions."""
     shown = dict(automatic)
+    if "document_instruction" in shown:  # not that of a task which the user named
+        shown["document_instruction"] = card.values.get("document_instruction")
     queries = {side: prompt for side, prompt in prompts.items() if side != "document"}
     if queries:
         shown["instruction"] = queries

@@ -177,14 +177,16 @@ def _looks_like_hub_id(name: str) -> bool:
 
 def _download(name: str, revision: str | None) -> ModelSource:
     """Return a hub repository's folder: asked for once in a process, so that it cannot change."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    key = (snapshot_download, name, revision)  # with another client, another hub
-    found = _found.get(key)
-    if found is None or not (found.folder / CONFIG_FILE).is_file():  # the cache was cleaned
-        found = _fetch(name, revision if found is None else found.revision)
-        found = _found.setdefault(key, found)  # of two threads, the first one decides
-        logger.info("hub model %s resolved to commit %s", name, found.revision)
+    hub = (snapshot_download, constants.HF_HUB_CACHE, name)  # with another client, another hub
+    found = _found.get((*hub, revision))
+    if found is None:
+        fetched = _fetch(name, revision)
+        found = _found.setdefault((*hub, revision), fetched)  # of two threads, the first decides
+        _found.setdefault((*hub, found.revision), found)
+    elif not (found.folder / CONFIG_FILE).is_file():  # the cache was cleaned
+        _fetch(name, found.revision)
     return found
 
 
@@ -223,6 +225,7 @@ def _fetch(name: str, revision: str | None) -> ModelSource:
             "other kind runs), download it on a connected machine with `hf download`, copy the "
             "folder, and pass its path as `model`; or use the bundled 'skembed-mini'."
         ) from error
+    logger.info("hub model %s resolved to commit %s", name, folder.name)
     return ModelSource(name, folder, folder.name)
 
 
