@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -49,10 +50,11 @@ class MTEBEncoder:
         `encode_query` and documents through `encode_document`, if present.
     instructions : "auto", None, or dict of str to str, default="auto"
         Instructions by name of the mteb task, where the vectorizer takes one. "auto" leaves a
-        vectorizer with an `instruction` of its own as it is, and else takes the task's from
-        `skembed.instructions`; for a task unknown there, the prompt that mteb has for it, if any.
-        A dict (task texts, or names of known tasks) overrides these and the vectorizer's own. None
-        leaves every vectorizer as it is.
+        vectorizer with an `instruction` of its own as it is, and one whose model learned none (as
+        the bundled one); else it takes the task's from `skembed.instructions`, or for a task
+        unknown there the prompt that mteb has for it, if any. A dict (task texts, or names of
+        known tasks) overrides these and the vectorizer's own. None leaves every vectorizer as it
+        is.
     name : str, optional
         Name of the model in mteb's results; None makes one from the vectorizer.
     revision : str, optional
@@ -73,7 +75,9 @@ class MTEBEncoder:
     --------
     >>> from skembed import NVEmbedVectorizer
     >>> from skembed.mteb import MTEBEncoder
-    >>> encoder = MTEBEncoder(NVEmbedVectorizer())
+    >>> MTEBEncoder(NVEmbedVectorizer()).instructions_for("NFCorpus", "Retrieval")
+    (None, None)
+    >>> encoder = MTEBEncoder(NVEmbedVectorizer(), instructions={"NFCorpus": "NFCorpus"})
     >>> encoder.instructions_for("NFCorpus", "Retrieval")
     ('Given a question, retrieve relevant documents that answer the question', None)
     """
@@ -181,7 +185,7 @@ class MTEBEncoder:
         if self.instructions is None or "instruction" not in parameters:
             return None, None
         text = self.instructions.get(task) if isinstance(self.instructions, Mapping) else None
-        if text is None and parameters["instruction"] is not None:
+        if text is None and not self._wants_instruction(parameters["instruction"]):
             return None, None
         text = find_task(task) if text is None else text
         if text is not None:
@@ -192,6 +196,15 @@ class MTEBEncoder:
         if isinstance(prompt, Mapping):
             return prompt.get("query") or None, prompt.get("document") or None
         return prompt or None, None if task_type in _ASYMMETRIC else prompt or None
+
+    def _wants_instruction(self, own: str | None) -> bool:
+        """Return whether a task's instruction helps a vectorizer whose parameter is `own`."""
+        if not isinstance(self.vectorizer, NVEmbedVectorizer):
+            return own is None
+        if own != "auto":  # None too, which a user has to write
+            return False
+        card = _fit(self.vectorizer)._card
+        return bool(card["instructions"]) and not card["auto"]["instruction"]
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Return the cosine similarity of all rows with all rows; called by mteb.
@@ -245,6 +258,7 @@ class MTEBEncoder:
         if self._meta is None:
             module = _import_mteb("mteb.models.model_meta")
             model = _describe(self.vectorizer)
+            takes = "instruction" in _get_parameters(self.vectorizer)
             key = (model.get("fingerprint"), self.vectorizer, self.instructions)
             self._meta = module.ModelMeta.create_empty(
                 {
@@ -253,7 +267,7 @@ class MTEBEncoder:
                     "embed_dim": model.get("dim"),
                     "similarity_fn_name": module.ScoringFunction.COSINE,
                     "framework": ["PyTorch", "safetensors"] if "fingerprint" in model else [],
-                    "use_instructions": "instruction" in _get_parameters(self.vectorizer),
+                    "use_instructions": takes and bool(model.get("instructions", True)),
                 }
             )
         return self._meta
@@ -276,24 +290,28 @@ def _instruct(vectorizer: Any, query: str | None, document: str | None) -> Any:
     texts = {"instruction": query, "document_instruction": document}
     parameters = _get_parameters(vectorizer)
     changes = {k: text for k, text in texts.items() if text is not None and k in parameters}
-    return _copy(vectorizer).set_params(**changes) if changes else vectorizer
+    if not changes:
+        return vectorizer
+    # Shares weights and fitted values; a clone would lose an adapter.
+    return copy.copy(vectorizer).set_params(**changes)
 
 
-def _copy(vectorizer: Any) -> Any:
-    """Return a copy that shares weights and fitted values; a clone would lose an adapter."""
-    copied = object.__new__(type(vectorizer))
-    copied.__dict__.update(vectorizer.__dict__)
-    return copied
+def _fit(vectorizer: NVEmbedVectorizer) -> NVEmbedVectorizer:
+    """Return a vectorizer that knows its model: itself, or a fitted copy of a frozen one.
+
+    That reads the configuration, no weights.
+    """
+    return vectorizer if hasattr(vectorizer, "_card") else copy.copy(vectorizer).fit(["text"])
 
 
 def _describe(vectorizer: Any) -> dict[str, Any]:
     """Return the name of a vectorizer and, for models of this package, fingerprint and width."""
     if not isinstance(vectorizer, NVEmbedVectorizer):
         return {"name": type(vectorizer).__name__}
-    if not hasattr(vectorizer, "model_"):  # frozen: `fit` reads the configuration, no weights
-        vectorizer = _copy(vectorizer).fit(["text"])
+    vectorizer = _fit(vectorizer)
     return {
         "name": Path(str(vectorizer.model_["name"])).name,
         "fingerprint": vectorizer.model_["fingerprint"],
+        "instructions": vectorizer._card["instructions"],
         "dim": int(vectorizer.embedding_dim_),
     }

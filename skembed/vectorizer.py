@@ -23,26 +23,27 @@ from skembed._validation import (
 )
 from skembed.cache.embedding_cache import EmbeddingCache, resolve_cache
 from skembed.exceptions import SkembedWarning
-from skembed.inference.encoder import Encoder, warn_truncated
-from skembed.inference.registry import Lease
-from skembed.inference.saving import read_settings, save_vectorizer
+from skembed.inference.card import read_settings
+from skembed.inference.encoder import EncoderMixin, warn_truncated
+from skembed.inference.saving import save_vectorizer
 from skembed.inference.settings import (
     OWNER,
     RULES,
-    Parameters,
     Settings,
-    check_settings,
+    describe_card,
     describe_model,
     find_settings,
     load_resolved,
-    pack_model,
 )
+from skembed.model.sources import resolve_source
 from skembed.streaming.stream import ROWS_PER_SHARD, StreamReport, write_embeddings
 from skembed.training.examples import Examples, TrainingTask, read_task
 from skembed.training.fit import check_run, fit_adapter
 from skembed.training.trainer import ContrastiveTrainer, check_trainer
 
 __all__ = ["NVEmbedVectorizer"]
+
+_BARE = "{instruction}"  # a template; the model's own is known when its folder was read
 
 
 def _read_trainer(value: Any, *, name: str, owner: str) -> ContrastiveTrainer | str | None:
@@ -53,7 +54,11 @@ def _read_trainer(value: Any, *, name: str, owner: str) -> ContrastiveTrainer | 
 
 
 class NVEmbedVectorizer(
-    CheckedParameters, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+    CheckedParameters,
+    EncoderMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    BaseEstimator,
 ):
     r"""Embed texts with a bidirectional Mistral and latent-attention pooling (NV-Embed).
 
@@ -66,22 +71,26 @@ class NVEmbedVectorizer(
     model : str or path, default="skembed-mini"
         The bundled model, a local folder, or a hub id such as ``"nvidia/NV-Embed-v2"``. A folder
         holds NV-Embed's layout, a plain Mistral model, or what `save_pretrained` wrote.
-    instruction : str, optional
+    instruction : str or None, default="auto"
         Task that the texts are compared for, put in front of each and kept out of the pool;
         or the name of a known task ("STS", "Banking77", "NFCorpus"; see `skembed.instructions`).
-    document_instruction : str, optional
-        The same for `encode_document` and the second text of a pair. None leaves documents bare,
-        except where `instruction` names a task that has an instruction on both sides.
-    instruction_template : str, default="Instruct: {instruction}\\nQuery: "
-        Format of an instruction in front of a text.
+        None puts nothing in front. "auto", here and below, is what the model's folder says (see
+        Notes); else None.
+    document_instruction : str or None, default="auto"
+        The same for `encode_document` and the second text of a pair. None leaves documents bare;
+        so does "auto" where the folder says nothing, unless `instruction` names a task that has
+        an instruction on both sides.
+    instruction_template : str, default="auto"
+        Format of an instruction in front of a text; else "Instruct: {instruction}\\nQuery: ".
     pooling : {"latent", "mean", "eos", "multilayer"}, optional
         From token vectors to one vector. None takes the checkpoint's.
-    max_length : int, default=512
-        Longest text in tokens, instruction included; the rest is cut off and warned about.
-    truncate_dim : int, optional
-        Keep the first dimensions only, before normalisation.
-    normalize : bool, default=True
-        Scale each vector to unit length.
+    max_length : int or "auto", default="auto"
+        Longest text in tokens, instruction included; the rest is cut off and warned about. Else
+        512.
+    truncate_dim : int or None, default="auto"
+        Keep the first dimensions only, before normalisation; else all.
+    normalize : bool or "auto", default="auto"
+        Scale each vector to unit length; else True.
     missing : {"error", "empty", "zero", "nan"}, default="error"
         Result for None and NaN: an error, the vector of the empty text, zeros, or NaN.
     trainer : "auto", None or ContrastiveTrainer, default="auto"
@@ -100,7 +109,8 @@ class NVEmbedVectorizer(
         Store of vectors: none, in bounded memory of the process, or in an SQLite file that
         several processes may share.
     revision : str, optional
-        Commit, tag or branch of a hub id. Known models are pinned to their published commit.
+        Commit, tag or branch of a hub id. None takes the published commit of a known model, and
+        of others the commit that the main branch has at first use: clones and pickles keep it.
     store_weights : bool, default=False
         Put the model's files into pickles, so that they open on a machine without the model.
     n_jobs : int, optional
@@ -120,7 +130,8 @@ class NVEmbedVectorizer(
         Width of one embedding after truncation.
     model_ : dict
         Model in use: `name`, `revision`, `fingerprint` (the adapter's included), `architecture`,
-        `pooling`, `hidden_size`, `dtype`, `device` and `attention_path`.
+        `pooling`, `hidden_size`, `dtype`, `device` and `attention_path`. A fitted estimator whose
+        model has other weights at its next use raises CheckpointError.
     adapter_ : Adapter
         Weights that a training `fit` learned.
     history_ : TrainingHistory
@@ -135,6 +146,10 @@ class NVEmbedVectorizer(
     -----
     The same text gives the same vector in any batch, order or subset: within 1e-5 in float32 and
     within 5e-3 per component in bfloat16.
+
+    "auto" is what skembed.json says, which `save_pretrained` writes, and then the files of
+    sentence-transformers: prompts, `max_seq_length`, a Normalize module. A model that learned no
+    instructions, such as the bundled one, gets none unless you name one, with a warning.
 
     Unlike the reference, the mean over tokens is taken in float32 and the latent layer runs in a
     folded form (see `skembed.pooling`); both are exact algebra.
@@ -160,13 +175,13 @@ class NVEmbedVectorizer(
         self,
         model: str | os.PathLike[str] = "skembed-mini",
         *,
-        instruction: str | None = None,
-        document_instruction: str | None = None,
-        instruction_template: str = "Instruct: {instruction}\nQuery: ",
+        instruction: str | None = "auto",
+        document_instruction: str | None = "auto",
+        instruction_template: str = "auto",
         pooling: str | None = None,
-        max_length: int = 512,
-        truncate_dim: int | None = None,
-        normalize: bool = True,
+        max_length: int | str = "auto",
+        truncate_dim: int | str | None = "auto",
+        normalize: bool | str = "auto",
         missing: str = "error",
         trainer: str | ContrastiveTrainer | None = "auto",
         device: str | Sequence[str] = "auto",
@@ -237,11 +252,10 @@ class NVEmbedVectorizer(
         # A trainer always trains; "auto" on pairs and rows, which are lists of tuples alone.
         if isinstance(trainer, ContrastiveTrainer) or (trainer and holds_rows(X, subject=subject)):
             trainer = ContrastiveTrainer() if trainer == "auto" else trainer
-            query, document = checked.instruction, checked.document_instruction
-            task = TrainingTask(X, y, instruction=query, document_instruction=document)
-            template = checked.instruction_template
-            examples = read_task(task, trainer, template=template, owner=OWNER, missing=missing)
-            return self._train([examples], trainer, X, n_columns=examples.columns.shape[1])
+            task = TrainingTask(X, y)
+            examples = read_task(task, trainer, template=_BARE, owner=OWNER, missing=missing)
+            n_columns = examples.columns.shape[1]
+            return self._train([examples], trainer, X, n_columns=n_columns, own_prefix=True)
         columns = check_texts(X, owner=OWNER, missing=missing)
         if hasattr(self, "adapter_"):
             warnings.warn(
@@ -252,7 +266,8 @@ class NVEmbedVectorizer(
                 stacklevel=2,
             )
             del self.adapter_, self.history_
-        return self._set_fitted(self._make_encoder().settings, X, len(columns.columns))
+        settings = self._make_encoder(anew=True).settings
+        return self._set_fitted(settings, X, len(columns.columns))
 
     def fit_tasks(self, tasks: Sequence[TrainingTask]) -> NVEmbedVectorizer:
         """Fine-tune on several tasks at once, each with instructions of its own.
@@ -273,7 +288,7 @@ class NVEmbedVectorizer(
             As `fit`; a bad task is named by its position.
         """
         checked = self._checked()
-        trainer, template = checked.trainer, checked.instruction_template
+        trainer = checked.trainer
         trainer = ContrastiveTrainer() if trainer == "auto" else trainer
         if trainer is None:
             raise ValueError(
@@ -286,36 +301,53 @@ class NVEmbedVectorizer(
                 f"{type(tasks).__name__ if not isinstance(tasks, Sequence) else 'an empty one'}."
             )
         examples = [
-            read_task(task, trainer, template=template, owner=OWNER, index=index)
+            read_task(task, trainer, template=_BARE, owner=OWNER, index=index)
             for index, task in enumerate(tasks)
         ]
-        return self._train(examples, trainer, None, n_columns=1)
+        return self._train(examples, trainer, None, n_columns=1, own_prefix=False)
 
     def _train(
-        self, examples: list[Examples], trainer: ContrastiveTrainer, X: Any, *, n_columns: int
+        self,
+        examples: list[Examples],
+        trainer: ContrastiveTrainer,
+        X: Any,
+        *,
+        n_columns: int,
+        own_prefix: bool,
     ) -> NVEmbedVectorizer:
-        """Train an adapter and use it; nothing here changes if training fails."""
-        check_run(examples, trainer)
+        """Train an adapter and use it; nothing here changes if training fails.
+
+        The examples' prefixes are task texts; with `own_prefix` those of `transform` replace them.
+        """
         initial = getattr(self, "adapter_", None) if trainer.warm_start else None
         lease = self._shared_lease()
         settings = find_settings(self._parameters(), lease, initial)
         if settings.warning:
             warnings.warn(settings.warning, SkembedWarning, stacklevel=3)
-        resolved = settings.model
+        resolved, max_length = settings.model, settings.parameters.max_length
+        template = settings.parameters.instruction_template
+        fronts = {side: request.prefix for side, request in settings.requests.items()}
+        examples = [e.complete_prefixes(template, fronts if own_prefix else None) for e in examples]
+        check_run(examples, trainer)
         (base,) = load_resolved(replace(resolved, adapter=None, replicas=()), lease)
         result = fit_adapter(
             base,
             resolved.source,
             examples,
             trainer,
-            max_length=settings.parameters.max_length,
+            max_length=max_length,
             initial=resolved.adapter,
             progress=trainer.verbose or settings.parameters.verbose,
         )
-        self.adapter_, self.history_ = result.adapter, result.history
-        trained = replace(settings, model=replace(resolved, adapter=result.adapter))
+        adapter = result.adapter
+        adapter.instructions = settings.learned or any(
+            e.query_prefix or e.document_prefix for e in examples
+        )
+        self.adapter_, self.history_ = adapter, result.history
+        model = replace(resolved, adapter=adapter)
+        trained = replace(settings, model=model, learned=adapter.instructions)
         self._set_fitted(trained, X, n_columns)
-        warn_truncated(result.n_truncated, result.n_texts, self.max_length, stacklevel=4)
+        warn_truncated(result.n_truncated, result.n_texts, max_length, stacklevel=4)
         if result.history.stopped == "interrupted":
             warnings.warn(
                 f"Training was interrupted after {len(result.history)} steps; the adapter is the "
@@ -334,11 +366,13 @@ class NVEmbedVectorizer(
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         self.embedding_dim_ = settings.dim
-        self.model_ = describe_model(settings.model)
+        self.model_, self._card = describe_model(settings.model), describe_card(settings)
         return self
 
     def transform(self, X: Any) -> np.ndarray:
         """Embed texts, `instruction` in front; of several columns, all but the first as documents.
+
+        Where no `instruction` is given, the default prompt of the model's folder, if it has one.
 
         Parameters
         ----------
@@ -378,11 +412,11 @@ class NVEmbedVectorizer(
                 f"X has {len(columns.columns)} text columns, but {OWNER} was fitted with {seen}. "
                 "Pass the same columns, or fit again."
             )
-        return self._embed(columns, ("query", "document"))
+        return self._embed(columns, ("text", "document"))
 
     @name_our_words
     def encode_query(self, X: Any) -> np.ndarray:
-        """Embed queries, `instruction` in front; the same as `transform` of single texts.
+        """Embed queries, `instruction` in front: as `transform`, or with the folder's own prompt.
 
         Parameters
         ----------
@@ -506,7 +540,7 @@ class NVEmbedVectorizer(
         """
         self._check_trained()
         return write_embeddings(
-            self._make_encoder(),
+            self._make_encoder(embeds=True),
             X,
             path,
             format=format,
@@ -567,29 +601,6 @@ class NVEmbedVectorizer(
         tags.requires_fit = isinstance(self.trainer, ContrastiveTrainer)
         return tags
 
-    def __sklearn_clone__(self) -> NVEmbedVectorizer:
-        """Return a clone that shares the lease: folds and grid points find the weights loaded."""
-        clone = super().__sklearn_clone__()
-        clone.__dict__["_lease"] = self._shared_lease()
-        return clone
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return parameters and fitted values; the model's files too where `store_weights`."""
-        state = dict(super().__getstate__())
-        state.pop("_lease", None)
-        if self.store_weights is not False:
-            parameters = check_settings(self._parameters())
-            if parameters.store_weights:
-                state["_stored_files"] = pack_model(parameters, self._shared_lease())
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, and note that the device may be another machine's."""
-        state = dict(state)
-        stored = state.pop("_stored_files", None)
-        super().__setstate__(state)
-        self.__dict__["_lease"] = Lease(stored, from_pickle=True)
-
     def save_pretrained(self, path: str | os.PathLike[str], *, merge: bool = False) -> None:
         """Write a folder that `from_pretrained`, or `model=path`, reads.
 
@@ -621,7 +632,10 @@ class NVEmbedVectorizer(
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **parameters: Any) -> NVEmbedVectorizer:
-        """Return a vectorizer for a folder, with the settings saved in it.
+        """Return a vectorizer for a folder, with the settings saved in it as its parameters.
+
+        Its vectors are those of ``NVEmbedVectorizer(path)``, which leaves the parameters "auto".
+        This looks for the folder at once, and takes the saved `missing` too.
 
         Parameters
         ----------
@@ -639,11 +653,15 @@ class NVEmbedVectorizer(
         ------
         ModelNotFoundError
             If there is no such folder, or an adapter's base model cannot be found.
+        CheckpointError
+            If skembed.json in the folder holds a value that its parameter does not allow.
         TypeError
             If a parameter is not one of the class.
         """
         path = check_path(path, name="path", owner=f"{OWNER}.from_pretrained")
-        saved = read_settings(path, parameters.get("revision"))
+        source = resolve_source(path, parameters.get("revision"))
+        saved = read_settings(source.adapter_folder or source.folder)
+        saved.pop("instructions", None)
         return cls(path, **{**saved, **parameters})
 
     def _encode_one_side(self, X: Any, side: str) -> np.ndarray:
@@ -661,10 +679,12 @@ class NVEmbedVectorizer(
         self, columns: TextColumns, sides: tuple[str, ...], *, stacklevel: int = 5
     ) -> np.ndarray:
         """Embed each column for its side and put the vectors side by side."""
-        encoder = self._make_encoder(stacklevel=stacklevel)
+        encoder = self._make_encoder(stacklevel=stacklevel, embeds=True)
         vectors, report = encoder.embed(columns, sides)
-        max_length = encoder.settings.parameters.max_length
-        warn_truncated(report.n_truncated, report.n_embedded, max_length, stacklevel=stacklevel)
+        if report.n_truncated:
+            n_cut, n_texts = report.n_truncated, report.n_embedded
+            max_length = encoder.settings.parameters.max_length
+            warn_truncated(n_cut, n_texts, max_length, stacklevel=stacklevel)
         return vectors
 
     def _check_trained(self) -> None:
@@ -676,20 +696,3 @@ class NVEmbedVectorizer(
                 f"This {OWNER} has a trainer and is not fitted yet. Call `fit` first, or pass "
                 "`trainer=None` to use the model frozen."
             )
-
-    def _make_encoder(self, *, stacklevel: int = 3) -> Encoder:
-        """Return the encoder for the current parameters; loads no base weights."""
-        lease = self._shared_lease()
-        settings = find_settings(self._parameters(), lease, getattr(self, "adapter_", None))
-        if settings.warning:
-            warnings.warn(settings.warning, SkembedWarning, stacklevel=stacklevel)
-        return Encoder(settings, lease, resolve_cache(self.cache))
-
-    def _parameters(self) -> Parameters:
-        """Return the parameters that embedding depends on, unchecked."""
-        return Parameters(*(getattr(self, name) for name in Parameters._fields))
-
-    def _shared_lease(self) -> Lease:
-        """Return the lease that keeps weights loaded while this estimator or a clone lives."""
-        lease: Lease | None = self.__dict__.get("_lease")
-        return self.__dict__.setdefault("_lease", Lease()) if lease is None else lease

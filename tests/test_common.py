@@ -51,7 +51,7 @@ def test_only_use_asks_for_weights(emb: NVEmbedVectorizer) -> None:
     twin = clone(emb)
     assert "nvembed-tiny" in repr(twin)
     assert twin._repr_html_()
-    assert twin.get_params()["max_length"] == 512
+    assert twin.get_params()["max_length"] == "auto"
     twin.set_params(max_length=16)
     twin.fit(TEXTS)
     assert twin.get_feature_names_out().shape == (DIM,)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
+from paths import GOLDEN
+from sklearn.base import clone
 from sklearn.decomposition import TruncatedSVD
 from sklearn.exceptions import NotFittedError
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -517,10 +520,14 @@ def test_names_of_the_english_benchmark_are_known() -> None:
         assert task is None or INSTRUCTIONS[task].task_type == kinds[name], name
 
 
+ADVICE = "The model 'skembed-mini' learned no instructions"
+
+
+@pytest.mark.filterwarnings(f"ignore:{ADVICE}:skembed.SkembedWarning")
 def test_an_instruction_changes_the_vectors_and_shares_the_weights() -> None:
     cache = EmbeddingCache()
     vectorizer = NVEmbedVectorizer(cache=cache)
-    encoder = MTEBEncoder(vectorizer)
+    encoder = MTEBEncoder(vectorizer, instructions={"STS12": "STS"})
     task = make_task(STS, "STS", "STS12")
     inputs = [{"text": ["a cat", "a dog"]}, {"text": ["a cat"]}]
     options = {"task_metadata": task.metadata, "hf_split": "test", "hf_subset": "default"}
@@ -528,10 +535,46 @@ def test_an_instruction_changes_the_vectors_and_shares_the_weights() -> None:
     same = NVEmbedVectorizer(instruction="STS", cache=cache)
     np.testing.assert_array_equal(found, same.transform(["a cat", "a dog", "a cat"]))
     assert np.abs(found[0] - vectorizer.transform(["a cat"])[0]).max() > 1e-3
-    assert vectorizer.instruction is None
+    assert vectorizer.instruction == "auto"
     assert len(cache) == 3, "the copy embeds with the same model into the same cache"
 
 
+def encode(encoder: MTEBEncoder, name: str = "STS12", prompt: Any = None) -> np.ndarray:
+    options = {"hf_split": "test", "hf_subset": "default"}
+    task = make_task(STS, "STS", name, prompt)
+    return encoder.encode([{"text": ["a cat"]}], task_metadata=task.metadata, **options)
+
+
+@pytest.mark.parametrize("name", ["STS12", "LocalSTS"])
+def test_a_model_without_instructions_gets_none(name: str, vectorizer: NVEmbedVectorizer) -> None:
+    bare = vectorizer.transform(["a cat"])
+    for own in ("auto", None):
+        encoder = MTEBEncoder(clone(vectorizer).set_params(instruction=own))
+        np.testing.assert_array_equal(encode(encoder, name, "Compare these two texts"), bare)
+        assert not encoder.mteb_model_meta.use_instructions
+
+
+def test_a_model_with_instructions_gets_the_task_s() -> None:
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+    emb = NVEmbedVectorizer(GOLDEN, **options)
+    instructed = NVEmbedVectorizer(GOLDEN, instruction="STS", **options).transform(["a cat"])
+    np.testing.assert_array_equal(encode(MTEBEncoder(emb)), instructed)
+    assert MTEBEncoder(emb).mteb_model_meta.use_instructions
+    none = MTEBEncoder(clone(emb).set_params(instruction=None))
+    np.testing.assert_array_equal(encode(none), emb.transform(["a cat"])), "None wins"
+
+
+def test_an_instruction_that_the_user_names_brings_one_warning() -> None:
+    encoder = MTEBEncoder(NVEmbedVectorizer(), instructions={"STS12": "STS"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            encode(encoder)
+    assert [str(w.message)[: len(ADVICE)] for w in caught] == [ADVICE]
+    assert "filterwarnings('ignore'" in str(caught[0].message)
+
+
+@pytest.mark.filterwarnings(f"ignore:{ADVICE}:skembed.SkembedWarning")
 def test_a_trained_adapter_is_used() -> None:
     pytest.importorskip("peft")
     trainer = ContrastiveTrainer(max_steps=2, batch_size=4, random_state=0)
@@ -542,7 +585,8 @@ def test_a_trained_adapter_is_used() -> None:
     trained.fit(pairs)
     task = make_task(STS, "STS", "LocalSTS", "Compare these two texts")
     options = {"task_metadata": task.metadata, "hf_split": "test", "hf_subset": "default"}
-    found = MTEBEncoder(trained).encode([{"text": ["a cat"]}], **options)
+    encoder = MTEBEncoder(trained, instructions={"LocalSTS": "Compare these two texts"})
+    found = encoder.encode([{"text": ["a cat"]}], **options)
     trained.set_params(instruction="Compare these two texts")
     np.testing.assert_array_equal(found, trained.transform(["a cat"]))
     frozen = NVEmbedVectorizer(instruction="Compare these two texts").transform(["a cat"])

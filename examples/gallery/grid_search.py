@@ -3,12 +3,12 @@ Grid search
 ===========
 
 Search over the parameters of model and classifier together. What a grid search repeats, the cache
-has already: each text goes through the model once for each instruction, however large the grid.
+has already: each text goes through the model once for each pooling, however large the grid.
 """
 
 # %%
 # A pipeline of embeddings and a classifier, and a grid over three parameters: how many dimensions
-# to keep, how strongly to regularise, and which instruction to give.
+# to keep, how strongly to regularise, and how to pool the tokens.
 
 import numpy as np
 
@@ -31,7 +31,7 @@ pipe = Pipeline(
 )
 grid = {
     "emb__truncate_dim": [32, 64, 128, 256, None],
-    "emb__instruction": [None, "Identify the topic of the documentation of a function"],
+    "emb__pooling": ["latent", "mean"],
     "clf__C": [1, 10, 100],
 }
 cv = StratifiedGroupKFold(4, shuffle=True, random_state=0)
@@ -52,7 +52,7 @@ print(f"{n_fits} fits of {len(texts)} texts: {len(cache)} vectors were computed"
 # The scores
 # ----------
 #
-# One panel for each instruction. Dimensions are cut from the end and the rest is scaled to unit
+# One panel for each pooling. Dimensions are cut from the end and the rest is scaled to unit
 # length again.
 
 from matplotlib import pyplot as plt
@@ -63,10 +63,10 @@ params = search.cv_results_["params"]
 figure, panels = plt.subplots(
     1, 2, figsize=(7.2, 3.8), sharey=True, layout="constrained", squeeze=False
 )
-for panel, instruction in zip(panels[0], grid["emb__instruction"], strict=True):
+for panel, pooling in zip(panels[0], grid["emb__pooling"], strict=True):
     table = np.full((len(dims), len(strengths)), np.nan)
     for score, choice in zip(scores, params, strict=True):
-        if choice["emb__instruction"] == instruction:
+        if choice["emb__pooling"] == pooling:
             row = dims.index(choice["emb__truncate_dim"])
             table[row, strengths.index(choice["clf__C"])] = score
     panel.imshow(table, cmap="viridis", vmin=scores.min(), vmax=scores.max(), aspect="auto")
@@ -76,5 +76,5 @@ for panel, instruction in zip(panels[0], grid["emb__instruction"], strict=True):
         panel.text(column, row, f"{score:.3f}", ha="center", va="center", color=color)
     panel.set_xticks(range(len(strengths)), strengths)
     panel.set_yticks(range(len(dims)), ["all" if dim is None else dim for dim in dims])
-    panel.set(xlabel="C", title="no instruction" if instruction is None else "with instruction")
+    panel.set(xlabel="C", title=f"{pooling} pooling")
 _ = panels[0, 0].set_ylabel("dimensions")

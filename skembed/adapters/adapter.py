@@ -74,19 +74,23 @@ class Adapter:
         Weights of the pooling layer where it was trained, else empty.
     base_fingerprint : str
         The model it was trained on.
+    instructions : bool
+        Whether it was trained with instructions; a folder says so in its skembed.json.
     """
 
     settings: LoraSettings
     lora: dict[str, Tensor]
     pooling: dict[str, Tensor]
     base_fingerprint: str
+    instructions: bool = False
     _views: list[LoadedModel] = field(default_factory=list, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False)
     _fits: NVEmbedConfig | None = field(default=None, repr=False)  # checked by `check_pooling`
 
     def __getstate__(self) -> dict[str, Any]:
         """Return sizes and weights, without views and base weights."""
-        state = {"settings": self.settings, "base_fingerprint": self.base_fingerprint}
+        state: dict[str, Any] = {"settings": self.settings, "instructions": self.instructions}
+        state["base_fingerprint"] = self.base_fingerprint
         for name in ("lora", "pooling"):
             state[name] = {key: value.numpy() for key, value in getattr(self, name).items()}
         return state
@@ -94,6 +98,7 @@ class Adapter:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the adapter; arrays become tensors again."""
         self.settings, self.base_fingerprint = state["settings"], state["base_fingerprint"]
+        self.instructions = state["instructions"]
         for name in ("lora", "pooling"):
             # Copied: joblib maps files read-only, and torch's own alignment gives equal bits.
             tensors = {key: torch.tensor(value) for key, value in state[name].items()}

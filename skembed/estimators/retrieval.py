@@ -18,8 +18,18 @@ from skembed._validation import (
     check_path,
     parameter_error,
 )
-from skembed.estimators.base import TextEstimatorMixin, check_encoder, make_vectorizer
-from skembed.estimators.saved_index import check_fingerprint, fingerprint_model, read_settings
+from skembed.estimators.base import (
+    TextEstimatorMixin,
+    check_encoder,
+    fit_vectorizer,
+    make_vectorizer,
+)
+from skembed.estimators.saved_index import (
+    Saved,
+    check_fingerprint,
+    fingerprint_model,
+    read_settings,
+)
 from skembed.inference.devices import check_device, choose_search_device
 from skembed.metrics.qrels import (
     check_ids,
@@ -401,7 +411,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         cls,
         path: str | os.PathLike[str],
         *,
-        vectorizer: Any = "saved",
+        vectorizer: Any = Saved.NAME,
         mmap: bool = True,
         verify: bool = False,
         device: str = "auto",
@@ -412,9 +422,9 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         ----------
         path : str or path
             The folder that `save` wrote.
-        vectorizer : "saved", str, path, transformer, encoder or None, default="saved"
+        vectorizer : str, path, transformer, encoder or None, optional
             Encoder of the queries; used as it is, not cloned. It must be the model that embedded
-            the documents. "saved" takes the name that the retriever had as its `vectorizer`.
+            the documents. Left out, it is the model that the retriever had by its name.
         mmap : bool, default=True
             Map the vectors from disk, read-only, instead of reading them; `add` and `remove`
             then make copies in memory.
@@ -435,7 +445,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
             If there is no index.
         ValueError
             If the index is damaged, of another version or of another model, or `vectorizer`
-            is "saved" and the index was built with an object.
+            is left out and the index was built with an object.
         """
         owner = f"{_OWNER}.load"
         path = check_path(path, name="path", owner=owner)
@@ -444,7 +454,7 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         saved = read_index(path, owner=owner, mmap=mmap, verify=verify)
         settings = read_settings(saved, _SAVED_PARAMETERS)
         where = f"The index in {str(saved.folder)!r}"
-        if isinstance(vectorizer, str) and vectorizer == "saved":
+        if vectorizer is Saved.NAME:
             vectorizer = settings["vectorizer"]
             if vectorizer is None and settings["model"] is not None:
                 raise ValueError(
@@ -461,6 +471,8 @@ class Retriever(TextEstimatorMixin, BaseEstimator):
         probe = saved.read("probe", "f4", n_axes=2) if "probe" in saved.arrays else None
         is_model_name = isinstance(vectorizer, (str, os.PathLike))
         model = make_vectorizer(vectorizer, owner=_OWNER) if is_model_name else vectorizer
+        if is_model_name:  # so that it notices other weights later
+            fit_vectorizer(model, ["text"])
         check_fingerprint(model, settings["model"], probe, where=where, owner=_OWNER)
         retriever._set_vectorizer(model, settings["dim"])
         if model is None:

@@ -6,16 +6,18 @@ one, and the vectors of a few fixed texts, which change with weights, pooling an
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 import numpy as np
 
 from skembed._files import check_fields
 from skembed.embedding import embed
+from skembed.model.sources import has_same_content
 from skembed.search.index_file import SavedIndex
 from skembed.similarity import Vectors
 
-__all__ = ["check_fingerprint", "fingerprint_model", "read_settings"]
+__all__ = ["Saved", "check_fingerprint", "fingerprint_model", "read_settings"]
 
 _MODEL_FIELDS = ("name", "fingerprint")
 _PROBES = [
@@ -29,16 +31,26 @@ _PROBES = [
 _LARGEST_DISTANCE = 0.045
 
 
+class Saved(Enum):
+    """The default of `Retriever.load`, apart from all names that a model or folder may have."""
+
+    NAME = "the model named in the index"
+
+
 def fingerprint_model(
     vectorizer: Any, *, owner: str
 ) -> tuple[dict[str, Any] | None, Vectors | None]:
     """Return the name and fingerprint of a model, and the vectors of the probes, (4, dim)."""
     if vectorizer is None:
         return None, None
+    return _describe_model(vectorizer), embed(vectorizer, _PROBES, "document", owner=owner)
+
+
+def _describe_model(vectorizer: Any) -> dict[str, Any]:
+    """Return name and fingerprint of a model; None for each where it has none."""
     model = getattr(vectorizer, "model_", None)
     model = model if isinstance(model, dict) else {}
-    described = {name: _as_text(model.get(name)) for name in _MODEL_FIELDS}
-    return described, embed(vectorizer, _PROBES, "document", owner=owner)
+    return {name: _as_text(model.get(name)) for name in _MODEL_FIELDS}
 
 
 def _as_text(value: Any) -> str | None:
@@ -93,11 +105,13 @@ def check_fingerprint(
             f"{where} was built from embeddings, and does not know their model. Load it with "
             "vectorizer=None, and search with embeddings of the same model."
         )
-    loaded, vectors = fingerprint_model(vectorizer, owner=owner)
-    models = [saved, loaded or {}]
-    fingerprints = {m["fingerprint"] for m in models if m.get("fingerprint")}
-    same = len(fingerprints) < 2 and vectors is not None and vectors.shape == probe.shape
-    if same and vectors is not None:
+    models = [saved, _describe_model(vectorizer)]
+    known = [m["fingerprint"] for m in models if m.get("fingerprint")]
+    same = len(known) < 2 or has_same_content(*known)
+    if same:
+        vectors = embed(vectorizer, _PROBES, "document", owner=owner)
+        same = vectors.shape == probe.shape
+    if same:
         distances = np.linalg.norm(vectors - probe, axis=1)
         lengths = np.maximum(np.linalg.norm(vectors, axis=1), np.linalg.norm(probe, axis=1))
         same = bool((distances <= _LARGEST_DISTANCE * lengths).all())

@@ -34,6 +34,8 @@ StoredModel = tuple[str, str | None, Mapping[str, bytes]]  # `model`, `revision`
 class Lease:
     """Models, cache and settings that an estimator and its clones share; left out of pickles.
 
+    `pins` holds the commit that a hub name means here, by (`model`, `revision`); pickles keep it.
+
     `from_pickle`: the estimator was unpickled, maybe on another machine; `stored` is the model
     that came with it.
     """
@@ -43,6 +45,8 @@ class Lease:
         self.cache: EmbeddingCache | None = None  # stays open until another one is used
         self.adapter: tuple[tuple[Any, ...], Adapter] | None = None
         self.from_pickle = from_pickle
+        self.pins: dict[tuple[str, str | None], str] = {}
+        self.warned: set[str] = set()  # what need not be said again
         self._stored = stored
         self._settings: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._guard = threading.Lock()
@@ -74,6 +78,13 @@ class Lease:
             self._settings.move_to_end(key)
             if len(self._settings) > LEASE_SETTINGS:
                 self._settings.popitem(last=False)
+
+    def find_pin(self, model: Any, revision: Any) -> tuple[tuple[str, str | None], str] | None:
+        """Return a name of the hub, its revision and the commit used for them; None for none."""
+        for key, commit in self.pins.items():
+            if key == (model, revision):
+                return key, commit
+        return None
 
     def find_files(self, model: str, revision: str | None) -> Mapping[str, bytes] | None:
         """Return the model's files from the pickle; None where another model is asked for."""

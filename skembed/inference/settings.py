@@ -1,6 +1,6 @@
 """Settings resolved from parameters: model, device, type, adapter and prefixes.
 
-Reads config.json and hashes files; loads no weights but an adapter's. A lease caches the
+Reads JSON files and hashes all files; loads no weights but an adapter's. A lease caches the
 settings until a parameter, the adapter or a local file changes.
 """
 
@@ -32,6 +32,7 @@ from skembed._validation import (
 from skembed.adapters.adapter import Adapter
 from skembed.adapters.peft_files import read_pooling_kind
 from skembed.exceptions import CheckpointError
+from skembed.inference.card import AUTO, ModelCard, is_auto, read_card
 from skembed.inference.devices import (
     DTYPES,
     check_device,
@@ -42,6 +43,7 @@ from skembed.inference.devices import (
     resolve_dtype,
 )
 from skembed.inference.engine import EmbedRequest, cache_namespace
+from skembed.inference.fitted import describe_change
 from skembed.inference.registry import Lease, StoredModel, registry
 from skembed.instructions import build_prefix, check_template, resolve_instruction
 from skembed.model.config import NVEmbedConfig
@@ -51,13 +53,17 @@ from skembed.model.sources import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     BUNDLED_MODELS,
+    CARD_FILES,
     CONFIG_FILE,
+    CONTENT_DIGITS,
     INDEX_FILE,
     POOLING_FILE,
     TOKENIZER_FILES,
     WEIGHTS_FILE,
     ModelSource,
     fingerprint_weights,
+    has_same_content,
+    holds_files,
     pack_folder,
     read_config,
     read_json,
@@ -75,6 +81,7 @@ __all__ = [
     "Settings",
     "WATCHED_FILES",
     "check_settings",
+    "describe_card",
     "describe_model",
     "find_settings",
     "list_local_files",
@@ -90,6 +97,7 @@ SIDES = ("query", "document")
 WATCHED_FILES = (
     *(CONFIG_FILE, TOKENIZER_FILES[0], INDEX_FILE, WEIGHTS_FILE),
     *(ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, POOLING_FILE),
+    *CARD_FILES,
 )
 FileStates = dict[str, tuple[int, ...] | None]
 
@@ -102,9 +110,9 @@ class Parameters(NamedTuple):
     document_instruction: str | None
     instruction_template: str
     pooling: str | None
-    max_length: int
-    truncate_dim: int | None
-    normalize: bool
+    max_length: Any  # an int, or "auto" until the model's folder was read; as the next two
+    truncate_dim: Any
+    normalize: Any
     missing: str
     device: str | Sequence[str]
     dtype: str
@@ -138,19 +146,29 @@ class ResolvedModel:
 class Settings:
     """All that embedding needs besides the texts and the cache."""
 
-    parameters: Parameters  # checked, as built-in values
+    parameters: Parameters  # checked, as built-in values; none is "auto" that a folder decides
     model: ResolvedModel
     requests: Mapping[str, EmbedRequest]  # of each side: prefix and namespace in the cache
+    automatic: Mapping[str, Any]  # what the folder gave for parameters that are "auto"
+    prompts: Mapping[str, str]  # the folder's, by side, where no parameter replaces them
+    learned: bool  # whether the model learned instructions
     dim: int  # after truncation
     files: FileStates  # of the local files that all this was read from
     warning: str = ""  # what the user is to know of the device at each use
+    advice: str = ""  # and once, of the model
 
 
-def find_settings(parameters: Parameters, lease: Lease, adapter: Adapter | None) -> Settings:
+def find_settings(
+    parameters: Parameters,
+    lease: Lease,
+    adapter: Adapter | None,
+    fitted: Mapping[str, Any] | None = None,
+) -> Settings:
     """Return the settings of an estimator, from its lease where nothing has changed.
 
-    An `adapter` that `fit` learned replaces that of the model's folder. Raises TypeError and
-    ValueError for parameters, ModelNotFoundError and CheckpointError for the model's files.
+    An `adapter` that `fit` learned replaces that of the model's folder; `fitted` is what it was
+    fitted with: `model_`, and `auto` of `_card`. Raises TypeError and ValueError for parameters,
+    ModelNotFoundError and CheckpointError for the model's files, also for others than `fit` saw.
     """
     key = _make_key(parameters, adapter)
     try:
@@ -159,15 +177,29 @@ def find_settings(parameters: Parameters, lease: Lease, adapter: Adapter | None)
         parameters = check_settings(parameters)
         settings = lease.recall(key := _make_key(parameters, adapter))
     if settings is None or read_states(settings.files) != settings.files:
-        settings = _resolve(parameters, lease, adapter)
+        settings = _resolve(parameters, lease, adapter, fitted)
         lease.remember(key, settings)
     folder = settings.model.source.adapter_folder
     if adapter is None and folder is not None:
         adapter = _read_adapter(folder, settings.model, settings.files, lease)
-    if adapter is None:
-        return settings
-    # The lease caches no adapter: that would keep its weights, and the base it is bound to.
-    return replace(settings, model=replace(settings.model, adapter=adapter))
+    if adapter is not None:
+        # The lease caches no adapter: that would keep its weights, and the base it is bound to.
+        settings = replace(settings, model=replace(settings.model, adapter=adapter))
+    if fitted is not None:
+        _check_fitted(fitted, settings)
+    return settings
+
+
+def _check_fitted(fitted: Mapping[str, Any], settings: Settings) -> None:
+    """Raise CheckpointError for other weights, or settings of the folder, than `fit` saw."""
+    base, _, learned = fitted["fingerprint"].partition("+")
+    now, adapter = settings.model.key.fingerprint, settings.model.adapter
+    own = "" if adapter is None else adapter.fingerprint
+    same = base[:CONTENT_DIGITS] == now[:CONTENT_DIGITS] and learned == own
+    then = fitted["auto"]
+    changed = [n for n, value in settings.automatic.items() if n in then and then[n] != value]
+    if changed or not same:
+        raise describe_change(fitted, settings.model.source, now, own, changed if same else ())
 
 
 def _make_key(parameters: Parameters, adapter: Adapter | None) -> tuple[Any, ...]:
@@ -179,7 +211,12 @@ def _make_key(parameters: Parameters, adapter: Adapter | None) -> tuple[Any, ...
     return (*values, *map(type, parameters), gpu, fingerprint)
 
 
-def _resolve(given: Parameters, lease: Lease, adapter: Adapter | None) -> Settings:
+def _resolve(
+    given: Parameters,
+    lease: Lease,
+    adapter: Adapter | None,
+    fitted: Mapping[str, Any] | None,
+) -> Settings:
     """Check parameters and answer every question; the adapter itself is left out."""
     parameters = check_settings(given)
     source = _find_source(parameters, lease)
@@ -188,27 +225,89 @@ def _resolve(given: Parameters, lease: Lease, adapter: Adapter | None) -> Settin
     if pooling is None and source.adapter_folder is not None:
         pooling = read_pooling_kind(source.adapter_folder)
     config = read_config(source, pooling)
+    card = read_card(source, config)
+    automatic, prompts = _fill_parameters(parameters, card, config)
+    parameters = parameters._replace(**automatic)
     _check_sizes(parameters, config)
     devices, warning = _find_devices(parameters.device, from_pickle=lease.from_pickle)
     _check_jobs(parameters.n_jobs, devices)
     keys = _make_model_keys(fingerprint_weights(source), config, devices, parameters.dtype)
     model = ResolvedModel(source, config, keys[0], tuple(keys[1:]))
     if adapter is not None:
+        now = model.key.fingerprint
+        if fitted is not None and not has_same_content(adapter.base_fingerprint, now):
+            raise describe_change(fitted, source, now, adapter.fingerprint)
         adapter.check_base(model.key.fingerprint)
         adapter.check_pooling(config)
-    elif source.adapter_folder is not None:
-        adapter = _read_adapter(source.adapter_folder, model, files, lease)
-    key, length = replace(model, adapter=adapter).full_key, parameters.max_length
-    requests = {}
-    for side in SIDES:
-        instructions = parameters.instruction, parameters.document_instruction
-        prefix = build_prefix(
-            parameters.instruction_template, *instructions, side=side, owner=OWNER
-        )
-        namespace = cache_namespace(key, prefix, length)
-        requests[side] = EmbedRequest(prefix, length, config.hidden_size, namespace)
+        learned = card.learned or adapter.instructions
+    else:
+        learned = bool(card.learned)
+        if source.adapter_folder is not None:
+            adapter = _read_adapter(source.adapter_folder, model, files, lease)
+    requests = _make_requests(parameters, prompts, replace(model, adapter=adapter))
+    advice = "" if learned else _advise_instructions(source, requests)
+    shown = _show_automatic(automatic, prompts, card)
     dim = parameters.truncate_dim or config.hidden_size
-    return Settings(parameters, model, requests, dim, files, warning)
+    return Settings(
+        parameters, model, requests, shown, prompts, learned, dim, files, warning, advice
+    )
+
+
+def _advise_instructions(source: ModelSource, requests: Mapping[str, EmbedRequest]) -> str:
+    """Return the warning of an instruction for a model that learned none; "" without one."""
+    if not any(request.prefix for request in requests.values()):
+        return ""
+    return (
+        f"The model {source.name!r} learned no instructions: one in front of the texts makes its "
+        "vectors worse as a rule. Pass instruction=None, or train with it (`fit` on pairs); or "
+        "silence this with warnings.filterwarnings('ignore', message='The model .* learned no "
+        "instructions')."
+    )
+
+
+def _fill_parameters(
+    parameters: Parameters, card: ModelCard, config: NVEmbedConfig
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values of "auto", and the folder's own prompts where they are used."""
+    given = parameters._asdict()
+    values = card.fill(given)
+    longest = config.backbone.get("max_position_embeddings")
+    if "max_length" in values and longest is not None:
+        values["max_length"] = min(values["max_length"], int(longest))
+    return values, card.find_prompts(given)
+
+
+def _show_automatic(
+    automatic: Mapping[str, Any], prompts: Mapping[str, str], card: ModelCard
+) -> dict[str, Any]:
+    """Return the values of "auto", with the folder's own word on instructions."""
+    shown = dict(automatic)
+    if "document_instruction" in shown:  # not that of a task which the user named
+        shown["document_instruction"] = card.values.get("document_instruction")
+    queries = {side: prompt for side, prompt in prompts.items() if side != "document"}
+    if queries:
+        shown["instruction"] = queries
+    if "document" in prompts:
+        shown["document_instruction"] = prompts["document"]
+    return shown
+
+
+def _make_requests(
+    parameters: Parameters, prompts: Mapping[str, str], model: ResolvedModel
+) -> dict[str, EmbedRequest]:
+    """Return prefix and namespace of each side; "text" is that of `transform`."""
+    key, length, width = model.full_key, parameters.max_length, model.config.hidden_size
+    template = parameters.instruction_template
+    requests = {}
+    for side in ("text", *SIDES):
+        prefix = prompts.get(side)
+        if prefix is None and side == "document":  # a task's own text was looked up before
+            document = parameters.document_instruction
+            prefix = build_prefix(template, None, document, side=side, owner=OWNER)
+        elif prefix is None:
+            prefix = build_prefix(template, parameters.instruction, None, side="query", owner=OWNER)
+        requests[side] = EmbedRequest(prefix, length, width, cache_namespace(key, prefix, length))
+    return requests
 
 
 def list_local_files(source: ModelSource) -> list[str]:
@@ -307,11 +406,22 @@ def _read_adapter(folder: Path, model: ResolvedModel, files: FileStates, lease: 
 
 
 def _find_source(parameters: Parameters, lease: Lease) -> ModelSource:
-    """Return the model's folder; if it is not on this machine, the pickle's, before a download."""
+    """Return the model's folder, of the commit used before; or the pickle's, if that has another.
+
+    What came in a pickle goes before a download.
+    """
     name, revision = os.fspath(parameters.model), parameters.revision
     files = lease.find_files(name, revision)
-    if files is None or name in BUNDLED_MODELS or Path(name).expanduser().is_dir():
-        return resolve_source(name, revision)
+    is_local = name in BUNDLED_MODELS or Path(name).expanduser().is_dir()
+    if files is None:
+        source = resolve_source(name, lease.pins.get((name, revision), revision))
+        if not is_local and source.revision is not None:
+            lease.pins.setdefault((name, revision), source.revision)
+        return source
+    if is_local:
+        source = resolve_source(name, revision)
+        if holds_files(source, files):
+            return source
     return replace(resolve_source(unpack_folder(files)), name=name)
 
 
@@ -350,6 +460,11 @@ def describe_model(resolved: ResolvedModel) -> dict[str, Any]:
     }
 
 
+def describe_card(settings: Settings) -> dict[str, Any]:
+    """Return the `_card` attribute of an estimator."""
+    return {"instructions": settings.learned, "auto": dict(settings.automatic)}
+
+
 def load_resolved(resolved: ResolvedModel, lease: Lease | None = None) -> list[LoadedModel]:
     """Return the model on each of its devices, with its adapter; a lease holds the bases."""
     keys = (resolved.key, *resolved.replicas)
@@ -378,8 +493,27 @@ def load_in_worker(resolved: ResolvedModel) -> LoadedModel:
 
 
 def check_settings(parameters: Parameters) -> Parameters:
-    """Return the parameters as built-in values; touches neither files nor devices."""
+    """Return the parameters as built-in values; those that are "auto" stay so.
+
+    Touches neither files nor devices.
+    """
     return Parameters(**check_parameters(parameters._asdict(), RULES, owner=OWNER))
+
+
+def _check_model(value: Any, *, name: str, owner: str) -> str:
+    """Return the name of a model; a path object is a folder, whatever its name."""
+    path = check_path(value, name=name, owner=owner, expected="a model name, a folder or a hub id")
+    is_folder = path in BUNDLED_MODELS and not isinstance(value, str)
+    return os.path.join(os.curdir, path) if is_folder else path
+
+
+def _or_auto(rule: Rule) -> Rule:
+    """Return the rule of a parameter that may be left to the model's folder."""
+
+    def check(value: Any, *, name: str, owner: str) -> Any:
+        return AUTO if is_auto(value) else rule(value, name=name, owner=owner)
+
+    return check
 
 
 def _check_instruction(value: Any, *, name: str, owner: str) -> str | None:
@@ -404,14 +538,14 @@ def _check_n_jobs(value: Any, *, name: str, owner: str) -> int | None:
 
 
 RULES: dict[str, Rule] = {
-    "model": partial(check_path, expected="a model name, a folder or a hub id"),
-    "instruction": _check_instruction,
-    "document_instruction": _check_instruction,
-    "instruction_template": _check_template,
+    "model": _check_model,
+    "instruction": _or_auto(_check_instruction),
+    "document_instruction": _or_auto(_check_instruction),
+    "instruction_template": _or_auto(_check_template),
     "pooling": partial(check_choice, allowed=(None, *POOLINGS)),
-    "max_length": partial(check_int, low=2),
-    "truncate_dim": partial(check_int, low=1, allow_none=True),
-    "normalize": check_bool,
+    "max_length": _or_auto(partial(check_int, low=2)),
+    "truncate_dim": _or_auto(partial(check_int, low=1, allow_none=True)),
+    "normalize": _or_auto(check_bool),
     "missing": partial(check_choice, allowed=MISSING_POLICIES),
     "device": partial(check_device, several=True),
     "dtype": partial(check_dtype, allowed=("auto", *DTYPES)),

@@ -65,7 +65,7 @@ class NVEmbedConfig:
 
         `source` is for messages. Raises CheckpointError for another kind of model.
         """
-        kind = config.get("model_type")
+        kind = cls.check_kind(config, source)
         if kind == "nvembed":
             text_config = _read_section(config, "text_config", source)
             backbone = _read_backbone(text_config, source)
@@ -81,22 +81,29 @@ class NVEmbedConfig:
                 output_normalize=_read_plain(latent, "output_normalize", bool, True, source),
                 **{name: latent[name] for name in _LATENT_SIZES if name in latent},
             )
-        if kind == "mistral":
-            backbone = _read_backbone(config, source)
-            bos, eos = _read_token_ids(config, source)
-            width = int(backbone["hidden_size"])
-            return cls(
-                backbone=backbone,
-                num_latents_value=min(512, max(16, width // 8)),
-                cross_dim_head=width,
-                latent_dim=width,
-                bos_token_id=bos,
-                eos_token_id=eos,
-                pooling_is_fresh=True,
-            )
+        backbone = _read_backbone(config, source)
+        bos, eos = _read_token_ids(config, source)
+        width = int(backbone["hidden_size"])
+        return cls(
+            backbone=backbone,
+            num_latents_value=min(512, max(16, width // 8)),
+            cross_dim_head=width,
+            latent_dim=width,
+            bos_token_id=bos,
+            eos_token_id=eos,
+            pooling_is_fresh=True,
+        )
+
+    @staticmethod
+    def check_kind(config: Mapping[str, Any], source: str) -> str:
+        """Return "nvembed" or "mistral"; raise CheckpointError for another kind of model."""
+        kind = config.get("model_type")
+        if kind == "nvembed" or kind == "mistral":
+            return str(kind)
         raise CheckpointError(
             f"The config.json of {source} must have model_type 'nvembed' or 'mistral'; got "
-            f"{kind!r:.60}. skembed runs the NV-Embed architecture (Mistral backbone) only."
+            f"{kind!r:.60}. skembed runs the NV-Embed architecture (Mistral backbone) only. A "
+            "SentenceTransformer of it serves as the `vectorizer` of any estimator."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
@@ -20,6 +21,13 @@ from skembed._files import open_file, read_file
 from skembed.exceptions import CheckpointError, ModelNotFoundError
 from skembed.model.config import NVEmbedConfig
 from skembed.model.files import find_file, has_file, read_steadily, unpack_folder, wait_for_save
+from skembed.model.modules import (
+    MODULE_FILES,
+    find_pooling,
+    read_modules,
+    refuse_causal,
+    refuse_causal_name,
+)
 from skembed.model.pooling import POOLINGS
 from skembed.model.tokenization import MAX_TOKENIZER_BYTES, find_tokenizer_file
 from skembed.model.weight_files import check_file, join_first
@@ -29,18 +37,24 @@ __all__ = [
     "ADAPTER_FILES",
     "ADAPTER_WEIGHTS_FILE",
     "BUNDLED_MODELS",
+    "CARD_FILES",
     "CONFIG_FILE",
     "CONTENT_DIGITS",
     "DOWNLOADED_FILES",
     "INDEX_FILE",
+    "LENGTH_FILE",
     "MAX_FULL_HASH_BYTES",
     "ModelSource",
     "PINNED_REVISIONS",
     "POOLING_FILE",
+    "PROMPTS_FILE",
+    "SETTINGS_FILE",
     "TOKENIZER_FILES",
     "WEIGHTS_FILE",
     "find_weight_files",
     "fingerprint_weights",
+    "has_same_content",
+    "holds_files",
     "pack_folder",
     "read_config",
     "read_index",
@@ -66,8 +80,13 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 POOLING_FILE = "pooling.safetensors"  # beside an adapter that trained the pooling layer
 ADAPTER_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, POOLING_FILE)
 INDEX_FILE = "model.safetensors.index.json"
+SETTINGS_FILE = "skembed.json"
+PROMPTS_FILE = "config_sentence_transformers.json"
+LENGTH_FILE = "sentence_bert_config.json"
+CARD_FILES = (SETTINGS_FILE, PROMPTS_FILE, LENGTH_FILE, *MODULE_FILES)  # how a model is to be used
 MAX_FULL_HASH_BYTES = 256 * 1024**2
 CONTENT_DIGITS = 16  # of a fingerprint: equal for all copies of a model
+_found: dict[tuple[Any, ...], ModelSource] = {}  # hub models of this process
 
 
 @dataclass(frozen=True)
@@ -83,8 +102,9 @@ class ModelSource:
 def resolve_source(model: str | os.PathLike[str], revision: str | None = None) -> ModelSource:
     """Find the folder of a bundled model, a local folder or a hub id, downloading if need be.
 
-    Without a revision, a known model gets its pinned commit and any other the main branch's, which
-    is recorded. Raises ModelNotFoundError.
+    Without a revision, a known model gets its pinned commit and any other the main branch's. A
+    name of the hub means the same commit while the process lives. Raises ModelNotFoundError, and
+    CheckpointError for a model that cannot run here.
     """
     name = os.fspath(model)
     if name in BUNDLED_MODELS:
@@ -105,6 +125,7 @@ def resolve_source(model: str | os.PathLike[str], revision: str | None = None) -
             f"a folder, or a hub id such as 'nvidia/NV-Embed-v2'; got {name!r}, and there is no "
             f"such folder (looked for {folder.absolute()})."
         )
+    refuse_causal_name(name)
     return _download(name, revision or PINNED_REVISIONS.get(name))
 
 
@@ -168,6 +189,21 @@ def _looks_like_hub_id(name: str) -> bool:
 
 
 def _download(name: str, revision: str | None) -> ModelSource:
+    """Return a hub repository's folder: asked for once in a process, so that it cannot change."""
+    from huggingface_hub import constants, snapshot_download
+
+    hub = (snapshot_download, constants.HF_HUB_CACHE, name)  # with another client, another hub
+    found = _found.get((*hub, revision))
+    if found is None:
+        fetched = _fetch(name, revision)
+        found = _found.setdefault((*hub, revision), fetched)  # of two threads, the first decides
+        _found.setdefault((*hub, found.revision), found)
+    elif not (found.folder / CONFIG_FILE).is_file():  # the cache was cleaned
+        _fetch(name, found.revision)
+    return found
+
+
+def _fetch(name: str, revision: str | None) -> ModelSource:
     """Download safetensors and JSON files of a hub repository, or find them in its cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -195,14 +231,25 @@ def _download(name: str, revision: str | None) -> ModelSource:
             "`revision` parameter, or pass a local folder."
         ) from error
     except transfer_errors as error:
+        _refuse_cached(name)
         raise ModelNotFoundError(
             f"There is no folder {name!r} here, and the hub model {repository} is not in the "
-            "local hub cache and could not be downloaded (offline?). Download it on a connected "
-            "machine with `hf download`, copy the folder, and pass its path as `model`; or use "
-            "the bundled 'skembed-mini'."
+            "local hub cache and could not be downloaded (offline?). If it is a Mistral model (no "
+            "other kind runs), download it on a connected machine with `hf download`, copy the "
+            "folder, and pass its path as `model`; or use the bundled 'skembed-mini'."
         ) from error
     logger.info("hub model %s resolved to commit %s", name, folder.name)
     return ModelSource(name, folder, folder.name)
+
+
+def _refuse_cached(name: str) -> None:
+    """Raise CheckpointError if any copy in the hub's cache shows that a model is no Mistral."""
+    from huggingface_hub import constants
+
+    copies = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+    for path in sorted(copies.glob(f"*/{CONFIG_FILE}")):
+        values = read_json(path)
+        NVEmbedConfig.check_kind(values, f"the hub model {name!r} ({path.parent})")
 
 
 def read_config(source: ModelSource, pooling: str | None = None) -> NVEmbedConfig:
@@ -213,6 +260,10 @@ def read_config(source: ModelSource, pooling: str | None = None) -> NVEmbedConfi
     path = source.folder / CONFIG_FILE
     values = read_steadily([source.folder], lambda: read_json(path))
     config = NVEmbedConfig.from_dict(values, str(source.folder))
+    modules = read_modules(source.folder)
+    refuse_causal(source.name, source.folder, values, modules)
+    if pooling is None and values.get("model_type") == "mistral":
+        pooling = find_pooling(modules, source.folder)
     if config.pooling not in POOLINGS:
         raise CheckpointError(
             f"The pooling in {path} must be one of {list(POOLINGS)}; got {config.pooling!r}."
@@ -294,6 +345,16 @@ def _hash_folder(folder: Path) -> str:
     return content.hexdigest() + state.hexdigest()
 
 
+def has_same_content(fingerprint: str, other: str) -> bool:
+    """Return whether two fingerprints, of a model or with an adapter's, are of the same content.
+
+    Times of files do not count: they differ between copies on two machines.
+    """
+    parts = fingerprint.partition("+"), other.partition("+")
+    (base, _, adapter), (other_base, _, other_adapter) = parts
+    return base[:CONTENT_DIGITS] == other_base[:CONTENT_DIGITS] and adapter == other_adapter
+
+
 def _hash_file(path: Path, digest: hashlib.blake2b) -> None:
     """Add one file's name and content, or samples of it, to a hash."""
     stat = path.stat()
@@ -318,19 +379,25 @@ def _content_hash(path: str, state: tuple[int, int, int, int]) -> bytes:
     return digest.digest()
 
 
+def _list_packed(source: ModelSource) -> dict[str, Path]:
+    """Return the files of a model and its adapter that a pickle holds, by path in the folder.
+
+    What the adapter's folder has goes before the model's.
+    """
+    base, adapter = source.folder, source.adapter_folder or source.folder
+    wanted = [(base, name) for name in (CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES, *CARD_FILES)]
+    if source.adapter_folder is not None:
+        wanted += [(adapter, name) for name in (*ADAPTER_FILES, *CARD_FILES)]
+    paths = {name: find_file(of, name) for of, name in wanted if has_file(of, name)}
+    return paths | {p.relative_to(base).as_posix(): p for p in find_weight_files(base)}
+
+
 def pack_folder(source: ModelSource) -> dict[str, bytes]:
     """Return path in the folder and content of all files of a model and its adapter."""
-    base, adapter = source.folder, source.adapter_folder or source.folder
-    wanted = [(base, name) for name in (CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES)]
-    if source.adapter_folder is not None:
-        wanted += [(adapter, name) for name in ADAPTER_FILES]
-
     limits = {".json": MAX_TOKENIZER_BYTES}
 
     def pack() -> dict[str, bytes]:
-        paths = {name: find_file(of, name) for of, name in wanted if has_file(of, name)}
-        shards = find_weight_files(base)
-        paths.update({path.relative_to(base).as_posix(): path for path in shards})
+        paths = _list_packed(source)
         for path in paths.values():
             if path.suffix == ".safetensors":  # a file as large as its content
                 check_file(path)
@@ -339,4 +406,33 @@ def pack_folder(source: ModelSource) -> dict[str, bytes]:
         except OSError as error:
             raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
-    return read_steadily({base, adapter}, pack)
+    return read_steadily({source.folder, source.adapter_folder or source.folder}, pack)
+
+
+def holds_files(source: ModelSource, files: Mapping[str, bytes]) -> bool:
+    """Return whether a model on this machine is the one that `pack_folder` put into a pickle.
+
+    Of files above 256 MiB samples are compared, as in a fingerprint.
+    """
+    try:
+        paths = _list_packed(source)
+        return paths.keys() == files.keys() and all(
+            _holds(path, files[name]) for name, path in paths.items()
+        )
+    except (OSError, CheckpointError):  # damaged, or just being replaced
+        return False
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Return whether a file has this content."""
+    size = path.stat().st_size
+    if size != len(content):
+        return False
+    with open_file(path) as file:
+        if size <= MAX_FULL_HASH_BYTES:
+            return file.read() == content
+        for position in range(0, size, size // 4_096):
+            file.seek(position)
+            if file.read(4_096) != content[position : position + 4_096]:
+                return False
+    return True

@@ -18,6 +18,7 @@ class never become pairs. An error may quote a label, never a text.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from skembed._validation import (
     describe_type,
     describe_value,
 )
-from skembed.instructions import build_prefix
+from skembed.instructions import build_prefix, format_instruction
 from skembed.similarity import Floats, Ints
 from skembed.training.example_input import (
     check_rows,
@@ -127,6 +128,18 @@ class Examples:
             labels=None if self.labels is None else self.labels[rows],
             scores=None if self.scores is None else self.scores[rows],
         )
+
+    def complete_prefixes(self, template: str, own: Mapping[str, str] | None) -> Examples:
+        """Return these examples with prefixes in full, where they are bare task texts now.
+
+        `own` are those of a vectorizer, by side, to take instead.
+        """
+        if own is None:
+            texts = self.query_prefix, self.document_prefix
+            query, document = (format_instruction(template, text) for text in texts)
+        else:
+            query, document = own["text" if self.kind == "labels" else "query"], own["document"]
+        return replace(self, query_prefix=query, document_prefix=document)
 
     def fingerprint(self) -> str:
         """Return 32 hex digits of all that training sees: the same on any machine."""

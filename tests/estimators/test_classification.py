@@ -29,6 +29,7 @@ from skembed import NVEmbedVectorizer
 from skembed.estimators.base import make_vectorizer, trains_on_labels
 from skembed.estimators.classification import DEFAULT_C, EmbeddingClassifier
 from skembed.estimators.zero_shot import ZeroShotClassifier
+from skembed.exceptions import SkembedWarning
 
 
 @parametrize_with_checks(
@@ -337,6 +338,7 @@ def test_bundled_model_by_default() -> None:
 
 def test_bundled_model_sees_the_label_instruction() -> None:
     plain = ZeroShotClassifier().fit(DESCRIPTIONS)
-    other = ZeroShotClassifier(label_instruction="Find the topic").fit(DESCRIPTIONS)
+    with pytest.warns(SkembedWarning, match="learned no instructions"):
+        other = ZeroShotClassifier(label_instruction="Find the topic").fit(DESCRIPTIONS)
     assert np.abs(plain.prototypes_ - other.prototypes_).max() > 1e-3
     assert other.vectorizer_.document_instruction == "Find the topic"
