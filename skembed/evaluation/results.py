@@ -131,7 +131,7 @@ class _Table(Sequence[_Row]):
 
     def __repr__(self) -> str:
         cells = [list(self.columns)]
-        cells += [[_show(getattr(row, name)) for name in self.columns] for row in self.rows]
+        cells += [[_show(getattr(row, name), name) for name in self.columns] for row in self.rows]
         widths = [max(len(line[j]) for line in cells) for j in range(len(self.columns))]
         numeric = [
             any(isinstance(getattr(row, name), (int, float)) for row in self.rows[:1])
@@ -432,8 +432,10 @@ def percentile_interval(replicates: Floats, level: float) -> tuple[float, float]
     return float(low), float(high)
 
 
-def _show(value: Any) -> str:
+def _show(value: Any, name: str) -> str:
     """Return a cell of a text table."""
+    if name == "texts_per_s" and value != value:  # NaN
+        return "cached"
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
     return str(value)

@@ -53,6 +53,9 @@ def check_run(examples: Sequence[Examples], trainer: ContrastiveTrainer) -> None
 
     Before a model is loaded, and whatever the seed.
     """
+    if trainer.validation_fraction:
+        for task in examples:
+            split_validation(task, trainer.validation_fraction, trainer.random_state)
     for number, task in enumerate(examples):
         alone = len(examples) == 1 or not trainer.blend_tasks
         own = task.columns.shape[1] > 2 or trainer.mine_negatives is not None
@@ -64,9 +67,6 @@ def check_run(examples: Sequence[Examples], trainer: ContrastiveTrainer) -> None
                 f"({len(np.unique(task.columns[:, 1]))} different). Add pairs with other positives,"
                 " or give negatives: (anchor, positive, negative)."
             )
-    if trainer.validation_fraction:
-        for task in examples:
-            split_validation(task, trainer.validation_fraction, trainer.random_state)
     folder = trainer.checkpoint_dir
     if folder is not None:
         identity = _identify_data(examples, trainer)

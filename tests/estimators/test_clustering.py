@@ -367,3 +367,45 @@ def test_bundled_model_by_default() -> None:
     found = EmbeddingClusterer(n_clusters=2, random_state=0).fit(texts)
     np.testing.assert_array_equal(found.labels_ == found.labels_[0], [True] * 3 + [False] * 3)
     assert found.top_terms_[found.labels_[0]][0] == "card"
+
+
+@pytest.mark.parametrize("clusterer", ["kmeans", "minibatch_kmeans", "agglomerative"])
+@pytest.mark.parametrize("n_clusters", [None, "auto"])
+def test_identical_texts_are_one_cluster(clusterer: str, n_clusters: Any) -> None:
+    """Without a warning, which would be an error here."""
+    options = {"clusterer": clusterer, "n_clusters": n_clusters, "random_state": 0}
+    found = EmbeddingClusterer(FakeVectorizer(), **options).fit(["a card"] * 20)
+    assert found.n_clusters_ == 1
+    assert (found.labels_ == 0).all()
+    assert found.representative_texts_ == {0: ["a card"]}
+    assert found.predict(["a card", "a card"]).tolist() == [0, 0]
+    few = EmbeddingClusterer(FakeVectorizer(), **options).fit(["a card", "an account", "sun"] * 9)
+    assert few.n_clusters_ == 3
+    assert set(few.silhouettes_) <= {2, 3}
+
+
+@pytest.mark.parametrize("n_clusters", [5, [2, 5], [4, 5]])
+@pytest.mark.parametrize("clusterer", ["kmeans", "agglomerative", KMeans(n_init=1)])
+def test_more_clusters_than_different_texts_warn_once(n_clusters: Any, clusterer: Any) -> None:
+    texts = ["a card", "an account", "sun"] * 9
+    options = {"clusterer": clusterer, "n_clusters": n_clusters, "random_state": 0}
+    with pytest.warns(SkembedWarning, match="3 different embeddings, fewer than the 5") as caught:
+        found = EmbeddingClusterer(FakeVectorizer(), **options).fit(texts)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert found.n_clusters_ <= 3
+
+
+def test_representatives_go_by_row_where_a_text_repeats() -> None:
+    vectors = np.array([[0.0], [0.1], [0.2], [5.0], [50.0], [51.0]])
+    texts = ["near", "second", "third", "near", "far", "further"]
+    options = {"n_clusters": 2, "n_representatives": 3, "random_state": 0}
+    found = EmbeddingClusterer(None, **options).fit(vectors, texts=texts)
+    cluster = found.labels_[0]
+    distances = np.abs(vectors[:, 0] - found.cluster_centers_[cluster, 0])
+    rows = [row for row in np.argsort(distances).tolist() if found.labels_[row] == cluster]
+    expected = list(dict.fromkeys(texts[row] for row in rows))[:3]
+    assert found.representative_texts_[cluster] == expected
+    assert [texts[row] for row in found.representative_indices_[cluster]] == expected
+    nearest = {text: min(r for r in rows if texts[r] == text) for text in expected}
+    assert found.representative_indices_[cluster] == [nearest[text] for text in expected]

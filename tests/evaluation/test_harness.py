@@ -174,7 +174,9 @@ def test_speed_leaves_out_what_came_from_the_cache() -> None:
     first = evaluate({"emb": emb}, task, n_bootstraps=0)[0]
     assert first.texts_per_s == pytest.approx(distinct / first.seconds)
     for again in (emb, make_pipeline(emb, Normalizer())):
-        assert np.isnan(evaluate({"emb": again}, task, n_bootstraps=0)[0].texts_per_s)
+        result = evaluate({"emb": again}, task, n_bootstraps=0)
+        assert np.isnan(result[0].texts_per_s)
+        assert "cached" in repr(result)
     uncached = evaluate({"emb": make_vectorizer(cache=None)}, task, n_bootstraps=0)[0]
     assert uncached.texts_per_s == pytest.approx(2 * len(PAIRS) / uncached.seconds)
 

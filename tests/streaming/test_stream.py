@@ -290,7 +290,7 @@ TABLE = pa.table({"text": TEXTS, "n": range(N_ROWS)})
         ({"a": 1}, {}, TypeError, "got a dict. Pass its texts"),
         ({"a", "b"}, {}, TypeError, "It has no order"),
         (np.array("a"), {}, ValueError, "0 dimensions"),
-        (np.zeros((2, 3)), {}, ValueError, "must have one column"),
+        (np.zeros((2, 3)), {}, TypeError, "must be an array of str"),
         (TEXTS, {"column": "text"}, ValueError, "is for sources with named columns"),
         (TEXTS, {"keep_columns": ["n"]}, ValueError, "`keep_columns` .* is for sources with"),
         (TABLE, {}, ValueError, "got None, and X has several: 'text', 'n'"),
@@ -304,6 +304,18 @@ TABLE = pa.table({"text": TEXTS, "n": range(N_ROWS)})
             {"column": "text", "keep_columns": ["n"], "embedding_column": "n"},
             ValueError,
             "must be no column of `keep_columns`",
+        ),
+        (
+            TEXTS,
+            {"ids": range(N_ROWS), "embedding_column": "id"},
+            ValueError,
+            "`embedding_column` .* must differ from 'id', the column of `ids`",
+        ),
+        (
+            TABLE,
+            {"column": "text", "keep_columns": ["n", "n"]},
+            ValueError,
+            "must name each column once; got 'n' again",
         ),
         (TEXTS, {"ids": "abc"}, TypeError, "must be an iterable of int or str"),
         (TEXTS, {"ids": [0.5] * N_ROWS}, TypeError, r"ids\[0\] is a float"),
@@ -325,6 +337,13 @@ def test_bad_arguments(
 ) -> None:
     with pytest.raises(error, match=message):
         stream(quick, X, tmp_path / "out", **kwargs)
+
+
+def test_rows_of_three_texts(quick: NVEmbedVectorizer, tmp_path: Path) -> None:
+    rows = [(text, f"{text} b", f"{text} c") for text in TEXTS]
+    stream(quick, rows, tmp_path / "out.npy", format="npy")
+    found = open_embeddings(tmp_path / "out.npy")
+    np.testing.assert_allclose(found, quick.transform(rows), atol=1e-5)
 
 
 @pytest.mark.parametrize("path", ["", "a\0b", 3, None])

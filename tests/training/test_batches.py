@@ -332,7 +332,7 @@ def test_no_example_is_alone_in_a_batch(
 @pytest.mark.parametrize("blend", [True, False])
 def test_blended_or_of_one_task(blend: bool, tokenizer: TextTokenizer) -> None:
     pairs = [[(f"a {t} {i}", f"b {t} {i}") for i in range(48)] for t in range(2)]
-    tasks = [(pairs[0], None), (pairs[1], list(range(48)))]
+    tasks = [(pairs[0], None), (pairs[1], np.arange(48.0))]
     given = make_plan(tokenizer, tasks, batch_size=8, blend=blend)
     kinds = []
     for batch_rows, batch in iterate_batches(given):
@@ -349,7 +349,7 @@ def test_blended_or_of_one_task(blend: bool, tokenizer: TextTokenizer) -> None:
 
 def test_rankings_hold_their_pairs_and_scores(tokenizer: TextTokenizer) -> None:
     pairs = [(f"a {i}", f"b {i}") for i in range(20)]
-    given = make_plan(tokenizer, [(pairs, list(range(20)))], batch_size=5)
+    given = make_plan(tokenizer, [(pairs, np.arange(20.0))], batch_size=5)
     seen = []
     for _, batch in iterate_batches(given):
         ((lefts, rights, scores),) = batch.graded
@@ -404,7 +404,7 @@ def test_batches_depend_on_seed_and_step_alone(tokenizer: TextTokenizer) -> None
     def make(seed: int) -> BatchPlan:
         rng = np.random.default_rng(0)
         pairs = [(f"a {i}", f"b {i}") for i in range(20)]
-        tasks = [draw_labels(rng), draw_rows(rng, n_negatives=3), (pairs, list(range(20)))]
+        tasks = [draw_labels(rng), draw_rows(rng, n_negatives=3), (pairs, np.arange(20.0))]
         in_batch = [False, True, True]
         return make_plan(tokenizer, tasks, in_batch=in_batch, n_negatives=2, seed=seed).plan
 

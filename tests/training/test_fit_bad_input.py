@@ -47,7 +47,7 @@ BAD_EXAMPLES: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "NaN score": (GRADED, [float("nan"), *SCORES[1:]], ValueError, r"missing.*y\[0\]"),
     "infinite score": (GRADED, [*SCORES[:-1], np.inf], ValueError, r"finite.*first at y\[\d+\]"),
     "equal scores": (GRADED, [1.0] * len(GRADED), ValueError, "scores that differ"),
-    "labels for pairs": (PAIRS, LABELS[:18], TypeError, r"numbers.*y\[0\] is a str"),
+    "labels for pairs": (PAIRS, LABELS[:18], TypeError, r"floats.*y\[0\] is a str"),
     "scores for rows": (ROWS, SCORES[:18], ValueError, "must be None for rows"),
     "one example": (PAIRS[:1], None, ValueError, "at least 2 training examples; got 1"),
     "no container": ("text", None, TypeError, "`X`"),

@@ -238,18 +238,19 @@ def test_a_failed_refit_leaves_the_estimator_as_it_was(trained: NVEmbedVectorize
 def test_output_containers_and_names(kind: str) -> None:
     pd = pytest.importorskip("pandas")
     X, y = KINDS[kind]
-    if kind == "pairs":
-        X = pd.DataFrame(X, columns=["anchor", "positive"], index=range(5, 23))
+    index = [*range(5, 5 + len(X))]
+    if kind == "labels":
+        X = pd.DataFrame({"body": X}, index=index)
     emb = make().set_output(transform="pandas").fit(X, y)
     found = emb.transform(X)
-    width = DIM if kind == "labels" else 2 * DIM
     assert isinstance(found, pd.DataFrame)
     assert found.columns.tolist() == emb.get_feature_names_out().tolist()
-    assert len(set(found.columns)) == width
+    assert len(set(found.columns)) == (DIM if kind == "labels" else 2 * DIM)
     assert set(found.dtypes) == {np.dtype(np.float32)}
-    if kind == "pairs":
-        assert found.index.tolist() == [*range(5, 23)]
-        assert emb.feature_names_in_.tolist() == ["anchor", "positive"]
+    if kind == "labels":
+        assert found.index.tolist() == index
+        assert emb.feature_names_in_.tolist() == ["body"]
+        assert found.columns[1] == "body_1"
     fitted = make().fit(X, y).transform(X)
     np.testing.assert_array_equal(found.to_numpy(), fitted)
 
@@ -269,11 +270,15 @@ def test_single_texts_after_training_on_pairs_and_pairs_after_texts() -> None:
     assert emb.get_feature_names_out().shape == (DIM,)
 
 
-def test_a_training_part_of_rows_gives_anchors_and_positives_names() -> None:
+def test_rows_have_a_vector_for_each_of_their_texts() -> None:
+    k = len(ROWS[0])
     emb = make().fit(ROWS)
-    assert emb.n_features_in_ == 2
-    assert emb.get_feature_names_out().shape == (2 * DIM,)
-    assert emb.transform([row[:2] for row in ROWS]).shape == (18, 2 * DIM)
+    assert emb.n_features_in_ == k
+    assert emb.get_feature_names_out().shape == (k * DIM,)
+    whole = emb.transform(ROWS)
+    np.testing.assert_array_equal(make().fit_transform(ROWS), whole)
+    part = emb.transform([row[:2] for row in ROWS])
+    np.testing.assert_allclose(part, whole[:, : 2 * DIM], atol=1e-5)
 
 
 def test_truncated_and_raw_vectors_of_a_trained_model(trained: NVEmbedVectorizer) -> None:

@@ -23,7 +23,7 @@ from training_runs import (
     timeless,
 )
 
-from skembed import NVEmbedVectorizer, progress
+from skembed import NVEmbedVectorizer, TrainingTask, progress
 from skembed.exceptions import SkembedWarning, TrainingError
 from skembed.training import fit as fit_module
 from skembed.training import loop
@@ -291,13 +291,33 @@ def test_vectors_that_are_not_finite_are_no_scores(parameters: dict[str, Any]) -
         emb.fit(PAIRS)
 
 
-def test_nothing_to_compare_is_said() -> None:
-    pairs = [("one anchor", f"positive {i}") for i in range(8)]
-    emb = make()
-    with pytest.raises(TrainingError, match=r"8 examples has no negative left.*`batch_size`"):
-        emb.fit(pairs)
-    assert not hasattr(emb, "adapter_")
-    assert not hasattr(emb, "n_features_in_")
+@pytest.mark.parametrize("blend", [True, False])
+def test_nothing_to_compare_is_said_before_training(blend: bool) -> None:
+    one_anchor = [("one anchor", f"positive {i}") for i in range(8)]
+    one_positive = [(f"anchor {i}", "one positive") for i in range(8)]
+    every = [(f"anchor {i}", f"positive {j}") for i in range(3) for j in range(3)]
+    for pairs, n in ((one_anchor, 8), (one_positive, 1), (every, 3)):
+        emb = make()
+        with pytest.raises(ValueError, match=rf"every anchor belongs to every positive \({n} dif"):
+            emb.fit(pairs)
+        assert not hasattr(emb, "adapter_")
+        assert not hasattr(emb, "n_features_in_")
+    tasks = [TrainingTask(PAIRS), TrainingTask(one_positive)]
+    emb = make(blend_tasks=blend, train_pooling=False)
+    if blend:  # the other task has negatives for it
+        assert emb.fit_tasks(tasks).history_.steps
+        return
+    with pytest.raises(ValueError, match=r"of tasks\[1\] must hold an anchor"):
+        emb.fit_tasks(tasks)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("n_rare", [1, 3, 9])
+def test_few_distinct_positives_train_with_any_seed(n_rare: int, seed: int) -> None:
+    pairs = [(f"text {i}", "common") for i in range(60)]
+    pairs += [(f"rare text {i}", "rare") for i in range(n_rare)]
+    emb = make(random_state=seed, max_steps=None, batch_size=8, train_pooling=False).fit(pairs)
+    assert (emb.history_["loss"] > 0).all()
 
 
 @pytest.mark.parametrize("kind", ["labels", "scores"])

@@ -95,7 +95,7 @@ def test_reciprocal_rank_needs_no_matrix_of_all_cosines(rng: np.random.Generator
 KINDS = {
     "labels": (TEXTS, LABELS),
     "rows": (PAIRS, None),
-    "scores": (PAIRS, list(range(len(PAIRS)))),
+    "scores": (PAIRS, [float(grade) for grade in range(len(PAIRS))]),
 }
 
 

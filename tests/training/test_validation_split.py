@@ -41,7 +41,7 @@ def test_split_differs_by_seed_and_without_one(kind):
     X = {
         "labels": ([f"w{i}" for i in range(n)], [i % 5 for i in range(n)]),
         "rows": ([(f"w{i}", f"p{i}") for i in range(n)], None),
-        "scores": ([(f"w{i}", f"p{i}") for i in range(n)], list(range(n))),
+        "scores": ([(f"w{i}", f"p{i}") for i in range(n)], np.arange(n, dtype=float)),
     }[kind]
     examples = check_examples(*X)
     parts = [split_validation(examples, 0.1, seed)[1] for seed in (0, 1, None, None)]
@@ -113,7 +113,7 @@ def test_split_of_two_anchors_holds_out_the_rarer():
     [
         (TEXTS, LABELS),
         ([("a", "b"), ("a", "c")], None),
-        ([("a", "b"), ("a", "c")], [1, 2]),
+        ([("a", "b"), ("a", "c")], [1.0, 2.0]),
         (["a", "b", "a", "b"], [0, 0, 1, 1]),
     ],
     ids=["two of each class", "one anchor", "one anchor, scored", "conflicts only"],
