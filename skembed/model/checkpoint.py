@@ -154,9 +154,9 @@ def iterate_tensors(
     copy one before taking the next. `model` is on the meta device.
     """
     folder = source.folder
-    before = list_states(folder)
-    index = read_index(folder)
-    files = WeightFiles(find_weight_files(folder), _model_key)
+    index, paths = read_index(folder), find_weight_files(folder)
+    before = list_states(folder, paths)
+    files = WeightFiles(paths, _model_key)
     files.check_index(index, folder / INDEX_FILE)
     model = _build_on_meta(source, config) if model is None else model
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -169,7 +169,7 @@ def iterate_tensors(
         _check_fresh_size(sum(map(math.prod, shapes.values())), files, folder)
     for name in stored:
         yield name, files.read(name)
-    if list_states(folder) != before:
+    if list_states(folder, paths) != before:
         raise CheckpointError(
             f"The files of the model in {folder} changed while they were read: another process "
             "writes there. Try again when it has finished."

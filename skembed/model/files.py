@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -123,21 +123,24 @@ def _is_being_saved(folder: Path) -> bool:
         return False
 
 
-def list_states(folder: Path) -> set[tuple[Any, ...]]:
-    """Return name, size, time of change and inode of the files that a model may be read from."""
+def list_states(folder: Path, others: Iterable[Path] = ()) -> set[tuple[Any, ...]]:
+    """Return path, size, time of change and inode of the files that a model may be read from.
+
+    These are the folder's own, without those of subfolders, and `others`.
+    """
+    paths = {os.fspath(path) for path in others}
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.name.endswith(_READ_SUFFIXES) and not entry.name.startswith("."):
+                paths.add(entry.path)
     states: set[tuple[Any, ...]] = set()
-    try:
-        entries = list(os.scandir(folder))
-    except OSError:
-        return states
-    for entry in entries:
-        if entry.name.endswith(_READ_SUFFIXES) and not entry.name.startswith("."):
-            try:
-                stat = os.stat(entry.path)
-            except OSError:
-                states.add((entry.name,))
-            else:
-                states.add((entry.name, stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    for path in paths:
+        try:
+            stat = os.stat(path)
+        except OSError:
+            states.add((path,))
+        else:
+            states.add((path, stat.st_size, stat.st_mtime_ns, stat.st_ino))
     return states
 
 

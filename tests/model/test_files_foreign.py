@@ -21,11 +21,13 @@ import pytest
 from checkpoints import TEXTS, shard
 from fuzz import assert_ours, mutate
 from paths import GOLDEN
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import make_vectorizer
 from trained import trained
 
 from skembed import NVEmbedVectorizer
-from skembed.exceptions import SkembedError
+from skembed.exceptions import CheckpointError, SkembedError
 from skembed.model import sources
 from skembed.model.sources import (
     ADAPTER_FILES,
@@ -276,6 +278,20 @@ def test_values_of_an_adapters_configuration(name: str, value: Any, tmp_path: Pa
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     emb = make_vectorizer(folder)
     assert assert_ours(lambda: emb.transform(TEXTS), names="adapter_config.json") is None
+
+
+def test_vectors_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    """Finite weights may give infinite vectors, and these a zero after their norm is taken out."""
+    folder = write_adapter(tmp_path / "adapter", str(GOLDEN))
+    path = folder / ADAPTER_FILES[1]
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    for factor in (1e30, 1e22):
+        tensors = {name: value * factor for name, value in load_file(path).items()}
+        save_file(tensors, path, metadata=metadata)
+        with pytest.raises(CheckpointError, match=r"gives NaN, infinite or huge values for texts"):
+            make_vectorizer(folder).transform(TEXTS)
+        trained().save_pretrained(folder)
 
 
 # Bytes changed at random
