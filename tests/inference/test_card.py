@@ -208,6 +208,15 @@ def test_prompts(prompts: dict[str, str], default: str | None, fresh_dir: Path) 
     assert emb.fit(TEXTS)._card["instructions"] is True
 
 
+def test_our_file_goes_before_their_prompts(fresh_dir: Path) -> None:
+    write_theirs(fresh_dir, prompts=PROMPTS, default_prompt_name="topic")
+    write(fresh_dir, SETTINGS, {"instruction": None, "instructions": True})
+    assert prefixes(make_vectorizer(fresh_dir)) == {"text": "", "query": "", "document": "passage: "}
+    write(fresh_dir, SETTINGS, {"instruction": "Find the same", "document_instruction": None})
+    front = "Instruct: Find the same\nQuery: "
+    assert prefixes(make_vectorizer(fresh_dir)) == {"text": front, "query": front, "document": ""}
+
+
 def test_length_and_scale(fresh_dir: Path) -> None:
     for normalize in (True, False):
         write_theirs(fresh_dir, normalize=normalize)
