@@ -658,8 +658,8 @@ class NVEmbedVectorizer(
         TypeError
             If a parameter is not one of the class.
         """
-        path = check_path(path, name="path", owner=f"{OWNER}.from_pretrained")
-        source = resolve_source(path, parameters.get("revision"))
+        checked = check_path(path, name="path", owner=f"{OWNER}.from_pretrained")
+        source = resolve_source(checked, parameters.get("revision"))
         saved = read_settings(source.adapter_folder or source.folder)
         saved.pop("instructions", None)
         return cls(path, **{**saved, **parameters})

@@ -184,7 +184,7 @@ def test_no_such_folder_and_no_hub_id(
     if name:
         with pytest.raises(ModelNotFoundError, match=r"must be one of \['skembed-mini'\]"):
             resolve_source(name)
-    with pytest.raises((ModelNotFoundError, TypeError), match="`model` parameter"):
+    with pytest.raises((ModelNotFoundError, ValueError), match="`model` parameter"):
         NVEmbedVectorizer(name).transform(TEXTS)
 
 

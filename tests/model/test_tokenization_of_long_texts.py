@@ -21,8 +21,7 @@ from tokenizers import (
 
 from skembed.model import tokenization
 from skembed.model.sources import resolve_source
-from skembed.model.text_cutter import TextCutter
-from skembed.model.tokenization import TextTokenizer
+from skembed.model.tokenization import TextCutter, TextTokenizer
 
 # Pieces of which texts are made: words, spaces of all kinds, accents, scripts, controls, tokens.
 PIECES = [
