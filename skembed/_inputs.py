@@ -179,7 +179,8 @@ def clean_column(
             else:
                 raise TypeError(
                     f"{subject} must hold texts (str); "
-                    f"{name}[{position}]{suffix} is {describe_type(item)}. {_item_step(item, suffix)}"
+                    f"{name}[{position}]{suffix} is {describe_type(item)}. "
+                    f"{_item_step(item, suffix)}"
                 )
     if not all(map(str.isascii, column)):
         column[:] = map(replace_surrogates, column)
