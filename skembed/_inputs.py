@@ -179,7 +179,8 @@ def clean_column(
             else:
                 raise TypeError(
                     f"{subject} must hold texts (str); "
-                    f"{name}[{position}]{suffix} is {describe_type(item)}. {_item_step(item)}"
+                    f"{name}[{position}]{suffix} is {describe_type(item)}. "
+                    f"{_item_step(item, suffix)}"
                 )
     if not all(map(str.isascii, column)):
         column[:] = map(replace_surrogates, column)
@@ -230,7 +231,7 @@ def _refuse_missing(
     )
 
 
-def _item_step(item: Any) -> str:
+def _item_step(item: Any, suffix: str) -> str:
     """Return what to do about an item that is not a text."""
     if isinstance(item, (bytes, bytearray)):
         return "Decode it: item.decode('utf-8')."
@@ -238,7 +239,9 @@ def _item_step(item: Any) -> str:
         return "Give either texts or pairs of two texts, not both."
     if isinstance(item, Mapping):
         return "Take its text, such as item['text']."
-    return "Convert it, or drop the row."
+    if hasattr(item, "keys"):  # a row of a database
+        return "Make tuples of such rows: [tuple(row) for row in X]."
+    return f"Convert it, or drop the {'column' if suffix else 'row'}."
 
 
 # Containers

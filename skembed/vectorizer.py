@@ -565,8 +565,8 @@ class NVEmbedVectorizer(
         Returns
         -------
         ndarray of object (str), shape (n_features_out,)
-            ``"title_0"``, ``"title_1"``, ... where `fit` saw a frame with a column "title", else
-            ``"nvembedvectorizer0"``, ``"nvembedvectorizer1"``, ...
+            ``"nvembedvectorizer0"``, ``"nvembedvectorizer1"``, ...; where `fit` saw a frame of
+            several columns, such as "title" and "body", ``"title_0"``, ..., ``"body_0"``, ...
 
         Raises
         ------
@@ -577,7 +577,7 @@ class NVEmbedVectorizer(
         """
         names = super().get_feature_names_out(input_features)
         columns = getattr(self, "feature_names_in_", None)
-        if columns is None:
+        if columns is None or len(columns) == 1:
             return names
         dim = len(names) // len(columns)
         return np.array([f"{column}_{i}" for column in columns for i in range(dim)], dtype=object)
