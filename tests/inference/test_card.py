@@ -211,7 +211,11 @@ def test_prompts(prompts: dict[str, str], default: str | None, fresh_dir: Path) 
 def test_our_file_goes_before_their_prompts(fresh_dir: Path) -> None:
     write_theirs(fresh_dir, prompts=PROMPTS, default_prompt_name="topic")
     write(fresh_dir, SETTINGS, {"instruction": None, "instructions": True})
-    assert prefixes(make_vectorizer(fresh_dir)) == {"text": "", "query": "", "document": "passage: "}
+    assert prefixes(make_vectorizer(fresh_dir)) == {
+        "text": "",
+        "query": "",
+        "document": "passage: ",
+    }
     write(fresh_dir, SETTINGS, {"instruction": "Find the same", "document_instruction": None})
     front = "Instruct: Find the same\nQuery: "
     assert prefixes(make_vectorizer(fresh_dir)) == {"text": front, "query": front, "document": ""}
