@@ -29,7 +29,7 @@ print(repr(queries[0]))
 # :class:`~skembed.Retriever` embeds the corpus once and compares each query with every
 # document.
 
-from skembed import NVEmbedVectorizer, Retriever
+from skembed import Retriever
 
 bare = Retriever().fit(corpus)
 right = [[int(i)] for i in chosen]  # ids of the right documents of each query
