@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from skembed.cache.stores import DTYPES, KEY_BYTES, MemoryStore, Store, find_sto
 __all__ = ["EmbeddingCache", "resolve_cache"]
 
 _DEFAULT_MEMORY_BYTES = 1 << 30
+# What stands for memory elsewhere; nobody means a file of that name.
+_IN_MEMORY = re.compile(r":?memory:?$|file:", re.IGNORECASE)
 # Bounds what one step copies: at most this many rows, and about this many bytes.
 _CHUNK_ROWS = 8192
 _CHUNK_BYTES = 16 << 20
@@ -349,6 +352,12 @@ def _resolve_path(path: Any, *, name: str, owner: str) -> pathlib.Path:
     if "\0" in text:
         raise ValueError(
             f"The `{name}` parameter of `{owner}` must be a path; got one with a null character."
+        )
+    if isinstance(path, str) and _IN_MEMORY.match(text):
+        memory = "'memory'" if name == "cache" else "None"
+        raise ValueError(
+            f"The `{name}` parameter of `{owner}` must be {memory} for a cache in memory, or the "
+            f"path of a file; got {text!r}. Write {'./' + text!r} for a file of that name."
         )
     return pathlib.Path(os.path.realpath(os.path.expanduser(text)))
 
