@@ -31,6 +31,7 @@ from skembed.cache.stores import DTYPES, KEY_BYTES, MemoryStore, Store, find_sto
 __all__ = ["EmbeddingCache", "resolve_cache"]
 
 _DEFAULT_MEMORY_BYTES = 1 << 30
+# What stands for memory elsewhere; nobody means a file of that name.
 # Bounds what one step copies: at most this many rows, and about this many bytes.
 _CHUNK_ROWS = 8192
 _CHUNK_BYTES = 16 << 20
@@ -79,7 +80,8 @@ class EmbeddingCache:
     TypeError
         If `path`, `max_bytes` or `dtype` is of another type.
     ValueError
-        If `path` is empty, `max_bytes` is below 1, or `dtype` is not one of those above.
+        If `path` is empty or SQLite's name for memory, `max_bytes` is below 1, or `dtype` is not
+        one of those above.
 
     Notes
     -----
@@ -98,8 +100,10 @@ class EmbeddingCache:
     used is recorded by the next ``store`` or ``close`` of the same object, if it has a
     limit. Rows stored by one call form blocks of up to 16 (3 at 384 dimensions), which
     are read and dropped together. The space of a replaced row is free once its whole
-    block is. The file is read through a memory map: copying over it while it is open is not
-    safe, moving another file into its place is.
+    block is. Each row has a checksum: a damaged one counts as not found. The file is read
+    through a memory map: copying over it while it is open is not safe, moving another file into
+    its place between two calls is. A log that a killed process left beside another file is
+    deleted. A new file can be read by its owner only.
 
     With ``dtype="float16"`` a component is off by at most a factor of 1 +- 2 ** -11, or by
     2 ** -25 where it is smaller than 2 ** -14. A row with a component of 65520 or more, which

@@ -68,6 +68,7 @@ _SELECT_BLOCKS = (
 )
 _SELECT_HEADS = f"SELECT id, {_BLOB.format('heads')} FROM blocks WHERE id IN ({{}})"
 _MAX_BLOCK = 1 << 58
+_MAX_TICK = 1 << 62
 
 _Integers = npt.NDArray[np.int64]
 
@@ -322,8 +323,8 @@ def _delete_blocks(connection: sqlite3.Connection, blocks: _Integers) -> None:
 def _read_tick(connection: sqlite3.Connection) -> int:
     """Return the clock of the file."""
     row = connection.execute("SELECT tick FROM state").fetchone()
-    if row is None or not isinstance(row[0], int):
-        raise sqlite3.DatabaseError("malformed: the clock is no number")
+    if row is None or not isinstance(row[0], int) or not 0 <= row[0] < _MAX_TICK:
+        raise sqlite3.DatabaseError("malformed: an impossible time")
     return row[0]
 
 

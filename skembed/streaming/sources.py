@@ -7,10 +7,11 @@ time.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
@@ -54,8 +55,11 @@ def open_source(
     Raises TypeError if `X` is not a source of texts, ValueError if it lacks a column.
     """
     if isinstance(X, (str, os.PathLike)):
-        X = _open_parquet(X, owner=owner)
-    if _is_frame(X):
+        file = _find_parquet(X, owner=owner)
+        with _explain_damage(file, owner=owner):
+            source = _open_arrow(_open_parquet(file), column, keep_columns, owner=owner)
+        source = replace(source, read=partial(_read_file, file, source.read, owner=owner))
+    elif _is_frame(X):
         source = _open_frame(X, column, keep_columns, owner=owner)
     elif _is_arrow_table(X):
         source = _open_arrow(X, column, keep_columns, owner=owner)
@@ -163,11 +167,11 @@ def _is_arrow_table(X: Any) -> bool:
     return hasattr(X, "__arrow_c_stream__") and not hasattr(X, "dtype")  # a Series has one
 
 
-def _open_parquet(path: str | os.PathLike[str], *, owner: str) -> Any:
-    """Return the data set of a Parquet file or folder."""
+def _find_parquet(path: str | os.PathLike[str], *, owner: str) -> Path:
+    """Return the path of a Parquet file or folder."""
     file = Path(os.path.expanduser(path))
     try:
-        exists = file.exists()
+        exists = file.is_file() or file.is_dir()
     except (OSError, ValueError):  # a long text, say
         exists = False
     if not exists:
@@ -176,13 +180,33 @@ def _open_parquet(path: str | os.PathLike[str], *, owner: str) -> Any:
             f"The `X` parameter of `{owner}` must be texts, a table, or the path of a Parquet file "
             f"or folder that exists; got a {type(path).__name__} that is none. {step}"
         )
+    return file
+
+
+def _open_parquet(file: Path) -> Any:
+    """Return the data set of a Parquet file or folder."""
     dataset = import_optional("pyarrow.dataset", extra="stream", purpose=_PURPOSE)
+    return dataset.dataset(file, format="parquet")
+
+
+def _read_file(
+    file: Path, read: Callable[[int], Iterator[Block]], size: int, *, owner: str
+) -> Iterator[Block]:
+    """Yield the blocks of a Parquet file or folder."""
+    with _explain_damage(file, owner=owner):
+        yield from read(size)
+
+
+@contextlib.contextmanager
+def _explain_damage(file: Path, *, owner: str) -> Iterator[None]:
+    """Raise ValueError for what pyarrow says about a file."""
+    pa = import_optional("pyarrow", extra="stream", purpose=_PURPOSE)
     try:
-        return dataset.dataset(file, format="parquet")
-    except (OSError, ValueError) as error:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"The `X` parameter of `{owner}` must be a Parquet file or folder; {str(file)!r} "
-            f"cannot be read as one: {error}."
+            f"cannot be read as one ({error})."
         ) from error
 
 

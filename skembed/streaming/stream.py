@@ -139,17 +139,19 @@ class _Run:
 
     def begin(self, *, overwrite: bool) -> None:
         """Read the manifest if there is one; refuse what no call of `transform_to` wrote."""
-        if overwrite and self.target.manifest_path.exists():
-            self.target.clear()
-        has_manifest = self.target.manifest_path.exists()
-        foreign = [] if has_manifest else self.target.find_foreign()
+        self.stored = read_manifest(self.target.manifest_path, layout=self.target.layout)
+        foreign = self.target.find_foreign(self.stored)
         if foreign:
+            names = ", ".join(map(repr, foreign[:5])) + (", ..." if len(foreign) > 5 else "")
+            manifest = "no manifest" if self.stored is None else "a manifest that does not name it"
             raise ValueError(
                 f"The `path` parameter of `{METHOD}` must be new, empty, or written by an earlier "
-                f"call; {str(self.target.path)!r} has no manifest, but {foreign[0]!r}. Choose "
-                "another path, or delete it."
+                f"call; {str(self.target.path)!r} has {manifest}, but {names}. Nothing was "
+                "changed. Choose another path, or move what is there."
             )
-        self.stored = read_manifest(self.target.manifest_path)
+        if overwrite and self.stored is not None:
+            self.target.clear(self.stored)
+            self.stored = None
 
     def read(self) -> StreamReport:
         """Go through the source: compare complete shards, embed all others."""
@@ -190,7 +192,7 @@ class _Run:
             )
         self.manifest.settings = settings
         self._warn_other_versions(self.stored.origin, origin)
-        self.target.drop_after(len(self.manifest.shards), self.manifest.count("bytes"))
+        self.target.drop_after(self.manifest)
         return self.manifest
 
     def _check_width(self, manifest: Manifest, start: int, n_columns: int) -> None:
@@ -348,9 +350,16 @@ class _Run:
                 f"it ends after {n_rows} rows, of {manifest.n_rows} that were embedded"
             )
         try:
-            self.target.finish(n_rows, manifest.settings["dim"])
+            damage = self.target.finish(manifest)
         except OSError as error:
             raise explain_write_error(error, self.target, n_shards, n_rows) from error
+        if damage:
+            warnings.warn(
+                f"The embeddings in {str(self.target.path)!r} were damaged: {damage}. That is "
+                "mended; no text was embedded again for it.",
+                SkembedWarning,
+                stacklevel=5,
+            )
         if not manifest.complete:
             manifest.complete = True
             self._save(manifest, n_shards)
@@ -413,8 +422,8 @@ def open_embeddings(path: str | os.PathLike[str], *, verify: bool = False) -> An
     FileNotFoundError
         If there is no manifest.
     ValueError
-        If the run has not finished, or a file is missing, cut short or (with `verify`)
-        changed.
+        If the run has not finished, the manifest is damaged, or a file is missing, cut short, of
+        other rows or columns, or (with `verify`) changed.
     ImportError
         If Parquet is to be read and pyarrow is not installed.
 
@@ -427,22 +436,19 @@ def open_embeddings(path: str | os.PathLike[str], *, verify: bool = False) -> An
     """
     check_bool(verify, name="verify", owner="open_embeddings")
     target = find_target(path, owner="open_embeddings")
-    manifest = read_manifest(target.manifest_path)
+    manifest = read_manifest(target.manifest_path, layout=target.layout)
     if manifest is None or not manifest.complete or not target.path.exists():
         n_rows = 0 if manifest is None else manifest.n_rows
         raise ValueError(
             f"The embeddings in {str(target.path)!r} are not complete: {n_rows} rows are there. "
             "Call `transform_to` again with the same source and parameters to finish them."
         )
-    dim, offset = manifest.settings["dim"], 0
-    for entry in manifest.shards:
-        damage = target.find_damage(offset, entry, verify=verify)
-        if damage is not None:
-            raise ValueError(
-                f"The embeddings in {str(target.path)!r} are damaged: {damage}. Call "
-                "`transform_to` again with the same source and parameters to mend them."
-            )
-        offset += entry["rows"] * dim * 4
+    damage = _find_damage(target, manifest, verify=verify)
+    if damage is not None:
+        raise ValueError(
+            f"The embeddings in {str(target.path)!r} are damaged: {damage}. Call `transform_to` "
+            "again with the same source and parameters to mend them."
+        )
     if isinstance(target, ParquetTarget):
         dataset = import_optional(
             "pyarrow.dataset", extra="stream", purpose="Opening embeddings in Parquet"
@@ -451,3 +457,14 @@ def open_embeddings(path: str | os.PathLike[str], *, verify: bool = False) -> An
         return dataset.dataset(files, format="parquet")
     # What has no elements cannot be mapped.
     return np.load(target.path, mmap_mode="r" if manifest.n_rows else None, allow_pickle=False)
+
+
+def _find_damage(target: Target, manifest: Manifest, *, verify: bool) -> str | None:
+    """Return the first damage of a complete set; None for nothing."""
+    offset = 0
+    for entry in manifest.shards:
+        damage = target.find_damage(offset, entry, verify=verify)
+        if damage is not None:
+            return damage
+        offset += entry["rows"] * manifest.settings["dim"] * 4
+    return target.find_other_content(manifest)

@@ -1,7 +1,7 @@
 """Targets of streamed embeddings: numbered Parquet files, or one .npy file.
 
 A shard is complete before the manifest names it. The next run overwrites or removes what a killed
-process leaves beyond the manifest; nobody reads it.
+process leaves beyond the manifest; nobody reads it. What others put there is refused, and stays.
 """
 
 from __future__ import annotations
@@ -12,14 +12,22 @@ import hashlib
 import io
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from skembed._files import name_of_partial, remove_leftovers, replace_file, sync_folder
+from skembed._files import (
+    name_of_partial,
+    open_file,
+    remove_leftovers,
+    replace_file,
+    sync_folder,
+)
 from skembed._validation import check_choice, check_path, import_optional
+from skembed.streaming.manifest import Manifest, name_shard
 
 __all__ = [
     "Array",
@@ -36,10 +44,11 @@ __all__ = [
 LAYOUTS = ("parquet", "npy")
 _MANIFEST_FILE = "_manifest.json"  # readers of Parquet folders skip names that begin with "_"
 _LOCK_FILE = ".lock"
-_SHARD = re.compile(r"part-(\d{6,})\.parquet")
-_WRITTEN = re.compile(r"part-\d{6,}\.parquet|_manifest\.json")
+_SHARD = re.compile(r"part-\d+\.parquet")
+_STAMP = {b"skembed": b"a shard of transform_to"}  # in the metadata of each
+_FOOTER_BYTES = 1 << 20
 _HEADER_BYTES = 128
-_ITEM_BYTES = 4
+_UNFINISHED = b"skembed: embeddings that are not complete.".ljust(_HEADER_BYTES - 1) + b"\n"
 _READ_BYTES = 1 << 20
 
 Array = npt.NDArray[np.float32]
@@ -66,23 +75,34 @@ class ParquetTarget:
             )
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def find_foreign(self) -> list[str]:
-        """Return names that no run without a manifest leaves."""
-        names = (path.name for path in self.path.iterdir())
-        return sorted(n for n in names if n != _LOCK_FILE and not _is_partial(n))
+    def find_foreign(self, manifest: Manifest | None) -> list[str]:
+        """Return names that no run leaves: any without a manifest, else of shards beyond it."""
+        names = sorted(path.name for path in self.path.iterdir())
+        if manifest is None:
+            return [n for n in names if n != _LOCK_FILE and not _is_partial(n)]
+        known = {name_shard(index) for index in range(len(manifest.shards))}
+        following = self._find_unnamed(manifest)
+        return [n for n in names if _SHARD.fullmatch(n) and n not in known and n != following]
 
-    def clear(self) -> None:
-        """Remove shards, and the manifest last: without it the shards would count as foreign."""
-        self.drop_after(0, 0)
+    def _find_unnamed(self, manifest: Manifest) -> str | None:
+        """Return the shard that a run had written when it was killed, before it was named."""
+        name = name_shard(len(manifest.shards))
+        return name if not manifest.is_closed and _is_stamped(self.path / name) else None
+
+    def clear(self, manifest: Manifest) -> None:
+        """Remove the shards, and the manifest last: without it they would count as foreign."""
+        self.drop_after(manifest)
+        for index in range(len(manifest.shards)):
+            (self.path / name_shard(index)).unlink(missing_ok=True)
         self.manifest_path.unlink(missing_ok=True)
 
-    def drop_after(self, n_shards: int, n_bytes: int) -> None:
-        """Remove what no manifest names: later shards and partial files."""
-        for path in list(self.path.iterdir()):
-            shard = _SHARD.fullmatch(path.name)
-            if shard and int(shard[1]) >= n_shards:
-                path.unlink(missing_ok=True)
-        remove_leftovers(self.path)
+    def drop_after(self, manifest: Manifest) -> None:
+        """Remove what killed runs left beyond the manifest."""
+        unnamed = self._find_unnamed(manifest)
+        if unnamed:
+            (self.path / unnamed).unlink(missing_ok=True)
+        for name in filter(_is_partial, os.listdir(self.path)):
+            remove_leftovers(self.path, name_of_partial(name))
 
     def tidy(self) -> None:
         """Remove the folder if nothing was written to it."""
@@ -91,9 +111,10 @@ class ParquetTarget:
 
     def find_damage(self, offset: int, entry: Entry, *, verify: bool = True) -> str | None:
         """Return what is wrong with a shard's file; None for nothing."""
-        path = self.path / str(entry["file"])
-        if not path.is_file():
-            return f"{path.name} is missing"
+        path = self.path / entry["file"]
+        problem = _find_no_file(path)
+        if problem:
+            return problem
         size = path.stat().st_size
         if size != entry["bytes"]:
             return f"{path.name} has {size} bytes instead of {entry['bytes']}"
@@ -101,9 +122,33 @@ class ParquetTarget:
             return f"{path.name} is not what was written (its SHA-256 differs)"
         return None
 
+    def find_other_content(self, manifest: Manifest) -> str | None:
+        """Return what the files say, other than the manifest; None for nothing."""
+        parquet = import_optional(
+            "pyarrow.parquet", extra="stream", purpose="Opening embeddings in Parquet"
+        )
+        names = [name for name, _ in manifest.settings["columns"]]
+        width = f"fixed_size_list<element: float>[{manifest.settings['dim']}]"
+        first = None
+        for entry in manifest.shards:
+            try:
+                with open_file(self.path / entry["file"]) as file:
+                    shard = parquet.ParquetFile(file)
+                    schema, n_rows = shard.schema_arrow, shard.metadata.num_rows
+                    first = first or schema
+                    is_same = schema.names == names and schema.types == first.types
+                    is_same &= str(schema.types[-1]) == width
+            except Exception as error:  # of many classes; pyarrow's words are about its own parts
+                return f"{entry['file']} cannot be read as Parquet ({type(error).__name__})"
+            if n_rows != entry["rows"]:
+                return f"{entry['file']} has {n_rows} rows instead of {entry['rows']}"
+            if not is_same:
+                return f"{entry['file']} has other columns than the manifest says"
+        return None
+
     def write(self, index: int, offset: int, vectors: Array, carried: Any) -> Entry:
         """Write one shard, vectors (n, dim) beside the columns carried along."""
-        path = self.path / f"part-{index:06d}.parquet"
+        path = self.path / name_shard(index)
         table, options = self._make_table(vectors, carried)
         parquet = import_optional(
             "pyarrow.parquet", extra="stream", purpose="Writing embeddings as Parquet"
@@ -122,6 +167,7 @@ class ParquetTarget:
         rows = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
         columns = [*(carried.column(name) for name in names), rows]
         table = pa.table(dict(zip([*names, self.embedding_column], columns, strict=True)))
+        table = table.replace_schema_metadata(_STAMP)
         # Not for the embeddings: to a compressor and to a dictionary they are noise.
         return table, {
             "compression": dict.fromkeys(names, "zstd"),
@@ -130,8 +176,9 @@ class ParquetTarget:
             "row_group_size": max(1, table.num_rows),
         }
 
-    def finish(self, n_rows: int, dim: int) -> None:
+    def finish(self, manifest: Manifest) -> str | None:
         """Do nothing: the manifest makes the set complete."""
+        return None
 
 
 class ArrayTarget:
@@ -154,20 +201,42 @@ class ArrayTarget:
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def find_foreign(self) -> list[str]:
-        """Return the names of the files, which are foreign without a manifest."""
-        return [path.name for path in (self.path, self.partial) if path.exists()]
+    def find_foreign(self, manifest: Manifest | None) -> list[str]:
+        """Return the names of files that no run leaves: any without a manifest."""
+        there = [path for path in (self.path, self.partial) if os.path.lexists(path)]
+        if manifest is None:
+            return [path.name for path in there]
+        if len(there) == 2:  # a run has one or the other
+            return [self.partial.name if manifest.complete else self.path.name]
+        return [path.name for path in there if not self._is_own(path, manifest)]
 
-    def clear(self) -> None:
+    def _is_own(self, path: Path, manifest: Manifest) -> bool:
+        """Return whether a file begins as a run leaves it, or holds a shard of the manifest."""
+        if _find_no_file(path):
+            return False
+        with open_file(path) as file:
+            head = file.read(_HEADER_BYTES)
+        whole = _make_header(manifest.n_rows, manifest.settings["dim"])
+        if _UNFINISHED.startswith(head) or whole.startswith(head):
+            return True
+        offset = 0
+        for entry in manifest.shards:
+            if entry["rows"] and self.find_damage(offset, entry) is None:
+                return True
+            offset += entry["bytes"]
+        return False
+
+    def clear(self, manifest: Manifest) -> None:
         """Remove array, and the manifest last: without it the array would count as foreign."""
         for path in (self.path, self.partial, self.manifest_path):
             path.unlink(missing_ok=True)
 
-    def drop_after(self, n_shards: int, n_bytes: int) -> None:
+    def drop_after(self, manifest: Manifest) -> None:
         """Cut off what the manifest does not name."""
+        size = _HEADER_BYTES + manifest.count("bytes")
         with contextlib.suppress(FileNotFoundError):
-            if self.partial.stat().st_size > _HEADER_BYTES + n_bytes:
-                os.truncate(self.partial, _HEADER_BYTES + n_bytes)
+            if self.partial.stat().st_size > size:
+                os.truncate(self.partial, size)
 
     def tidy(self) -> None:
         """Do nothing: the file has no folder of its own."""
@@ -175,8 +244,9 @@ class ArrayTarget:
     def find_damage(self, offset: int, entry: Entry, *, verify: bool = True) -> str | None:
         """Return what is wrong with a shard's rows, which begin at byte `offset` of all rows."""
         path = self.partial if self.partial.exists() else self.path
-        if not path.is_file():
-            return f"{path.name} is missing"
+        problem = _find_no_file(path)
+        if problem:
+            return problem
         end, size = _HEADER_BYTES + offset + entry["bytes"], path.stat().st_size
         if size < end:
             return f"{path.name} has {size} bytes instead of {end} or more"
@@ -185,29 +255,48 @@ class ArrayTarget:
             return f"{path.name} is not what was written (the SHA-256 of a shard differs)"
         return None
 
+    def find_other_content(self, manifest: Manifest) -> str | None:
+        """Return what the file says, other than the manifest; None for nothing."""
+        problem = _find_no_file(self.path)
+        if problem:
+            return problem
+        header = _make_header(manifest.n_rows, manifest.settings["dim"])
+        with open_file(self.path) as file:
+            if file.read(_HEADER_BYTES) != header:
+                return f"{self.path.name} has another header (shape or type) than was written"
+            size, expected = os.fstat(file.fileno()).st_size, len(header) + manifest.count("bytes")
+        return None if size == expected else f"{self.path.name} has {size} bytes, not {expected}"
+
     def write(self, index: int, offset: int, vectors: Array, carried: Any) -> Entry:
         """Write the rows of one shard, (n, dim), at their offset."""
         if self.path.exists() and not self.partial.exists():  # complete once, and damaged since
             self.path.replace(self.partial)
         data = np.ascontiguousarray(vectors, dtype="<f4").reshape(-1).view(np.uint8).data
         with _open_new(self.partial, keep=True) as file:
+            file.write(_UNFINISHED)
             file.seek(_HEADER_BYTES + offset)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-    def finish(self, n_rows: int, dim: int) -> None:
-        """Write the header and rename the file to its path."""
+    def finish(self, manifest: Manifest) -> str | None:
+        """Write the header and rename the file to its path; return damage that this mends."""
+        damage = None
         if not self.partial.exists():  # renamed already, before the manifest could say so
-            return
+            damage = self.find_other_content(manifest)
+            if damage is None:
+                return None
+            self.path.replace(self.partial)
+        header = _make_header(manifest.n_rows, manifest.settings["dim"])
         with _open_new(self.partial, keep=True) as file:
-            file.write(_make_header(n_rows, dim))
-            file.truncate(_HEADER_BYTES + n_rows * dim * _ITEM_BYTES)
+            file.write(header)
+            file.truncate(len(header) + manifest.count("bytes"))
             file.flush()
             os.fsync(file.fileno())
         self.partial.replace(self.path)
         sync_folder(self.path.parent)
+        return damage
 
 
 Target = ParquetTarget | ArrayTarget
@@ -260,21 +349,39 @@ def _check_path(path: Any, *, owner: str) -> Path:
 def _is_partial(name: str) -> bool:
     """Return whether a name is that of an unfinished shard or manifest."""
     written = name_of_partial(name)
-    return written is not None and _WRITTEN.fullmatch(written) is not None
+    return written == _MANIFEST_FILE or bool(written and _SHARD.fullmatch(written))
+
+
+def _is_stamped(path: Path) -> bool:
+    """Return whether a file is a Parquet file that a run wrote."""
+    if _find_no_file(path):
+        return False
+    with open_file(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _FOOTER_BYTES))
+        footer = file.read()
+    return footer.endswith(b"PAR1") and all(part in footer for part in next(iter(_STAMP.items())))
+
+
+def _find_no_file(path: Path) -> str | None:
+    """Return why there is no regular file of that very path; None if there is one."""
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{path.name} is missing"
+    return None if stat.S_ISREG(mode) else f"{path.name} is a link, or no regular file"
 
 
 def _open_new(path: Path, *, keep: bool = False) -> BinaryIO:
-    """Open a file to write, empty or (with `keep`) as it is."""
-    if not keep:
-        return path.open("wb")
-    path.touch()
-    return path.open("r+b")
+    """Open a file to write, empty or (with `keep`) as it is; never through a link or to a pipe."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    flags |= getattr(os, "O_NONBLOCK", 0) | (0 if keep else os.O_TRUNC)
+    return os.fdopen(os.open(path, flags, 0o666), "r+b")
 
 
 def _hash_range(path: Path, start: int, size: int) -> str:
     """Return the SHA-256 of a part of a file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         file.seek(start)
         while size > 0 and (part := file.read(min(size, _READ_BYTES))):
             digest.update(part)

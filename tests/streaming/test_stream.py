@@ -235,6 +235,18 @@ def test_killed_at_random_moments(
 
 
 @needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+@every_layout
+def test_killed_at_random_moments_often(
+    golden_dir: Path, tmp_path: Path, layout: str, seed: int
+) -> None:
+    path, other = place(tmp_path, layout), place(tmp_path, layout, "undisturbed")
+    assert len(run_kills("random", golden_dir, path, 2000, 16, 20, seed)) == 20
+    assert read_bytes(path) == read_bytes(other)
+
+
+@needs_fork
 @every_layout
 def test_killed_at_every_step(golden_dir: Path, tmp_path: Path, layout: str) -> None:
     paths = [Path(path) for path in run_kills("steps", golden_dir, place(tmp_path, layout), 7, 4)]
