@@ -3,9 +3,10 @@
 Run: python benchmarks/alternatives.py [--peers FOLDER] [--texts 2000] [--repeats 3]
 Quality by the protocols of quality.py, as the mean over the sets of each kind of task; texts per
 second on the same mixed real texts, each side in a process of its own with its defaults, in turn,
-the median of the rounds. `--keep` takes the scores of all-MiniLM-L6-v2 in its default form, which no
-change here moves and which take the longest, from the results of quality.py. FOLDER, made by _make_peers.py, holds the environment of
-sentence-transformers with OpenVINO; without it, those two rows are left out.
+the median of the rounds. FOLDER, made by _make_peers.py, holds the environment of
+sentence-transformers with OpenVINO; without it, those two rows are left out. `--keep` takes the
+scores of all-MiniLM-L6-v2 in its default form, which no change here moves and which take longest,
+from the results of quality.py.
 """
 
 from __future__ import annotations
