@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -224,8 +224,8 @@ def _resolve(
     pooling = parameters.pooling
     if pooling is None and source.adapter_folder is not None:
         pooling = read_pooling_kind(source.adapter_folder)
-    config = read_config(source, pooling)
-    card = read_card(source, config)
+    read = _read_bundled if source.name in BUNDLED_MODELS else _read_folder
+    config, card = read(source, pooling)
     automatic, prompts = _fill_parameters(parameters, card, config)
     parameters = parameters._replace(**automatic)
     _check_sizes(parameters, config)
@@ -251,6 +251,15 @@ def _resolve(
     return Settings(
         parameters, model, requests, shown, prompts, learned, dim, files, warning, advice
     )
+
+
+def _read_folder(source: ModelSource, pooling: str | None) -> tuple[NVEmbedConfig, ModelCard]:
+    """Return what a model's folder says of its parts and of its use."""
+    config = read_config(source, pooling)
+    return config, read_card(source, config)
+
+
+_read_bundled = lru_cache(maxsize=16)(_read_folder)  # its files stay as they are
 
 
 def _advise_instructions(source: ModelSource, requests: Mapping[str, EmbedRequest]) -> str:

@@ -31,6 +31,7 @@ from skembed.exceptions import CheckpointError, SkembedError
 from skembed.model import sources
 from skembed.model.sources import (
     ADAPTER_FILES,
+    CARD_FILES,
     CONFIG_FILE,
     INDEX_FILE,
     TOKENIZER_FILES,
@@ -40,7 +41,19 @@ from skembed.model.sources import (
 SECRET = b'{"secret": "of another folder"}' * 40
 SHARD = "model-00002-of-00003.safetensors"
 MODEL_FILES = (CONFIG_FILE, *TOKENIZER_FILES, WEIGHTS_FILE, INDEX_FILE, SHARD)
-EVERY_FILE = (*MODEL_FILES, *ADAPTER_FILES)
+# How a model is to be used, saying what would hold without them.
+CARD: dict[str, Any] = {
+    "skembed.json": {"instructions": True, "max_length": 512},
+    "config_sentence_transformers.json": {"prompts": {}},
+    "sentence_bert_config.json": {"max_seq_length": 512},
+    "modules.json": [
+        {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ],
+    "1_Pooling/config.json": {"pooling_mode_mean_tokens": True},
+}
+EVERY_FILE = (*MODEL_FILES, *ADAPTER_FILES, *CARD)
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +73,9 @@ def make_folder(parent: Path, file: str) -> Path:
         shutil.copytree(GOLDEN, folder)
         if file in (INDEX_FILE, SHARD):
             shard(folder)
+        for name, values in CARD.items() if file in CARD else ():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(json.dumps(values))
     return folder
 
 
@@ -70,14 +86,15 @@ def test_the_list_of_files_is_complete() -> None:
         for name, value in vars(sources).items()
         if name.endswith("_FILE") and isinstance(value, str)
     }
-    assert names <= set(EVERY_FILE)
+    assert names | set(CARD_FILES) <= set(EVERY_FILE)
 
 
 # Faults of one file
 
 
 def link_out(path: Path) -> None:
-    outside = path.parent.parent / "outside"
+    folder = next(parent for parent in path.parents if parent.name == "folder")
+    outside = folder.with_name("outside")
     outside.write_bytes(SECRET)
     path.unlink()
     path.symlink_to(outside)
