@@ -24,12 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from skembed._validation import check_choice, describe_type
+from skembed._validation import check_choice, check_int64, describe_type
 
 __all__ = [
     "MISSING_POLICIES",
     "RawColumns",
     "TextColumns",
+    "check_columns",
+    "check_hashable",
     "check_known_labels",
     "check_label_items",
     "check_labels",
@@ -47,6 +49,7 @@ __all__ = [
     "read_label_array",
     "read_labels",
     "read_numbers",
+    "read_weights",
     "replace_surrogates",
     "to_float",
     "tuples_step",
@@ -132,6 +135,25 @@ def column_names(X: Any) -> list[str] | None:
     names = list(names)
     is_named = all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
     return names if is_named else None
+
+
+def check_columns(estimator: Any, X: Any, n_columns: int, *, owner: str) -> None:
+    """Raise ValueError for other columns of texts than `fit` saw: another number, names or order.
+
+    One column may go by any name.
+    """
+    n_fitted = getattr(estimator, "n_features_in_", n_columns)
+    if n_columns != n_fitted:
+        raise ValueError(
+            f"X has {n_columns} text columns, but {owner} was fitted with {n_fitted}. Pass the "
+            "same columns, or fit again."
+        )
+    names, fitted = column_names(X), getattr(estimator, "feature_names_in_", None)
+    if n_columns > 1 and names is not None and fitted is not None and names != fitted.tolist():
+        raise ValueError(
+            f"X has the text columns {names}, but {owner} was fitted with {fitted.tolist()}. Pass "
+            "the same columns in the same order, or fit again."
+        )
 
 
 def tuples_step(X: Any) -> str:
@@ -290,7 +312,31 @@ def read_items(values: Any, *, subject: str, of: str = "labels") -> list[Any]:
             f"{subject} must have one dimension; got {len(columns)} columns"
             f"{'' if shape is None else f', shape {tuple(shape)}'}. Pass one of the {of} a row."
         )
+    # A member of a str enum is the str it holds; NumPy would take its name, cut to that length.
+    if any(issubclass(kind, str) and kind is not str for kind in set(map(type, columns[0]))):
+        return [str.__str__(item) if isinstance(item, str) else item for item in columns[0]]
     return columns[0]
+
+
+def check_hashable(items: Sequence[Any], *, subject: str, of: str) -> None:
+    """Raise TypeError for keys that no dict takes, such as lists; `subject` begins the sentence."""
+    try:
+        set(items)
+    except TypeError as error:
+        item = next(item for item in items if not _is_hashable(item))
+        raise TypeError(
+            f"{subject} must hold {of} of str or int; one is {describe_type(item)}. Pass a flat "
+            "list of them."
+        ) from error
+
+
+def _is_hashable(item: Any) -> bool:
+    """Return whether a dict takes an item as a key; a tuple may hold what it doesn't."""
+    try:
+        hash(item)
+    except TypeError:
+        return False
+    return True
 
 
 def _list_columns(X: Any, *, subject: str, of: str) -> list[list[Any]]:
@@ -459,6 +505,8 @@ def read_label_array(y: Any, *, name: str, owner: str, item: str | None = None) 
     """
     from sklearn.utils.validation import column_or_1d
 
+    if is_instance_of(y, "pandas", "Series") and isinstance(y.dtype, np.dtype):
+        y = y.to_numpy()
     if isinstance(y, np.ndarray) and not isinstance(y, np.ma.MaskedArray):
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
@@ -469,6 +517,14 @@ def read_label_array(y: Any, *, name: str, owner: str, item: str | None = None) 
     is_plain = is_instance_of(y, "pandas", "Series") or isinstance(y, np.ndarray)
     array = np.asarray(y if is_plain else items)
     is_text = bool(items) and isinstance(items[0], str)
+    if is_text and array.dtype.kind == "O":
+        array = np.array(items, dtype=object)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        position = int(np.isfinite(array).argmin())
+        raise ValueError(
+            f"The `{name}` parameter of `{owner}` must hold finite numbers; "
+            f"{name if item is None else item}[{position}] is not finite. Drop or clip them."
+        )
     return array if array.dtype.kind in ("OU" if is_text else "iubf") else np.asarray(items)
 
 
@@ -476,9 +532,12 @@ def check_label_items(
     items: Sequence[Any], *, name: str, owner: str, item: str | None = None
 ) -> None:
     """Raise for a missing label, one that is no str, bool or number, and str beside numbers."""
-    if set(map(type, items)) in (set(), {str}, {int}, {bool}):  # at C speed
-        return
     subject, item = f"The `{name}` parameter of `{owner}`", name if item is None else item
+    kinds = set(map(type, items))
+    if kinds == {int}:  # of others NumPy makes floats, in which neighbours are equal, or objects
+        check_int64(items, subject=subject, name=item, step="Convert the labels to str.")
+    if kinds in (set(), {str}, {int}, {bool}):  # at C speed
+        return
     absent = find_missing(items)
     if absent:
         raise ValueError(
@@ -491,7 +550,7 @@ def check_label_items(
                 f"{subject} must hold one label a text; {item}[{position}] is "
                 f"{describe_type(label)}. {_SEVERAL_LABELS_STEP}"
             )
-        if not isinstance(label, str) and not _is_number(label):
+        if not isinstance(label, (str, float, np.floating)) and kind_of(label) is None:
             raise TypeError(
                 f"{subject} must hold labels of str, int or bool; {item}[{position}] is "
                 f"{describe_type(label)}. Convert the labels to str."
@@ -539,9 +598,9 @@ def read_labels(labels: Any, n: int, *, name: str, owner: str) -> npt.NDArray[An
                 f"{subject} must hold labels of str, int or bool; {name}[{position}] is "
                 f"{describe_type(item)} with a fraction; round or bin numbers."
             )
-    return np.array(
-        [int(item) if isinstance(item, (float, np.floating)) else item for item in items]
-    )
+    whole = [int(item) if isinstance(item, (float, np.floating)) else item for item in items]
+    check_label_items(whole, name=name, owner=owner)
+    return np.array(whole)
 
 
 def kind_of(label: Any) -> str | None:
@@ -555,6 +614,20 @@ def kind_of(label: Any) -> str | None:
     if isinstance(label, (float, np.floating)) and float(label).is_integer():
         return "int"
     return None
+
+
+def read_weights(weights: Any, *, owner: str) -> npt.NDArray[np.float64] | None:
+    """Return weights of rows as float64, (n,), none below 0 and one above; None for None."""
+    if weights is None:
+        return None
+    values = read_numbers(weights, name="sample_weight", owner=owner)
+    if (values < 0).any() or not values.any():
+        got = "negative ones" if (values < 0).any() else "only zeros"
+        raise ValueError(
+            f"The `sample_weight` parameter of `{owner}` must hold weights of 0 or more, at least "
+            f"one non-zero number; got {got}."
+        )
+    return values
 
 
 def read_numbers(y: Any, *, name: str, owner: str, n: int | None = None) -> npt.NDArray[np.float64]:

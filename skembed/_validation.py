@@ -384,7 +384,14 @@ def list_items(value: Any) -> list[Any] | None:
     return None
 
 
-def check_int64(values: Sequence[Any], *, subject: str, name: str, start: int = 0) -> None:
+def check_int64(
+    values: Sequence[Any],
+    *,
+    subject: str,
+    name: str,
+    start: int = 0,
+    step: str = "Pass such ids as str.",
+) -> None:
     """Raise ValueError for ints that int64 cannot hold; `start` is the position of the first."""
     wide = next(
         (i for i, value in enumerate(values) if not -_LARGEST_INT <= value <= _LARGEST_INT), None
@@ -392,7 +399,7 @@ def check_int64(values: Sequence[Any], *, subject: str, name: str, start: int = 
     if wide is not None:
         raise ValueError(
             f"{subject} must hold ints in [{-_LARGEST_INT}, {_LARGEST_INT}]; {name}"
-            f"[{start + wide}] is {describe_value(values[wide])}. Pass such ids as str."
+            f"[{start + wide}] is {describe_value(values[wide])}. {step}"
         )
 
 

@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
-from skembed._inputs import TextColumns, check_texts, column_names, holds_rows
+from skembed._inputs import TextColumns, check_columns, check_texts, column_names, holds_rows
 from skembed._validation import (
     CheckedParameters,
     check_bool,
@@ -405,13 +405,9 @@ class NVEmbedVectorizer(
         """
         self._check_trained()
         columns = check_texts(X, owner=OWNER, missing=self.missing)
-        seen = getattr(self, "n_features_in_", len(columns.columns))
         # A model trained on pairs embeds single texts, too, and the other way round.
-        if len(columns.columns) != seen and not hasattr(self, "adapter_"):
-            raise ValueError(
-                f"X has {len(columns.columns)} text columns, but {OWNER} was fitted with {seen}. "
-                "Pass the same columns, or fit again."
-            )
+        if not hasattr(self, "adapter_"):
+            check_columns(self, X, len(columns.columns), owner=OWNER)
         return self._embed(columns, ("text", "document"))
 
     @name_our_words

@@ -203,6 +203,18 @@ def test_wrong_number_of_columns_after_fit(emb: NVEmbedVectorizer) -> None:
     assert emb.transform([("a", "b")]).shape == (1, 2 * DIM)
 
 
+def test_other_names_or_another_order_of_columns_after_fit(emb: NVEmbedVectorizer) -> None:
+    frame = pd.DataFrame({"title": TEXTS, "body": TEXTS[::-1]})
+    emb.set_params(trainer=None).fit(frame)
+    for other in (frame[["body", "title"]], frame.rename(columns={"body": "text"})):
+        with pytest.raises(ValueError, match=r"was fitted with \['title', 'body'\].*same order"):
+            emb.transform(other)
+    expected = emb.transform(frame)
+    np.testing.assert_array_equal(emb.transform(frame.to_numpy()), expected)
+    emb.fit(frame[["title"]])
+    np.testing.assert_array_equal(emb.transform(frame[["body"]]), expected[:, DIM:])
+
+
 def test_fit_transform_is_fit_then_transform(emb: NVEmbedVectorizer, vectors: np.ndarray) -> None:
     np.testing.assert_array_equal(emb.fit_transform(TEXTS, [1, 2, 3, 4, 5]), vectors)
     assert emb.embedding_dim_ == DIM

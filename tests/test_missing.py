@@ -6,9 +6,11 @@ Every kind of missing value goes wherever one is read; estimators come from `ske
 from __future__ import annotations
 
 import datetime
+import enum
 import math
 from collections.abc import Callable
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -217,6 +219,49 @@ def test_labels_of_other_types_are_an_error_with_the_position(reader: str, label
         read([*LABELS[:POSITION], label, *LABELS[POSITION + 1 :]])
 
 
+class Topic(str, enum.Enum):
+    """Labels as many programs keep them."""
+
+    CARD = "card"
+    ACCOUNT = "account"
+
+
+@pytest.mark.parametrize("labels", [list, np.array, pd.Series], ids=lambda kind: kind.__name__)
+def test_members_of_a_str_enum_are_the_str_that_they_hold(labels: Any) -> None:
+    members = [Topic(label) for label in LABELS]
+    given = np.array(members, dtype=object) if labels is np.array else labels(members)
+    clf = EmbeddingClassifier(FakeVectorizer()).fit(TEXTS, given)
+    assert clf.classes_.tolist() == ["account", "card"]
+    assert clf.score(TEXTS, given) == clf.score(TEXTS, LABELS)
+    assert read_groups(given, 5, owner="EmbeddingMapDisplay").names == ["account", "card"]
+    assert accuracy(given, LABELS) == 1
+
+
+@every_reader
+@pytest.mark.parametrize(
+    "labels", [[2**63 + 1, 2**63 + 2, -1, 2**63 + 1, -1], [1, 2, 1, 2, 2**70], [1, 2**63, 1, 1, 2]]
+)
+def test_ints_that_no_array_keeps_apart_are_an_error(reader: str, labels: list[int]) -> None:
+    if reader == "zero-shot keys":
+        pytest.skip("makes str of all labels but one")
+    with pytest.raises(ValueError, match=r"ints in .*Convert the labels to str"):
+        READERS[reader][1](labels)
+
+
+def test_the_ints_of_an_unsigned_array_are_labels() -> None:
+    for y in (np.array([2**63, 1, 1, 2**63, 1], dtype="u8"), pd.Series([2**63, 1, 1, 1, 1])):
+        assert EmbeddingClassifier(FakeVectorizer()).fit(TEXTS, y).classes_.tolist() == [1, 2**63]
+
+
+@every_reader
+@pytest.mark.parametrize("label", [math.inf, Fraction(1, 2)], ids=repr)
+def test_infinite_labels_and_fractions_are_an_error(reader: str, label: Any) -> None:
+    if reader == "zero-shot keys":
+        pytest.skip("makes str of all labels but one")
+    with pytest.raises((TypeError, ValueError), match=r"finite|whole|fraction|str, int or bool"):
+        READERS[reader][1]([1.0, 2.0, 2.0, label, 1.0])
+
+
 @pytest.mark.parametrize("reader", ["classifier", "classifier on vectors", "trainer", "maps"])
 @pytest.mark.parametrize(
     "labels",
@@ -289,6 +334,37 @@ def test_missing_ids_groups_and_judged_documents(kind: str) -> None:
             retriever.score(["a card"], [judged])
     with pytest.raises(TypeError, match="grades of int"):
         retriever.score(["a card"], [{0: MISSING[kind]}])
+    if kind != "masked":
+        task = RetrievalTask({MISSING[kind]: "a card"}, {"a": "a card"}, {MISSING[kind]: {"a": 1}})
+        with pytest.raises(ValueError, match=r"ids, none missing; list\(queries\)\[0\]"):
+            evaluate(FakeVectorizer(), task, n_bootstraps=0)
+
+
+@pytest.mark.parametrize("key", [["a"], {"a": 1}, ("a", [1])], ids=repr)
+def test_keys_that_no_dict_takes_are_an_error(key: Any) -> None:
+    retriever = Retriever(FakeVectorizer()).fit(TEXTS)
+    with pytest.raises(TypeError, match=r"`y`.* ids of documents of str or int; one is"):
+        retriever.score(["a card"], [[key]])
+    with pytest.raises(TypeError, match=r"`query_ids`.* ids of str or int; one is"):
+        retriever.score(["a card"], {"q": [0]}, query_ids=[key])
+    with pytest.raises(TypeError, match=r"`groups`.* str or int; one is"):
+        make("Reranker").fit().score(PAIRS, SCORES, groups=[key] * 5)
+    frame = pd.DataFrame({"query": [key], "document": ["a"], "grade": [1]})
+    with pytest.raises(TypeError, match=r"`relevance`.* ids of queries of str or int; one is"):
+        evaluate(
+            FakeVectorizer(), RetrievalTask(["a"], TEXTS, frame, query_ids=["q"]), n_bootstraps=0
+        )
+
+
+def test_other_query_ids_and_grades() -> None:
+    retriever = Retriever(FakeVectorizer()).fit(TEXTS)
+    expected = retriever.score(["a card"], [[0]])
+    for ids in (["q"], pd.Series(["q"]), iter(["q"]), {"q": 1}.keys()):
+        assert retriever.score(["a card"], {"q": [0]}, query_ids=ids) == expected
+    with pytest.raises(TypeError, match="`query_ids` .* got a bare str"):
+        retriever.score(["a card"], {"q": [0]}, query_ids="q")
+    with pytest.raises(ValueError, match="`y` .* Pass smaller grades"):
+        retriever.score(["a card"], [{0: 2**70}])
 
 
 def test_a_set_of_ids_has_no_order() -> None:

@@ -7,6 +7,7 @@ in ``skembed.cache.sqlite_layout``. Every error of SQLite or of the disk is a ``
 from __future__ import annotations
 
 import contextlib
+import errno
 import pathlib
 import sqlite3
 import stat
@@ -414,6 +415,9 @@ _REASONS = (
         "Try again, or end that process.",
     ),
 )
+# What the disk says -> what SQLite says.
+_FRAGMENTS = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "readonly")
+_FRAGMENTS |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "is full")
 
 
 def _is_locked(error: Exception) -> bool:
@@ -423,15 +427,17 @@ def _is_locked(error: Exception) -> bool:
 
 def _translate(error: sqlite3.Error | OSError, path: pathlib.Path) -> CacheError:
     """Return the CacheError that says what happened and what to do about it."""
-    if isinstance(error, OSError) and not _is_locked(error):
-        name = "" if error.filename in (None, str(path)) else f" ({str(error.filename)!r})"
-        return _path_error(
-            path, f"{error.strerror or error}{name}", "Mend that, or choose another path."
-        )
+    text = str(error)
+    if isinstance(error, OSError):
+        text = "locked" if _is_locked(error) else _FRAGMENTS.get(error.errno or 0, "")
     # The numeric codes would be surer, but Python has them only from 3.11 on.
     for fragment, reason, next_step in _REASONS:
-        if fragment in str(error) or (fragment == "locked" and isinstance(error, OSError)):
+        if fragment in text:
             return _path_error(path, reason, next_step)
+    if isinstance(error, OSError):
+        name = "" if error.filename in (None, str(path)) else f" ({str(error.filename)!r})"
+        reason = f"{error.strerror or error}{name}"
+        return _path_error(path, reason, "Mend that, or choose another path.")
     return _path_error(
         path, f"an error of SQLite ({error})", "Check the disk, or choose another path."
     )

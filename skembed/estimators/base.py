@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.base import ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from skembed._inputs import check_known_labels, read_columns
+from skembed._inputs import check_known_labels, read_columns, read_weights
 from skembed._validation import CheckedParameters, check_path, unwrap
 from skembed.embedding import FloatArray, check_text_column, check_vectorizer, embed, is_transformer
 from skembed.vectorizer import NVEmbedVectorizer
@@ -121,12 +121,13 @@ class TextClassifierMixin(TextEstimatorMixin, ClassifierMixin):
 
         Raises
         ------
-        ValueError
-            If `fit` saw none of the labels.
+        TypeError, ValueError
+            If `fit` saw none of the labels, or a weight is not allowed.
         """
         check_is_fitted(self)
         labels = check_known_labels(y, self.classes_, owner=type(self).__name__)
-        return float(super().score(X, labels, sample_weight))
+        weights = read_weights(sample_weight, owner=f"{type(self).__name__}.score")
+        return float(super().score(X, labels, weights))
 
 
 def check_encoder(value: Any, *, name: str, owner: str) -> Any:

@@ -13,7 +13,7 @@ from sklearn.utils import get_tags
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import has_fit_parameter
 
-from skembed._inputs import check_labels
+from skembed._inputs import check_labels, read_weights
 from skembed._validation import parameter_error
 from skembed.estimators.base import TextClassifierMixin, check_encoder
 
@@ -133,20 +133,21 @@ class EmbeddingClassifier(TextClassifierMixin, BaseEstimator):
         TypeError
             If X is not texts (or embeddings), the head is not a classifier, or takes no weights.
         ValueError
-            If labels are missing, of one class only, or not as many as texts; or embeddings
-            are not finite.
+            If labels are missing, of one class only, or not as many as texts; embeddings are not
+            finite; or a weight is negative.
         """
         head = self._checked().head
         labels = check_labels(X, y, owner=type(self).__name__)
         _check_several(head, labels)
         options = {}
-        if sample_weight is not None:
+        weights = read_weights(sample_weight, owner="EmbeddingClassifier.fit")
+        if weights is not None:
             if not has_fit_parameter(head, "sample_weight"):
                 raise TypeError(
                     "The `sample_weight` parameter of `EmbeddingClassifier.fit` must be None for "
                     f"a head that takes no weights; {type(head).__name__} takes none."
                 )
-            options["sample_weight"] = sample_weight
+            options["sample_weight"] = weights
         vectors = self._fit_vectors(X, labels)
         self.head_ = head.fit(vectors, labels, **options)
         self.classes_ = self.head_.classes_

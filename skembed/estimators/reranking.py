@@ -11,7 +11,7 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from skembed._inputs import find_missing, read_items, read_numbers
+from skembed._inputs import check_hashable, find_missing, read_items, read_numbers
 from skembed._validation import check_choice
 from skembed.embedding import check_pair_columns, check_text_column, embed, embed_pairs
 from skembed.estimators.base import (
@@ -326,6 +326,7 @@ def _number_groups(groups: Any, keys: Sequence[Any], *, owner: str, n: int) -> I
                 f"{subject} must name the query of each row; got {len(absent)} missing, the first "
                 f"at groups[{absent[0]}]. Drop these rows."
             )
+        check_hashable(keys, subject=subject, of="names of queries")
     if len(keys) != n:
         raise ValueError(
             f"The `groups` parameter of `{owner}` must name the query of each of {n} rows; "

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from skembed._inputs import check_texts, is_missing, read_labels
+from skembed._inputs import check_texts, find_missing, is_missing, read_labels
 from skembed._inputs import read_items as read_entries
 from skembed.metrics.qrels import join_title, read_ids
 from skembed.similarity import Ints
@@ -74,6 +74,11 @@ def read_items(items: Any, ids: Any, *, kind: str, owner: str) -> tuple[list[str
                 f"The `{kind}_ids` parameter of `{owner}` must be None where `{name}` is a mapping."
             )
         ids = list(items)
+        if find_missing(ids):
+            raise ValueError(
+                f"The `{name}` parameter of `{owner}` must have ids, none missing; "
+                f"list({name})[{find_missing(ids)[0]}] is None or NaN. Drop it."
+            )
         items = join_title(list(items.values()), owner=owner, name=name)
     texts = read_column(items, name=name, owner=owner)
     if ids is None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skembed._inputs import (
+    check_hashable,
     clean_column,
     column_names,
     find_missing,
@@ -72,7 +73,18 @@ def search_to_run(
     {0: {'c': 0.9}}
     """
     owner = "search_to_run"
-    values, positions = np.asarray(scores, dtype=np.float64), np.asarray(indices)
+    try:
+        values, positions = np.asarray(scores), np.asarray(indices)
+    except ValueError as error:
+        raise ValueError(
+            f"The `scores` and `indices` parameters of `{owner}` must be of one shape "
+            "(n_queries, k); got rows of different lengths."
+        ) from error
+    if values.dtype.kind not in "fiub":
+        raise TypeError(
+            f"The `scores` parameter of `{owner}` must hold numbers; got dtype {values.dtype}."
+        )
+    values = values.astype(np.float64)
     if values.ndim != 2 or values.shape != positions.shape or positions.dtype.kind not in "iu":
         raise ValueError(
             f"The `indices` parameter of `{owner}` must be ints of the shape of `scores`, "
@@ -279,7 +291,11 @@ def _align_judgments(y: Any, query_ids: Sequence[Any] | None, *, owner: str) -> 
                 f"The `query_ids` parameter of `{owner}` must name the key of each query, since "
                 "`y` is a mapping; got None."
             )
-        return [y.get(query, ()) for query in query_ids]
+        subject = f"The `query_ids` parameter of `{owner}`"
+        is_view = isinstance(query_ids, (Iterator, KeysView, ValuesView))
+        keys = list(query_ids) if is_view else read_items(query_ids, subject=subject, of="ids")
+        check_hashable(keys, subject=subject, of="ids")
+        return [y.get(query, ()) for query in keys]
     if query_ids is not None:
         raise TypeError(
             f"The `y` parameter of `{owner}` must be a mapping, since `query_ids` is given; "
@@ -328,6 +344,8 @@ def _read_rows(frame: Any, *, subject: str) -> dict[Any, dict[Any, Any]]:
             f"{subject} must have three columns, query id, document id and grade; "
             f"got {len(columns)}."
         )
+    for keys, of in zip(columns, ("ids of queries", "ids of documents"), strict=False):
+        check_hashable(keys, subject=subject, of=of)
     judged: dict[Any, dict[Any, Any]] = {}
     for query, document, grade in zip(*columns, strict=True):
         grades = judged.setdefault(query, {})
@@ -347,7 +365,9 @@ def read_judged(judged: Any, query: Any, *, subject: str) -> dict[Any, int]:
                 f"{subject} must hold mappings or lists of document ids; got "
                 f"{type(judged).__name__} for query {query!r}."
             )
-        judged = dict.fromkeys(judged, 1)
+        documents = list(judged)
+        check_hashable(documents, subject=subject, of="ids of documents")
+        judged = dict.fromkeys(documents, 1)
     if find_missing(list(judged)):
         raise ValueError(
             f"{subject} must hold ids of documents, none missing; query {query!r} has one of None "
@@ -359,7 +379,9 @@ def read_judged(judged: Any, query: Any, *, subject: str) -> dict[Any, int]:
                 f"{subject} must hold grades of int; got {type(grade).__name__} for query "
                 f"{query!r}."
             )
-    return {document: int(grade) for document, grade in judged.items()}
+    grades = list(map(int, judged.values()))
+    check_int64(grades, subject=subject, name="grades", step="Pass smaller grades.")
+    return dict(zip(judged, grades, strict=True))
 
 
 def read_grades(grades: Any, n: int, *, where: str, owner: str) -> list[int]:

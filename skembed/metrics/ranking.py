@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from skembed._validation import check_int
+from skembed._validation import check_int, describe_type
 from skembed.metrics.qrels import check_grades
 from skembed.similarity import Floats, Ints
 
@@ -390,6 +390,8 @@ def _at(curve: npt.NDArray[Any], cuts: Ints) -> Floats:
 
 def _rank_mappings(relevance: _Grades, scores: _Run, *, owner: str) -> Iterator[_Ranking]:
     """Yield the ranking of each query of two mappings, in the order of `scores`."""
+    _check_mappings(relevance, name="relevance", owner=owner)
+    _check_mappings(scores, name="scores", owner=owner)
     _check_queries(relevance, scores, owner=owner)
     for query, run in scores.items():
         grades = check_grades(list(relevance[query].values()), owner=owner)
@@ -401,8 +403,13 @@ def _rank_mappings(relevance: _Grades, scores: _Run, *, owner: str) -> Iterator[
                 f"The `scores` parameter of `{owner}` must have document ids of one type, str or "
                 f"int; got several for query {query!r}."
             ) from error
-        values = np.array([run[document] for document in documents], dtype=np.float64)
-        order = _descending(values, owner=owner, where=f"query {query!r}")
+        values = np.array([run[document] for document in documents])
+        if values.size and values.dtype.kind not in "fiub":
+            raise TypeError(
+                f"The `scores` parameter of `{owner}` must hold numbers; got {values.dtype} in "
+                f"query {query!r}."
+            )
+        order = _descending(values.astype(np.float64), owner=owner, where=f"query {query!r}")
         gains = np.array([judged.get(documents[i], 0) for i in order.tolist()], dtype=np.int64)
         yield _Ranking(gains, _sort_positives(grades))
 
@@ -437,6 +444,16 @@ def _descending(values: Floats, *, owner: str, where: str) -> Ints:
 def _sort_positives(grades: Ints) -> Ints:
     """Return the grades above 0, highest first."""
     return np.sort(grades[grades > 0])[::-1]
+
+
+def _check_mappings(values: Mapping[Any, Any], *, name: str, owner: str) -> None:
+    """Raise TypeError unless each query has a mapping of its documents."""
+    for query, documents in values.items():
+        if not isinstance(documents, Mapping):
+            raise TypeError(
+                f"The `{name}` parameter of `{owner}` must map each query to a mapping of document "
+                f"ids to numbers; that of {query!r} is {describe_type(documents)}."
+            )
 
 
 def _check_queries(relevance: _Grades, scores: _Run, *, owner: str) -> None:

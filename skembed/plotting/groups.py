@@ -99,9 +99,6 @@ def _read_labels(y: Any, n: int, *, owner: str) -> npt.NDArray[Any]:
         raise ValueError(
             f"{subject} must be of shape ({n},), one label a text; got shape {labels.shape}."
         )
-    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-        position = int(np.argmin(np.isfinite(labels)))
-        raise ValueError(f"{subject} must hold finite numbers; y[{position}] is not finite.")
     return np.array(labels.tolist()) if labels.dtype.kind == "O" else labels
 
 

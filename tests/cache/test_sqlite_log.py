@@ -245,6 +245,7 @@ def test_a_journal_is_never_rolled_back(path: Path, used: EmbeddingCache) -> Non
     assert len(used) == 201
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
 @pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal", ".lock"])
 @pytest.mark.parametrize("kind", ["link", "folder", "fifo"])
 def test_what_is_no_file_beside_it_is_refused(path: Path, suffix: str, kind: str) -> None:

@@ -120,6 +120,23 @@ def test_several_labels_a_text() -> None:
     assert clf.score(NEW, np.array(expected, dtype=int)) > 0.7
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [-1.0, 0.0, np.nan, np.inf, "1", None],
+    ids=["below", "zeros", "nan", "inf", "str", "None"],
+)
+def test_weights_that_are_none_are_an_error(weight: Any) -> None:
+    weights = [weight] * len(TEXTS)
+    with pytest.raises((TypeError, ValueError), match="`sample_weight` .*Classifier.fit` must"):
+        EmbeddingClassifier(FakeVectorizer()).fit(TEXTS, LABELS, sample_weight=weights)
+    for fitted in (
+        EmbeddingClassifier(FakeVectorizer()).fit(TEXTS, LABELS),
+        ZeroShotClassifier(FakeVectorizer()).fit(DESCRIPTIONS),
+    ):
+        with pytest.raises((TypeError, ValueError), match="`sample_weight` .*score` must"):
+            fitted.score(TEXTS, LABELS, sample_weight=weights)
+
+
 def test_sample_weight_reaches_the_head() -> None:
     keep = np.array([c != "fee" for c in LABELS], dtype=float)
     clf = EmbeddingClassifier(FakeVectorizer()).fit(TEXTS, LABELS, sample_weight=keep)

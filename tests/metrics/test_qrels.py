@@ -24,6 +24,11 @@ def test_search_arrays_become_a_run() -> None:
 
 
 def test_bad_search_arrays() -> None:
+    with pytest.raises(ValueError, match="got rows of different lengths"):
+        metrics.search_to_run([[1.0], [1.0, 2.0]], [[1], [1, 2]])
+    for scores in ([["a"]], [[1j]], [[None]]):
+        with pytest.raises(TypeError, match="`scores` .* must hold numbers"):
+            metrics.search_to_run(scores, [[0]])
     with pytest.raises(ValueError, match="must be ints of the shape of `scores`"):
         metrics.search_to_run([[0.5]], [[1, 2]])
     with pytest.raises(ValueError, match="must be ints"):

@@ -208,3 +208,14 @@ def test_bad_cut_offs() -> None:
 numbers = st.lists(
     st.tuples(st.integers(0, 5), st.floats(-1, 1, allow_subnormal=False)), min_size=2, max_size=30
 )
+
+
+def test_lists_and_str_in_mappings_are_an_error() -> None:
+    graded, scored = {"q": {"a": 1}}, {"q": {"a": 0.5}}
+    with pytest.raises(TypeError, match=r"`relevance` .* that of 'q' is a list"):
+        metrics.ndcg_at_k({"q": ["a"]}, scored)
+    with pytest.raises(TypeError, match=r"`scores` .* that of 'q' is a list"):
+        metrics.ndcg_at_k(graded, {"q": ["a"]})
+    for score in ("1", None):
+        with pytest.raises(TypeError, match=r"`scores` .* numbers; got .* in query 'q'"):
+            metrics.ndcg_at_k(graded, {"q": {"a": score}})

@@ -317,7 +317,7 @@ BAD_Y = {
     "complex on pairs": (PAIRS, [1, 2, 3j], TypeError, r"y\[2\] is a complex"),
     "fraction": (TEXTS, [1.0, 1.0, 0.5, 0.5], ValueError, r"y\[2\] is 0\.5.*scores go with pairs"),
     "infinite label": (TEXTS, [1.0, 1.0, 0, float("inf")], ValueError, r"y\[3\] is inf"),
-    "huge fraction": (TEXTS, [1, 1, 0, Fraction(10**400, 3)], ValueError, r"y\[3\] is inf"),
+    "a Fraction": (TEXTS, [1, 1, 0, Fraction(10**400, 3)], TypeError, r"y\[3\] is a Fraction"),
     "tuple label": (TEXTS, [("a",)] * 4, TypeError, r"one label a text; y\[0\] is a tuple"),
     "bytes label": (TEXTS, np.array([b"a", b"a", b"b", b"b"]), TypeError, r"y\[0\] is a bytes"),
     "date": (TEXTS, np.arange(4).astype("M8[ns]"), TypeError, r"y\[0\] is a datetime64"),

@@ -243,6 +243,7 @@ def list_places(layout: str) -> list[str]:
     return ["out/.lock", "out/_manifest.json", "out/part-000000.parquet", "out/part-000002.parquet"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
 @pytest.mark.parametrize("kind", ["link", "dangling", "fifo", "folder"])
 @pytest.mark.parametrize("stage", ["new", "begun", "complete"])
 @pytest.mark.parametrize("name", [name for layout in LAYOUTS for name in list_places(layout)])
@@ -312,6 +313,34 @@ def test_shard_that_is_a_link_is_damage(quick: NVEmbedVectorizer, tmp_path: Path
         stream(quick, TEXTS, path)
     assert (tmp_path / "elsewhere").read_bytes() == content
     assert not (path / "part-000001.parquet").is_symlink()
+
+
+# A disk without room
+
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
+
+
+@needs_posix
+@every_layout
+@pytest.mark.parametrize("limit", [0, 1000, 2500])
+def test_limit_of_file_sizes(
+    quick: NVEmbedVectorizer, tmp_path: Path, layout: str, limit: int
+) -> None:
+    import resource
+
+    path, other = place(tmp_path, layout), place(tmp_path, layout, "other")
+    stream(quick, TEXTS, other)
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match="cannot be written: File too large") as caught:
+            stream(quick, TEXTS, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(path)
+    assert not list(tmp_path.rglob("*.partial/*"))
+    stream(quick, TEXTS, path)
+    assert read_bytes(path) == read_bytes(other)
 
 
 # Headers and schemas
