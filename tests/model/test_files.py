@@ -182,6 +182,12 @@ def run_beside(process: BaseProcess, read: Any, started: list[BaseProcess]) -> l
     return found
 
 
+def assert_one_of(both: list[Any], found: list[Any]) -> None:
+    """Check that each result is one of two far apart; other numbers of threads round otherwise."""
+    assert np.abs(both[0] - both[1]).max() > 1e-3
+    assert all(min(np.abs(x - one).max() for one in both) < 1e-6 for x in found)
+
+
 def test_a_model_that_is_saved_again_and_again_is_read_whole(
     tmp_path: Path, started: list[BaseProcess]
 ) -> None:
@@ -193,7 +199,7 @@ def test_a_model_that_is_saved_again_and_again_is_read_whole(
     process = context.Process(target=keep_saving, args=([GOLDEN, other], folder, 60))
     found = [x for x in run_beside(process, lambda: embed(folder), started) if x is not None]
     assert found
-    assert all(any(np.array_equal(x, one) for one in both) for x in found)
+    assert_one_of(both, found)
 
 
 def test_an_adapter_that_is_saved_again_and_again_is_read_whole(
@@ -208,7 +214,7 @@ def test_an_adapter_that_is_saved_again_and_again_is_read_whole(
     read = lambda: make_vectorizer(folder, trainer=None).transform(TEXTS)  # noqa: E731
     found = [x for x in run_beside(process, read, started) if x is not None]
     assert found
-    assert all(any(np.array_equal(x, one) for one in both) for x in found)
+    assert_one_of(both, found)
 
 
 def test_several_writers_leave_one_whole_model(tmp_path: Path, started: list[BaseProcess]) -> None:
