@@ -148,12 +148,14 @@ def test_a_save_keeps_foreign_files_and_removes_only_its_own(tmp_path: Path) -> 
 def keep_saving(origins: list[Path], folder: Path, n: int) -> None:
     for k in range(n):
         save(origins[k % len(origins)], folder)
+        time.sleep(0.05)  # a reader needs a moment between two saves
 
 
 def keep_saving_adapters(folder: Path, n: int) -> None:
     embs = [trained(), train(trainer={"random_state": 5})]
     for k in range(n):
         embs[k % 2].save_pretrained(folder)
+        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -179,7 +181,7 @@ def run_beside(process: BaseProcess, read: Any, started: list[BaseProcess]) -> l
             found.append(None)
     process.join()
     assert process.exitcode == 0
-    return found
+    return [*found, read()]
 
 
 def assert_one_of(both: list[Any], found: list[Any]) -> None:
