@@ -72,7 +72,8 @@ class EmbeddingCache:
     TypeError
         If `path`, `max_bytes` or `dtype` is of another type.
     ValueError
-        If `path` is empty or SQLite's name for memory, `max_bytes` is below 1, or `dtype` is not one of those above.
+        If `path` is empty or SQLite's name for memory, `max_bytes` is below 1, or `dtype` is not
+        one of those above.
 
     Notes
     -----
