@@ -15,8 +15,8 @@ PACKAGE = ROOT / "skembed"
 # only, so that no two of them know each other. docs/architecture.md shows the same floors.
 FLOORS = {
     1: {"exceptions", "_validation", "similarity", "distributed"},
-    2: {"_inputs", "_files", "datasets", "history", "cache"},
-    3: {"model", "search", "metrics", "embedding", "instructions"},
+    2: {"_inputs", "_files", "datasets", "history"},
+    3: {"cache", "model", "search", "metrics", "embedding", "instructions"},
     4: {"adapters", "evaluation", "plotting"},
     5: {"inference", "training"},
     6: {"streaming"},

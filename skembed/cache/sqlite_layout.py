@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skembed.cache.sqlite_log import PAGE_BYTES
-from skembed.cache.stores import COPY_ROWS, KEY_BYTES
+from skembed.cache.stores import COPY_ROWS
 
 __all__ = [
     "SCHEMA",
