@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skembed.cache.sqlite_log import PAGE_BYTES
-from skembed.cache.stores import COPY_ROWS, KEY_BYTES
+from skembed.cache.stores import COPY_ROWS
 
 __all__ = [
     "SCHEMA",
@@ -141,8 +141,8 @@ def _fetch_few(
         head = heads[offset * _HEAD.itemsize : (offset + 1) * _HEAD.itemsize]
         vector = vectors[offset * row_bytes : (offset + 1) * row_bytes]
         key = digest.tobytes()
-        check = zlib.crc32(vector, zlib.crc32(key, seed)).to_bytes(4, "little")
-        if head == key + check and len(vector) == row_bytes:
+        check = zlib.crc32(vector, seed) ^ int.from_bytes(key[8:12], "little")
+        if head == key + check.to_bytes(4, "little") and len(vector) == row_bytes:
             out[position] = np.frombuffer(vector, dtype)
             mask[position] = True
     return mask, np.array(blocks, dtype=np.int64)
@@ -155,19 +155,9 @@ def _seed(dtype: np.dtype[Any]) -> int:
 
 def compute_checks(digests: _Integers, rows: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
     """Return the checksums (n,) of rows (n, dim) with their digests (n, 2) and type."""
-    crc32, seed, row_bytes = zlib.crc32, _seed(rows.dtype), rows.shape[1] * rows.itemsize
-    keys, data = digests.tobytes(), memoryview(rows.tobytes())
-    return np.fromiter(
-        (
-            crc32(
-                data[i * row_bytes : (i + 1) * row_bytes],
-                crc32(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES], seed),
-            )
-            for i in range(len(rows))
-        ),
-        dtype="<u4",
-        count=len(rows),
-    )
+    crc32, seed = zlib.crc32, _seed(rows.dtype)
+    checks = np.array([crc32(row, seed) for row in rows.view(np.uint8)], dtype="<u4")
+    return checks ^ digests[:, 1].astype("<u4")  # of another digest, a row is another row
 
 
 def _find_slots(connection: sqlite3.Connection, keys: _Integers) -> _Integers:

@@ -190,7 +190,7 @@ FUZZ = """
 import sys
 sys.path[:0] = ["tests", "tests/cache"]
 from pathlib import Path
-from test_file_store_damage import fuzz
+from test_sqlite_layout_damage import fuzz
 fuzz(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
 """
 SUFFIXES = ("", "-wal", "-shm")
